@@ -1,0 +1,69 @@
+"""What can be wrong with a model, a dataset or a spec, said so that a user can mend it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RowError:
+    """One broken row of a table. `line` counts from 1 and includes the header line."""
+
+    file: str
+    line: int
+    message: str
+
+
+class CompressionError(Exception):
+    """Base of every error that a user of the library can mend.
+
+    `pointer` is a JSON pointer into the spec (`/supernet/width_mults/2`) or a
+    file's name; None where neither applies.
+    """
+
+    code = "compression-error"
+
+    def __init__(self, message: str, *, pointer: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.pointer = pointer
+
+
+class InvalidSpec(CompressionError):
+    """The spec contradicts itself, the model or the dataset."""
+
+    code = "invalid-spec"
+
+
+class InvalidModel(CompressionError):
+    """The model folder cannot be read, or its weights do not fit its configuration."""
+
+    code = "invalid-model"
+
+
+class InvalidDataset(CompressionError):
+    """The dataset cannot be read; `rows` holds the first broken rows."""
+
+    code = "invalid-dataset"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        pointer: str | None = None,
+        rows: tuple[RowError, ...] = (),
+    ) -> None:
+        super().__init__(message, pointer=pointer)
+        self.rows = rows
+
+
+class DeviceUnavailable(CompressionError):
+    """The spec asks for a device that this host does not have."""
+
+    code = "device-unavailable"
+
+
+class ExportFailed(CompressionError):
+    """A format could not be written, or failed the parity gate."""
+
+    code = "export-failed"

@@ -1,0 +1,654 @@
+"""What a job will do, worked out before anything is trained: every cross-check of a spec.
+
+`make_plan` holds a spec against a model and a dataset and answers with the sub-networks
+and their cost, or with an error that points at the field or row to mend. `resolve_rows`
+then turns the dataset's tables into texts and label numbers, as the plan says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from compression import cost
+from compression.errors import InvalidDataset, InvalidSpec, RowError
+from compression.spec import DistillationSpec, FineTuneSpec, Format, Frozen, Spec, WidthMult
+from compression.supernet import subnetwork_name
+from compression.tables import (
+    LABELLED_SPLITS,
+    MAX_LABELS,
+    MAX_ROW_ERRORS,
+    SPLITS,
+    Columns,
+    DatasetProfile,
+    DistinctValue,
+    Table,
+    column_warnings,
+    guess_columns,
+    is_empty,
+    shared_warnings,
+    whole_number,
+)
+from compression.teachers import Checkpoint, EncoderConfig, legal_widths
+
+DEV_SHARE = 10  # one row in ten of train becomes dev where there is none
+FEW_DEV_ROWS = 100
+
+# Assumptions of predicted_seconds. Effective, not peak: a distillation step of MiniLM-L6 on
+# two CPU cores is 150 GFLOP and takes 2.4 seconds.
+FLOPS_PER_SECOND = 60e9
+CHARACTERS_PER_TOKEN = 4.0  # of English text in a vocabulary of 30,000 word pieces
+START_SECONDS = 20.0
+SECONDS_PER_EXPORT = 6.0  # writing one format, and a fresh process that reads it back
+BACKWARD_AND_FORWARD = 3  # a training step costs this many forward passes
+
+# Beside the weights: the graph, the configuration, names. Generous, in bytes.
+_FIXED_BYTES: Mapping[Format, int] = {"safetensors": 10_000, "paddle": 100_000, "onnx": 100_000}
+
+
+class ModelInfo(Frozen):
+    """An uploaded model as inspection saw it; `encoder` is EncoderConfig.to_dict()."""
+
+    family: str
+    layers: int
+    heads: int = Field(description="Attention heads of the widest layer.")
+    head_dim: int
+    hidden: int
+    ffn: int = Field(description="FFN neurons of the widest layer.")
+    vocab_size: int
+    max_positions: int
+    parameters: int
+    num_labels: int | None = Field(description="Outputs of the classifier; null without one.")
+    labels: tuple[str, ...] | None = Field(description="Names of the outputs, where it has any.")
+    legal_widths: tuple[WidthMult, ...]
+    layout: str
+    encoder: Mapping[str, Any]
+
+
+class PlannedSubnetwork(Frozen):
+    """`heads` and `ffn` count per layer; `flops` are of one row of the plan's `seq_len` tokens."""
+
+    name: str
+    width_mult: WidthMult
+    heads: tuple[int, ...]
+    ffn: tuple[int, ...]
+    parameters: int
+    flops: int
+    predicted_bytes: Mapping[Format, int] = Field(
+        description="Of each exported format: fp32 weights and an allowance for the graph."
+    )
+
+
+class Plan(Frozen):
+    """What a job will do. `labels[i]` is the dataset's value for the classifier's output i."""
+
+    subnetworks: tuple[PlannedSubnetwork, ...]
+    text: str
+    text_pair: str | None
+    label: str
+    labels: tuple[str, ...]
+    label_names: tuple[str, ...] = Field(
+        description="What output i is called: the model's own name where it keeps its head and "
+        "has names, else the dataset's value."
+    )
+    fine_tune: bool
+    rows: Mapping[str, int] = Field(
+        description="Rows of each split; where dev is taken from train, as close as equal texts "
+        "that stay together allow."
+    )
+    dev_from_train: bool
+    seq_len: int = Field(
+        description="Tokens that flops are stated for: the latency spec's, else an estimate of "
+        "the 95th percentile of dev from its characters."
+    )
+    predicted_seconds: float = Field(
+        description="Rough: FLOPs at 60 GFLOP/s (two CPU cores), four characters a token, six "
+        "seconds an export. Half or double is no surprise."
+    )
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rows as the training takes them. `labels` is int64 [rows]; -1 throughout in "unlabelled".
+
+    `lines[i]` is the line of row i in the uploaded file, `pairs` the second sentences.
+    """
+
+    texts: list[str]
+    pairs: list[str] | None
+    labels: npt.NDArray[np.int64]
+    lines: list[int]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> Examples:
+        """These rows, in this order."""
+        return Examples(
+            texts=[self.texts[i] for i in rows],
+            pairs=None if self.pairs is None else [self.pairs[i] for i in rows],
+            labels=self.labels[np.asarray(rows, np.int64)],
+            lines=[self.lines[i] for i in rows],
+        )
+
+
+def model_info(checkpoint: Checkpoint) -> ModelInfo:
+    config = checkpoint.config
+    return ModelInfo(
+        family=config.family,
+        layers=config.layers,
+        heads=max(config.heads),
+        head_dim=config.head_dim,
+        hidden=config.hidden,
+        ffn=max(config.ffn),
+        vocab_size=config.vocab_size,
+        max_positions=config.max_positions,
+        parameters=cost.parameters(config),
+        num_labels=config.num_labels,
+        labels=checkpoint.labels,
+        legal_widths=legal_widths(config),
+        layout=checkpoint.layout,
+        encoder=config.to_dict(),
+    )
+
+
+def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
+    """Resolves columns, labels and sub-networks, and predicts their cost.
+
+    InvalidSpec points at the spec's field that model or dataset contradict;
+    InvalidDataset names the rows whose labels cannot be used.
+    """
+    encoder = EncoderConfig.from_dict(model.encoder)
+    columns = _columns(spec, dataset)
+    values = _label_values(columns.label, dataset)
+    fine_tune = _fine_tune(spec, model)
+    labels, label_names = _label_order(spec, model, [v.value for v in values], fine_tune=fine_tune)
+    _check_lengths(spec, encoder, pair=columns.text_pair is not None)
+    configs = _narrowed(spec, model, dataclasses.replace(encoder, num_labels=len(labels)))
+    rows = {split: dataset.splits[split].rows for split in SPLITS if split in dataset.splits}
+    dev_from_train = "dev" not in rows
+    if dev_from_train:
+        counts = {value.value: value.count for value in values}
+        dev = sum(_dev_quotas([counts.get(label, 0) for label in labels]))
+        if dev == 0:
+            raise InvalidDataset(
+                f"there is no dev split, and the {rows['train']} rows of train are too few to "
+                "take one from",
+                pointer=dataset.splits["train"].file,
+            )
+        rows |= {"train": rows["train"] - dev, "dev": dev}
+        rows = {split: rows[split] for split in SPLITS if split in rows}
+    seq_len = spec.latency.seq_len or _tokens(spec, dataset, columns, percentile_95=True)
+    subnetworks = tuple(
+        PlannedSubnetwork(
+            name=subnetwork_name(width),
+            width_mult=width,
+            heads=config.heads,
+            ffn=config.ffn,
+            parameters=cost.parameters(config),
+            flops=cost.flops(config, seq_len),
+            predicted_bytes={
+                fmt: 4 * cost.parameters(config) + _FIXED_BYTES[fmt] for fmt in spec.export.formats
+            },
+        )
+        for width, config in configs.items()
+    )
+    full = dataclasses.replace(encoder, num_labels=len(labels))
+    return Plan(
+        subnetworks=subnetworks,
+        text=columns.text,
+        text_pair=columns.text_pair,
+        label=columns.label,
+        labels=labels,
+        label_names=label_names,
+        fine_tune=fine_tune,
+        rows=rows,
+        dev_from_train=dev_from_train,
+        seq_len=seq_len,
+        predicted_seconds=_predicted_seconds(
+            spec,
+            full,
+            list(configs.values()),
+            rows,
+            tokens=_tokens(spec, dataset, columns, percentile_95=False),
+            seq_len=seq_len,
+            fine_tune=fine_tune,
+        ),
+        warnings=tuple(_warnings(spec, dataset, columns, values, labels, rows, subnetworks)),
+    )
+
+
+# --- columns and labels ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _TaskColumns:
+    text: str
+    text_pair: str | None
+    label: str
+
+
+def _columns(spec: Spec, dataset: DatasetProfile) -> _TaskColumns:
+    """The spec's columns, the others guessed; all of them stand in the splits that need them."""
+    task = spec.task
+    for field, name in (("text", task.text), ("text_pair", task.text_pair), ("label", task.label)):
+        if name is not None:
+            _require_column(dataset, field, name)
+    guess = guess_columns(
+        dataset.splits, text=task.text, text_pair=task.text_pair, label=task.label
+    )
+    if guess.text is None:
+        raise InvalidSpec(
+            f"which column holds the text? {_columns_of(dataset, 'train')}", pointer="/task/text"
+        )
+    if guess.label is None:
+        raise InvalidSpec(
+            "which column holds the label? These could: " + ", ".join(dataset.label_candidates),
+            pointer="/task/label",
+        )
+    resolved = _TaskColumns(guess.text, guess.text_pair, guess.label)
+    if resolved.label in (resolved.text, resolved.text_pair):
+        raise InvalidSpec(
+            f"{resolved.label!r} is named as text and as label", pointer="/task/label"
+        )
+    if resolved.text == resolved.text_pair:
+        raise InvalidSpec(
+            f"{resolved.text!r} is named as both sentences", pointer="/task/text_pair"
+        )
+    _require_column(dataset, "text", resolved.text)
+    if resolved.text_pair is not None:
+        _require_column(dataset, "text_pair", resolved.text_pair)
+    _require_column(dataset, "label", resolved.label)
+    return resolved
+
+
+def _require_column(dataset: DatasetProfile, field: str, name: str) -> None:
+    for split, found in dataset.splits.items():
+        if field == "label" and split not in LABELLED_SPLITS:
+            continue
+        if found.column(name) is None:
+            raise InvalidSpec(
+                f"{found.file} has no column {name!r}; {_columns_of(dataset, split)}",
+                pointer=f"/task/{field}",
+            )
+
+
+def _columns_of(dataset: DatasetProfile, split: str) -> str:
+    names = [column.name for column in dataset.splits[split].columns]
+    more = ", ..." if len(names) > 20 else ""
+    return f"its columns are {', '.join(names[:20])}{more}"
+
+
+def _label_values(name: str, dataset: DatasetProfile) -> tuple[DistinctValue, ...]:
+    """Train's label values. InvalidDataset: an empty label, or one that train does not have."""
+    empty = [
+        RowError(found.file, line, f"the label ({name!r}) is empty")
+        for split, found in dataset.splits.items()
+        if split in LABELLED_SPLITS and (column := found.column(name)) is not None
+        for line in column.empty_lines
+    ]
+    if empty:
+        raise InvalidDataset(
+            f"{empty[0].file}, line {empty[0].line}: {empty[0].message}",
+            pointer=empty[0].file,
+            rows=tuple(empty[:MAX_ROW_ERRORS]),
+        )
+    train = dataset.splits["train"]
+    column = train.column(name)
+    assert column is not None  # _columns has looked
+    if column.distinct < 2:
+        raise InvalidDataset(
+            f"{train.file}: the column {name!r} has one class only; a classifier needs two",
+            pointer=train.file,
+        )
+    if column.values is None:
+        raise InvalidSpec(
+            f"the column {name!r} of {train.file} holds no labels: it has {column.distinct} "
+            f"distinct values in {train.rows} rows; a label has at most {MAX_LABELS}, short ones, "
+            "that repeat",
+            pointer="/task/label",
+        )
+    known = {value.value for value in column.values}
+    unseen = []
+    for split, found in dataset.splits.items():
+        other = found.column(name)
+        if split == "train" or split not in LABELLED_SPLITS or other is None:
+            continue
+        if other.values is None:
+            raise InvalidSpec(
+                f"the column {name!r} of {found.file} holds no labels: it has {other.distinct} "
+                "distinct values, or long ones",
+                pointer="/task/label",
+            )
+        unseen += [
+            RowError(found.file, value.first_line, f"the label {value.value!r} is not in train")
+            for value in other.values
+            if value.value not in known
+        ]
+    if unseen:
+        raise InvalidDataset(
+            f"{unseen[0].file}, line {unseen[0].line}: {unseen[0].message}",
+            pointer=unseen[0].file,
+            rows=tuple(unseen[:MAX_ROW_ERRORS]),
+        )
+    return column.values
+
+
+def _fine_tune(spec: Spec, model: ModelInfo) -> bool:
+    if spec.teacher.when == "never" and model.num_labels is None:
+        raise InvalidSpec(
+            'the model has no classifier head: let the job fine-tune one (when: "auto")',
+            pointer="/teacher/when",
+        )
+    if spec.teacher.when != "always" and model.num_labels == 1:
+        raise InvalidSpec(
+            "the model's head has one output, as for regression: let the job fine-tune a "
+            'classifier (when: "always")',
+            pointer="/teacher/when",
+        )
+    return spec.teacher.when == "always" or model.num_labels is None
+
+
+def _label_order(
+    spec: Spec, model: ModelInfo, found: Sequence[str], *, fine_tune: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The dataset's labels in the order of the classifier's outputs, and the outputs' names."""
+    outputs = None if fine_tune else model.num_labels
+    names = None if fine_tune else model.labels
+    if spec.task.labels is not None:
+        labels = _given_order(spec.task.labels, found, outputs)
+        return labels, names or labels
+    if outputs is None:
+        return _sorted_labels(found), _sorted_labels(found)
+    if names is not None and set(found) <= set(names):
+        return names, names
+    numbers = {label: whole_number(label) for label in found}
+    by_number = {number: label for label, number in numbers.items() if number is not None}
+    if len(by_number) == len(found) and all(0 <= number < outputs for number in by_number):
+        labels = tuple(by_number.get(i, str(i)) for i in range(outputs))
+        return labels, names or labels
+    called = f" ({_listed(names)})" if names is not None else ""
+    if len(found) > outputs:
+        raise InvalidSpec(
+            f"the dataset has {len(found)} labels ({_listed(_sorted_labels(found))}) and the model "
+            f'{outputs} outputs{called}: fine-tune a new head (when: "always") or drop rows',
+            pointer="/task/labels",
+        )
+    raise InvalidSpec(
+        f"which output means which label? The model has {outputs} outputs{called}; list the "
+        f"dataset's labels ({_listed(_sorted_labels(found))}) in the order of the outputs",
+        pointer="/task/labels",
+    )
+
+
+def _given_order(
+    given: tuple[str, ...], found: Sequence[str], outputs: int | None
+) -> tuple[str, ...]:
+    pointer = "/task/labels"
+    if len(set(given)) != len(given):
+        raise InvalidSpec("a label is listed twice", pointer=pointer)
+    missing = [label for label in _sorted_labels(found) if label not in given]
+    if missing:
+        raise InvalidSpec(
+            f"the dataset has labels that are not listed: {_listed(missing)}", pointer=pointer
+        )
+    if outputs is not None and len(given) != outputs:
+        raise InvalidSpec(
+            f"{len(given)} labels are listed, and the model has {outputs} outputs", pointer=pointer
+        )
+    return given
+
+
+def _sorted_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """By number where all are whole numbers ("10" after "9"), else by code point."""
+    numbers = {label: whole_number(label) for label in labels}
+    if all(number is not None for number in numbers.values()):
+        return tuple(sorted(labels, key=lambda label: (numbers[label] or 0, label)))
+    return tuple(sorted(labels))
+
+
+def _listed(labels: Sequence[str]) -> str:
+    shown = [label if len(label) <= 40 else f"{label[:37]}..." for label in labels[:8]]
+    return ", ".join(shown) + (", ..." if len(labels) > 8 else "")
+
+
+# --- sub-networks and cost ------------------------------------------------------------------
+
+
+def _check_lengths(spec: Spec, encoder: EncoderConfig, *, pair: bool) -> None:
+    lengths = (
+        ("/task/max_seq_len", spec.task.max_seq_len),
+        ("/latency/seq_len", spec.latency.seq_len or 0),
+    )
+    for pointer, length in lengths:
+        if length > encoder.max_positions:
+            raise InvalidSpec(
+                f"{length} tokens are more than the model's {encoder.max_positions} positions",
+                pointer=pointer,
+            )
+    if pair and encoder.type_vocab_size < 2:
+        raise InvalidSpec(
+            "the model knows one token type only and cannot tell two sentences apart",
+            pointer="/task/text_pair",
+        )
+
+
+def _narrowed(
+    spec: Spec, model: ModelInfo, encoder: EncoderConfig
+) -> dict[Fraction, EncoderConfig]:
+    configs = {}
+    for i, width in enumerate(spec.supernet.width_mults):
+        try:
+            configs[width] = encoder.narrowed(width)
+        except InvalidSpec as error:
+            legal = ", ".join(str(each) for each in model.legal_widths)
+            raise InvalidSpec(
+                f"{error.message}; this model can have the widths {legal}",
+                pointer=f"/supernet/width_mults/{i}",
+            ) from error
+    return dict(sorted(configs.items(), reverse=True))  # widest first, whatever the spec's order
+
+
+def _tokens(
+    spec: Spec, dataset: DatasetProfile, columns: _TaskColumns, *, percentile_95: bool
+) -> int:
+    """Tokens of a row, estimated from characters: the tokenizer is not at hand in a dry run."""
+    split = dataset.splits["dev" if percentile_95 and "dev" in dataset.splits else "train"]
+    tokens = 2.0  # [CLS] and [SEP]
+    for name in (columns.text, columns.text_pair):
+        column = split.column(name) if name is not None else None
+        if column is not None:
+            characters = column.p95_characters if percentile_95 else column.mean_characters
+            tokens += characters / CHARACTERS_PER_TOKEN
+    if columns.text_pair is not None:
+        tokens += 1
+    return max(3, min(spec.task.max_seq_len, math.ceil(tokens)))
+
+
+def _predicted_seconds(
+    spec: Spec,
+    full: EncoderConfig,
+    subnetworks: Sequence[EncoderConfig],
+    rows: Mapping[str, int],
+    *,
+    tokens: int,
+    seq_len: int,
+    fine_tune: bool,
+) -> float:
+    teacher = cost.flops(full, tokens)
+    students = sum(cost.flops(config, tokens) for config in subnetworks)
+    flops = 0.0
+    if fine_tune:
+        flops += _trained_rows(spec.teacher, rows["train"]) * BACKWARD_AND_FORWARD * teacher
+    flops += min(spec.importance.rows, rows["train"]) * BACKWARD_AND_FORWARD * teacher
+    flops += _trained_rows(spec.distillation, rows["train"]) * (
+        teacher + BACKWARD_AND_FORWARD * students
+    )
+    flops += (rows["dev"] + rows.get("test", 0)) * (teacher + students)
+    served = len([fmt for fmt in spec.export.formats if fmt != "safetensors"])
+    timed = cost.flops(full, seq_len) + sum(cost.flops(config, seq_len) for config in subnetworks)
+    flops += spec.latency.rounds * spec.latency.batch_size * served * timed
+    exports = (len(subnetworks) + 1) * len(spec.export.formats)
+    seconds = flops / FLOPS_PER_SECOND + START_SECONDS + exports * SECONDS_PER_EXPORT
+    return float(f"{seconds:.2g}")  # more digits would claim to know more
+
+
+def _trained_rows(training: FineTuneSpec | DistillationSpec, rows: int) -> int:
+    steps = math.ceil(rows / training.batch_size * training.epochs)
+    if training.max_steps is not None:
+        steps = min(steps, training.max_steps)
+    return steps * min(training.batch_size, rows)
+
+
+def _warnings(
+    spec: Spec,
+    dataset: DatasetProfile,
+    columns: _TaskColumns,
+    values: Sequence[DistinctValue],
+    labels: Sequence[str],
+    rows: Mapping[str, int],
+    subnetworks: Sequence[PlannedSubnetwork],
+) -> Iterator[str]:
+    task = Columns(columns.text, columns.text_pair, columns.label)
+    yield from column_warnings(dataset.splits, task)
+    if (dataset.text, dataset.text_pair) == (task.text, task.text_pair):
+        yield from shared_warnings(dataset.splits, dataset.shared_rows)
+    if "dev" not in dataset.splits:
+        yield (
+            f"there is no dev split: about {rows['dev']} rows of train become dev, by label and "
+            "with equal texts together"
+        )
+    if rows["dev"] < FEW_DEV_ROWS:
+        yield (
+            f"dev has {rows['dev']} rows: a single one is {100 / rows['dev']:.1f} points of "
+            "accuracy"
+        )
+    single = [value.value for value in values if value.count == 1]
+    if single:
+        yield f"labels with a single row in train: {_listed(single)}"
+    found = {value.value for value in values}
+    absent = [label for label in labels if label not in found]
+    if absent:
+        yield f"no row of train has the label {_listed(absent)}"
+    if spec.importance.split == "dev":
+        yield "importance is computed on dev, which also judges the sub-networks: it flatters them"
+    if spec.device == "gpu":
+        yield "the predicted time is that of two CPU cores"
+    limit = spec.constraints.max_size_mb
+    sizes = [
+        size
+        for subnetwork in subnetworks
+        for fmt, size in subnetwork.predicted_bytes.items()
+        if fmt != "safetensors"
+    ]
+    if limit is not None and min(sizes) > limit * 1e6:
+        yield (
+            f"the smallest file will have about {min(sizes) / 1e6:.1f} MB: nothing will hold "
+            f"max_size_mb {limit:g}, and the job will name the nearest"
+        )
+
+
+# --- rows -----------------------------------------------------------------------------------
+
+
+def resolve_rows(
+    spec: Spec, plan: Plan, splits: Mapping[str, Table], seed: int
+) -> dict[str, Examples]:
+    """The plan's splits as texts and label numbers; a missing dev is taken from train.
+
+    `spec` is not read today: columns and labels are the plan's. The same seed and tables
+    give the same dev. InvalidDataset where a row has no label of the plan.
+    """
+    numbers = {label: i for i, label in enumerate(plan.labels)}
+    examples = {split: _examples(plan, numbers, split, table) for split, table in splits.items()}
+    if plan.dev_from_train:
+        rest, dev = _dev_rows(examples["train"], seed)
+        train = examples.pop("train")
+        examples |= {"train": train.take(rest), "dev": train.take(dev)}
+    return {split: examples[split] for split in SPLITS if split in examples}
+
+
+def _examples(plan: Plan, numbers: Mapping[str, int], split: str, table: Table) -> Examples:
+    pair = plan.text_pair
+    labels = np.full(len(table.rows), -1, np.int64)
+    if split in LABELLED_SPLITS:
+        broken = []
+        for i, row in enumerate(table.rows):
+            value = row[plan.label]
+            number = None if value is None else numbers.get(value)
+            if number is None:
+                reason = "empty" if is_empty(value) else "not one of the plan's"
+                broken.append(RowError(table.file, table.lines[i], f"the label is {reason}"))
+                if len(broken) == MAX_ROW_ERRORS:
+                    break
+            else:
+                labels[i] = number
+        if broken:
+            raise InvalidDataset(
+                f"{broken[0].file}, line {broken[0].line}: {broken[0].message}",
+                pointer=table.file,
+                rows=tuple(broken),
+            )
+    return Examples(
+        texts=[row[plan.text] or "" for row in table.rows],
+        pairs=None if pair is None else [row[pair] or "" for row in table.rows],
+        labels=labels,
+        lines=list(table.lines),
+    )
+
+
+def _dev_quotas(counts: Sequence[int]) -> list[int]:
+    """Rows of dev for each label: a tenth of each, the rest to the largest remainders.
+
+    A label of a single row stays in train, where a model can learn it.
+    """
+    quotas = [count // DEV_SHARE for count in counts]
+    total = max(1, round(sum(counts) / DEV_SHARE))
+    by_remainder = sorted(
+        (i for i, count in enumerate(counts) if count > 1),
+        key=lambda i: (-(counts[i] % DEV_SHARE), -counts[i], i),
+    )
+    for i in by_remainder[: max(0, total - sum(quotas))]:
+        quotas[i] += 1
+    return quotas
+
+
+def _dev_rows(train: Examples, seed: int) -> tuple[list[int], list[int]]:
+    """Row numbers that stay in train, and those that become dev, both in their order.
+
+    Stratified by label; rows of equal texts stay together, and those that contradict
+    each other (equal texts, several labels) stay in train.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, text in enumerate(train.texts):
+        groups.setdefault((text, train.pairs[i] if train.pairs is not None else ""), []).append(i)
+    strata: dict[int, list[list[int]]] = {}
+    for members in groups.values():
+        labels = {int(train.labels[i]) for i in members}
+        if len(labels) == 1:
+            strata.setdefault(labels.pop(), []).append(members)
+    counts = np.bincount(train.labels)
+    rng = np.random.default_rng(seed)
+    dev: list[int] = []
+    for label, quota in enumerate(_dev_quotas(counts.tolist())):
+        candidates = strata.get(label, [])
+        left = quota
+        for j in rng.permutation(len(candidates)):
+            if len(candidates[j]) <= left:
+                dev.extend(candidates[j])
+                left -= len(candidates[j])
+            if left == 0:
+                break
+    if not dev:
+        raise InvalidDataset("there is no dev split, and train has too few texts to take one from")
+    chosen = set(dev)
+    return [i for i in range(len(train)) if i not in chosen], sorted(dev)

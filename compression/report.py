@@ -1,0 +1,161 @@
+"""What a job measured and decided. Frozen pydantic models, paddle-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import Field
+
+from compression.spec import Format, Frozen, Spec, WidthMult
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One sign of life of the pipeline.
+
+    `stage` is one of STAGES. `step`/`total` count within the stage where it has
+    steps; `figures` holds numbers and short strings (loss, accuracy, ...) that
+    JSON can carry. A stage's first Progress has step 0 and its last one step == total.
+    """
+
+    stage: str
+    step: int = 0
+    total: int = 1
+    message: str = ""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+OnProgress = Callable[[Progress], None]
+STAGES = (
+    "load",
+    "teacher",
+    "importance",
+    "reorder",
+    "distil",
+    "evaluate",
+    "export",
+    "verify",
+    "measure",
+    "select",
+    "bundle",
+)
+
+
+class Interval(Frozen):
+    low: float
+    high: float
+
+
+class LatencyReport(Frozen):
+    """Milliseconds a call, on `batch_size` rows of `seq_len` tokens with `threads` threads."""
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    rounds: int
+    batch_size: int
+    seq_len: int
+    threads: int
+
+
+class FileReport(Frozen):
+    """`path` is relative to the sub-network's artifact folder."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+class FormatReport(Frozen):
+    """One exported format of one sub-network: a candidate for selection if it is served."""
+
+    format: Format
+    published: bool
+    parity_max_abs: float | None = Field(
+        None, description="Largest |logit - supernet's logit| over the parity rows."
+    )
+    parity_rows: int = 0
+    parity_tolerance: float = 1e-4
+    error: str | None = Field(None, description="Why it is not published.")
+    size_bytes: int = Field(
+        0, description="Bytes of the served file(s): weights and graph, no tokenizer."
+    )
+    files: tuple[FileReport, ...] = ()
+    latency: LatencyReport | None = None
+    speedup: float | None = Field(
+        None, description="Teacher's p50 over this p50, same runtime and settings."
+    )
+
+
+class SubnetworkReport(Frozen):
+    """`name` is the folder-safe name, for example "w3_4" for width 3/4."""
+
+    name: str
+    width_mult: WidthMult
+    heads: tuple[int, ...]
+    ffn: tuple[int, ...]
+    parameters: int
+    flops: int = Field(description="Multiply-adds times two, one row of the latency spec's length.")
+    accuracy: float = Field(description="Main metric on dev, 0..1.")
+    accuracy_drop: float = Field(
+        description="Points lost against the teacher on dev; negative is a gain."
+    )
+    test_accuracy: float | None = None
+    formats: tuple[FormatReport, ...] = ()
+    pareto: bool = False
+    selected: bool = False
+
+
+class TeacherReport(Frozen):
+    family: str
+    fine_tuned_steps: int
+    parameters: int
+    accuracy: float
+    test_accuracy: float | None = None
+    formats: tuple[FormatReport, ...] = ()
+
+
+class Candidate(Frozen):
+    """A sub-network in a served format, with what the constraints look at."""
+
+    subnetwork: str
+    format: Format
+    accuracy_drop: float
+    latency_ms: float
+    speedup: float
+    size_mb: float
+    misses: tuple[str, ...] = Field((), description="Constraints it does not hold, in words.")
+
+
+class Selection(Frozen):
+    subnetwork: str | None
+    format: Format | None
+    reason: str = Field(description="One sentence: why this one, or why none.")
+    nearest: tuple[Candidate, ...] = Field(
+        (), description="The three nearest, where nothing holds."
+    )
+
+
+class DatasetReport(Frozen):
+    rows: Mapping[str, int]
+    labels: tuple[str, ...]
+    text: str
+    text_pair: str | None = None
+    label: str
+    notes: tuple[str, ...] = ()
+
+
+class CompressionReport(Frozen):
+    spec: Spec
+    dataset: DatasetReport
+    teacher: TeacherReport
+    reorder_max_abs: float = Field(description="Largest logit change of reordering at full width.")
+    subnetworks: tuple[SubnetworkReport, ...]
+    selection: Selection
+    distillation_steps: int
+    step_seconds: float = Field(description="Median seconds of a distillation step.")
+    stage_seconds: Mapping[str, float]
+    environment: Mapping[str, str] = Field(description="Device and library versions measured on.")
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,194 @@
+"""The job specification: what a user may ask for. Frozen, validated once, paddle-free."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+_FRACTION = re.compile(r"\s*([0-9]{1,4})\s*/\s*([0-9]{1,4})\s*")
+_DECIMAL = re.compile(r"\s*([0-9]{1,4}|[0-9]{0,4}\.[0-9]{1,9})\s*")
+
+
+def parse_width_mult(value: Any) -> Fraction:
+    """An exact fraction from "3/4", "0.5", 0.5 or 1; never evaluated. ValueError else."""
+    if isinstance(value, Fraction):
+        width = value
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        # repr gives the decimal that a reader wrote: 0.1 is 1/10, not its binary neighbour.
+        if not 0 < value <= 1:
+            raise ValueError("a width must be greater than 0 and at most 1")
+        width = Fraction(repr(value))
+    elif isinstance(value, str) and (match := _FRACTION.fullmatch(value)):
+        if int(match[2]) == 0:
+            raise ValueError("a width cannot have the denominator 0")
+        width = Fraction(int(match[1]), int(match[2]))
+    elif isinstance(value, str) and (match := _DECIMAL.fullmatch(value)):
+        width = Fraction(match[1])
+    else:
+        raise ValueError('write a width as a fraction or decimal, for example "3/4" or 0.5')
+    if not 0 < width <= 1:
+        raise ValueError("a width must be greater than 0 and at most 1")
+    return width
+
+
+WidthMult = Annotated[
+    Fraction,
+    BeforeValidator(parse_width_mult),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "number"}], "examples": ["3/4", 0.5, 1]}
+    ),
+]
+Format = Literal["safetensors", "paddle", "onnx"]
+SERVED_FORMATS: tuple[Format, ...] = ("paddle", "onnx")  # those that a runtime serves
+
+
+class Frozen(BaseModel):
+    """Base of every model of the spec and the report: unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class TaskSpec(Frozen):
+    """What the model predicts, and which columns hold it. Columns not named are guessed."""
+
+    kind: Literal["classification"] = "classification"
+    text: str | None = Field(None, description="Column of the (first) sentence.")
+    text_pair: str | None = Field(None, description="Column of the second sentence, for pairs.")
+    label: str | None = Field(None, description="Column of the label.")
+    labels: tuple[str, ...] | None = Field(
+        None,
+        description="Label values in the order of the classifier's outputs. Needed where the "
+        "dataset's labels are neither the model's label names nor their numbers.",
+    )
+    max_seq_len: int = Field(128, ge=8, le=512, description="Tokens; longer rows are cut.")
+
+
+class FineTuneSpec(Frozen):
+    """Training of the teacher on the dataset's labels, before compression.
+
+    `when`: "auto" fine-tunes only where the model has no classifier head; "always"
+    starts from the uploaded encoder and trains a new head; "never" refuses a headless model.
+    """
+
+    when: Literal["auto", "always", "never"] = "auto"
+    epochs: float = Field(3.0, gt=0, le=100)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1, le=1024)
+    learning_rate: float = Field(1e-4, gt=0, lt=1)
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class ImportanceSpec(Frozen):
+    """Rows on which head and neuron importance are computed (DynaBERT, section 2.1)."""
+
+    split: Literal["train", "dev"] = "train"
+    rows: int = Field(1024, ge=1)
+    batch_size: int = Field(32, ge=1, le=1024)
+
+
+class SupernetSpec(Frozen):
+    width_mults: tuple[WidthMult, ...] = Field(
+        (Fraction(1), Fraction(3, 4), Fraction(1, 2), Fraction(1, 4)),
+        min_length=1,
+        max_length=16,
+        description="Each must leave whole heads and whole neurons in every layer.",
+    )
+
+    @field_validator("width_mults")
+    @classmethod
+    def _distinct(cls, value: tuple[Fraction, ...]) -> tuple[Fraction, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("each width may be named once")
+        return value
+
+
+class DistillationSpec(Frozen):
+    """DynaBERT's width stage; the loss weights are named as in the paper (equation 3)."""
+
+    epochs: float = Field(3.0, gt=0, le=100)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1, le=1024)
+    learning_rate: float = Field(1e-4, gt=0, lt=1)
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    lambda_rep: float = Field(0.1, ge=0)
+    lambda_logit: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> DistillationSpec:
+        if self.lambda_rep == 0 and self.lambda_logit == 0:
+            raise ValueError("lambda_rep and lambda_logit are both 0: nothing would be learnt")
+        return self
+
+
+class LatencySpec(Frozen):
+    """How latency is measured on the worker's own device."""
+
+    batch_size: int = Field(1, ge=1, le=256)
+    seq_len: int | None = Field(
+        None, ge=2, le=512, description="Tokens; by default the 95th percentile of dev."
+    )
+    threads: int = Field(1, ge=1, le=256)
+    rounds: int = Field(50, ge=5, le=10000, description="Timed calls of each candidate.")
+
+
+class ConstraintSpec(Frozen):
+    """What the selected sub-network must hold. Absent fields constrain nothing."""
+
+    max_accuracy_drop: float | None = Field(
+        None,
+        ge=-100,
+        le=100,
+        description="Points (1.0 = 0.01) of the main metric on dev against the teacher.",
+    )
+    max_latency_ms: float | None = Field(None, gt=0, description="p50 of the served file.")
+    min_speedup: float | None = Field(
+        None, gt=0, description="Against the teacher in the same runtime and settings."
+    )
+    max_size_mb: float | None = Field(None, gt=0, description="10^6 bytes of the served file.")
+
+
+class ExportSpec(Frozen):
+    formats: tuple[Format, ...] = Field(("safetensors", "paddle", "onnx"), min_length=1)
+
+    @field_validator("formats")
+    @classmethod
+    def _served(cls, value: tuple[Format, ...]) -> tuple[Format, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("each format may be named once")
+        if not set(value) & set(SERVED_FORMATS):
+            raise ValueError(
+                "name at least one served format, paddle or onnx: candidates are measured in it"
+            )
+        return value
+
+
+class Spec(Frozen):
+    """One compression job. Every field has a default; `{}` is a complete spec."""
+
+    task: TaskSpec = TaskSpec()
+    teacher: FineTuneSpec = FineTuneSpec()
+    importance: ImportanceSpec = ImportanceSpec()
+    supernet: SupernetSpec = SupernetSpec()
+    distillation: DistillationSpec = DistillationSpec()
+    latency: LatencySpec = LatencySpec()
+    constraints: ConstraintSpec = ConstraintSpec()
+    export: ExportSpec = ExportSpec()
+    device: Literal["cpu", "gpu"] = "cpu"
+    seed: int = Field(0, ge=0, lt=2**31)

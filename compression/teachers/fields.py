@@ -1,0 +1,134 @@
+"""Reading a configuration that nobody has checked: JSON objects and bounded fields."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compression.errors import InvalidModel
+from compression.teachers.config import EncoderConfig
+
+MAX_JSON_BYTES = 64 * 2**20
+
+# No published encoder comes near these; they keep a hostile config from asking for
+# loops or memory before its weights are looked at.
+MAX_LAYERS = 256
+MAX_HEADS = 1024
+MAX_HIDDEN = 32_768
+MAX_FFN = 262_144
+MAX_VOCABULARY = 4_000_000
+MAX_POSITIONS = 131_072
+MAX_TYPES = 1024
+MAX_LABELS = 10_000
+
+ACTIVATIONS = ("gelu", "gelu_new", "relu")  # those that our encoder has
+
+
+def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in a file; InvalidModel, with the file's name, where there is none."""
+    try:
+        if path.stat().st_size > max_bytes:
+            raise InvalidModel(
+                f"{path.name} is larger than {max_bytes // 2**20} MiB", pointer=path.name
+            )
+        data = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise InvalidModel(f"{path.name} cannot be read", pointer=path.name) from error
+    except RecursionError as error:
+        raise InvalidModel(f"{path.name} is nested too deeply", pointer=path.name) from error
+    except ValueError as error:  # bad UTF-8 and bad JSON are both ValueErrors
+        raise InvalidModel(f"{path.name} is not JSON: {error}", pointer=path.name) from error
+    if not isinstance(data, dict):
+        raise InvalidModel(f"{path.name} does not hold a JSON object", pointer=path.name)
+    return data
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+class Fields:
+    """Typed, bounded reads of a configuration's fields; InvalidModel names file and field."""
+
+    def __init__(self, data: Mapping[str, Any], *, file: str) -> None:
+        self.data = data
+        self.file = file
+
+    def error(self, message: str) -> InvalidModel:
+        return InvalidModel(f"{self.file}: {message}", pointer=self.file)
+
+    def integer(self, name: str, *, low: int, high: int, default: int | None = None) -> int:
+        value = self.data.get(name)
+        if value is None:
+            if default is None:
+                raise self.error(f"{name} is missing")
+            return default
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(f"{name} is {_short(value)}, not a whole number")
+        if not low <= value <= high:
+            raise self.error(f"{name} is {_short(value)}; it must be from {low} to {high}")
+        return value
+
+    def number(self, name: str, *, low: float, high: float, default: float) -> float:
+        """A number in [low, high)."""
+        value = self.data.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.error(f"{name} is {_short(value)}, not a number")
+        if not (math.isfinite(value) and low <= value < high):
+            raise self.error(
+                f"{name} is {_short(value)}; it must be at least {low:g}, below {high:g}"
+            )
+        return float(value)
+
+    def text(self, name: str, *, default: str | None = None) -> str:
+        value = self.data.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str):
+            raise self.error(f"{name} is {_short(value)}, not a string")
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.data.get(name, False)
+        if value is not None and not isinstance(value, bool):
+            raise self.error(f"{name} is {_short(value)}, not true or false")
+        return bool(value)
+
+
+def _short(value: object) -> str:
+    """A value as an error may quote it: never a megabyte of it."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a number of hundreds of digits"
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "an object"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_bounds(config: EncoderConfig, *, file: str) -> None:
+    """Refuses an encoder config, for example one that was hand-edited, that no encoder has."""
+    fields = Fields(config.to_dict(), file=file)
+    fields.integer("vocab_size", low=1, high=MAX_VOCABULARY)
+    fields.integer("hidden", low=1, high=MAX_HIDDEN)
+    fields.integer("layers", low=1, high=MAX_LAYERS)
+    fields.integer("head_dim", low=1, high=MAX_HIDDEN)
+    fields.integer("max_positions", low=1, high=MAX_POSITIONS)
+    fields.integer("type_vocab_size", low=1, high=MAX_TYPES)
+    fields.integer("pad_token_id", low=0, high=config.vocab_size - 1)
+    fields.number("layer_norm_eps", low=0.0, high=1.0, default=math.nan)
+    fields.number("hidden_dropout", low=0.0, high=1.0, default=math.nan)
+    fields.number("attention_dropout", low=0.0, high=1.0, default=math.nan)
+    fields.text("family")
+    if fields.text("activation") not in ACTIVATIONS:
+        raise fields.error(f"activation is {_short(config.activation)}")
+    if config.num_labels is not None:
+        fields.integer("num_labels", low=1, high=MAX_LABELS)
+    for name, counts, high in (("heads", config.heads, MAX_HEADS), ("ffn", config.ffn, MAX_FFN)):
+        for i, count in enumerate(counts):
+            if not 1 <= count <= high:
+                raise fields.error(f"{name}[{i}] is {_short(count)}; it must be from 1 to {high}")

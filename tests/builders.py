@@ -1,0 +1,308 @@
+"""Tiny real inputs for tests: random BERT folders and datasets, with numpy and no paddle."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+GOOD_WORDS = ("good", "great", "fine", "lovely", "bright", "warm", "clever", "moving")
+BAD_WORDS = ("bad", "poor", "dull", "weak", "cold", "slow", "empty", "clumsy")
+PLAIN_WORDS = (
+    "the", "a", "this", "film", "story", "scene", "actor", "music", "is", "was", "and", "with",
+    "very", "quite", "some", "of", "in", "at", "end", "start", "plot", "song", "camera", "light",
+)  # fmt: skip
+PIECES = ("##s", "##ed", "##ly", ".", ",", "!")
+WORDS = (*GOOD_WORDS, *BAD_WORDS, *PLAIN_WORDS, *PIECES)
+
+
+def tiny_bert(
+    folder: Path,
+    *,
+    layers: int = 2,
+    heads: int = 4,
+    hidden: int = 32,
+    ffn: int = 64,
+    num_labels: int | None = 2,
+    words: tuple[str, ...] = WORDS,
+    max_positions: int = 64,
+    prefix: str = "bert.",
+    dtype: str = "float32",
+    labels: tuple[str, ...] | None = None,
+    seed: int = 0,
+) -> Path:
+    """A random BERT in Hugging Face's layout, with vocab.txt and tokenizer_config.json.
+
+    Without `num_labels` it has no classifier, and `prefix` is "" as BertModel saves it.
+    `labels` become the config's id2label.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = (*SPECIAL_TOKENS, *words)
+    config = bert_config(
+        vocab_size=len(vocabulary),
+        layers=layers,
+        heads=heads,
+        hidden=hidden,
+        ffn=ffn,
+        num_labels=num_labels,
+        max_positions=max_positions,
+        labels=labels,
+    )
+    write_json(folder / "config.json", config)
+    weights = huggingface_weights(config, num_labels=num_labels, seed=seed)
+    if num_labels is None:
+        prefix = ""
+    stored = {
+        name if name.startswith("classifier") else prefix + name: array.astype(dtype)
+        for name, array in weights.items()
+    }
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(folder, vocabulary)
+    return folder
+
+
+def tiny_paddlenlp(
+    folder: Path,
+    *,
+    layers: int = 2,
+    heads: int = 4,
+    hidden: int = 32,
+    ffn: int = 64,
+    num_labels: int | None = 2,
+    words: tuple[str, ...] = WORDS,
+    max_positions: int = 64,
+    weights_file: str = "model_state.pdparams",
+    seed: int = 0,
+) -> Path:
+    """The same random BERT as `tiny_bert` of the same arguments, in PaddleNLP's layout.
+
+    `weights_file` "model_state.pdparams" is a pickle of numpy arrays, as paddle.save
+    writes it; "model.safetensors" has PaddleNLP's names too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = (*SPECIAL_TOKENS, *words)
+    config = bert_config(
+        vocab_size=len(vocabulary),
+        layers=layers,
+        heads=heads,
+        hidden=hidden,
+        ffn=ffn,
+        num_labels=num_labels,
+        max_positions=max_positions,
+    )
+    write_json(folder / "config.json", {**config, "pool_act": "tanh", "fuse": False})
+    weights = paddlenlp_weights(huggingface_weights(config, num_labels=num_labels, seed=seed))
+    if weights_file.endswith(".safetensors"):
+        save_file(weights, folder / weights_file, metadata={"format": "np"})
+    else:
+        (folder / weights_file).write_bytes(pickle.dumps(weights, protocol=4))
+    _write_tokenizer(folder, vocabulary)
+    return folder
+
+
+def bert_config(
+    *,
+    vocab_size: int,
+    layers: int = 2,
+    heads: int = 4,
+    hidden: int = 32,
+    ffn: int = 64,
+    num_labels: int | None = 2,
+    max_positions: int = 64,
+    labels: tuple[str, ...] | None = None,
+) -> dict[str, Any]:
+    """A config.json as Hugging Face writes it."""
+    config: dict[str, Any] = {
+        "architectures": ["BertModel" if num_labels is None else "BertForSequenceClassification"],
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": ffn,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": max_positions,
+        "model_type": "bert",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "pad_token_id": 0,
+        "position_embedding_type": "absolute",
+        "type_vocab_size": 2,
+        "vocab_size": vocab_size,
+    }
+    if num_labels is not None and (labels is not None or num_labels != 2):
+        names = labels or tuple(f"LABEL_{i}" for i in range(num_labels))
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+    return config
+
+
+def huggingface_weights(config: dict[str, Any], *, num_labels: int | None, seed: int = 0) -> Arrays:
+    """Random weights under transformers' names without a prefix; linear weights are [out, in].
+
+    Scaled so that activations neither vanish nor saturate: logits differ between texts.
+    """
+    generator = np.random.default_rng(seed)
+    hidden, ffn = config["hidden_size"], config["intermediate_size"]
+    weights: Arrays = {}
+
+    def table(name: str, rows: int) -> None:
+        weights[f"{name}.weight"] = generator.normal(0, 0.3, (rows, hidden))
+
+    def norm(name: str) -> None:
+        weights[f"{name}.weight"] = 1 + generator.normal(0, 0.1, hidden)
+        weights[f"{name}.bias"] = generator.normal(0, 0.1, hidden)
+
+    def linear(name: str, inputs: int, outputs: int) -> None:
+        weights[f"{name}.weight"] = generator.normal(0, inputs**-0.5, (outputs, inputs))
+        weights[f"{name}.bias"] = generator.normal(0, 0.1, outputs)
+
+    table("embeddings.word_embeddings", config["vocab_size"])
+    table("embeddings.position_embeddings", config["max_position_embeddings"])
+    table("embeddings.token_type_embeddings", config["type_vocab_size"])
+    norm("embeddings.LayerNorm")
+    for i in range(config["num_hidden_layers"]):
+        layer = f"encoder.layer.{i}"
+        for part in ("query", "key", "value"):
+            linear(f"{layer}.attention.self.{part}", hidden, hidden)
+        linear(f"{layer}.attention.output.dense", hidden, hidden)
+        norm(f"{layer}.attention.output.LayerNorm")
+        linear(f"{layer}.intermediate.dense", hidden, ffn)
+        linear(f"{layer}.output.dense", ffn, hidden)
+        norm(f"{layer}.output.LayerNorm")
+    linear("pooler.dense", hidden, hidden)
+    if num_labels is not None:
+        linear("classifier", hidden, num_labels)
+    return {name: array.astype(np.float32) for name, array in weights.items()}
+
+
+_PADDLENLP_NAMES = (
+    ("embeddings.LayerNorm", "embeddings.layer_norm"),
+    ("encoder.layer.", "encoder.layers."),
+    ("attention.self.query", "self_attn.q_proj"),
+    ("attention.self.key", "self_attn.k_proj"),
+    ("attention.self.value", "self_attn.v_proj"),
+    ("attention.output.dense", "self_attn.out_proj"),
+    ("attention.output.LayerNorm", "norm1"),
+    ("intermediate.dense", "linear1"),
+    ("output.dense", "linear2"),
+    ("output.LayerNorm", "norm2"),
+)
+
+
+def paddlenlp_weights(huggingface: Arrays) -> Arrays:
+    """The same weights under PaddleNLP's names; linear weights become [in, out]."""
+    headless = "classifier.weight" not in huggingface
+    renamed: Arrays = {}
+    for name, array in huggingface.items():
+        if array.ndim == 2 and not name.startswith("embeddings"):
+            array = np.ascontiguousarray(array.T)
+        for theirs, paddles in _PADDLENLP_NAMES:
+            name = name.replace(theirs, paddles)
+        renamed[name if headless or name.startswith("classifier") else f"bert.{name}"] = array
+    return renamed
+
+
+def tiny_dataset(
+    folder: Path,
+    *,
+    rows: dict[str, int] | None = None,
+    labels: tuple[str, str] = ("0", "1"),
+    pair: bool = False,
+    seed: int = 0,
+) -> Path:
+    """train.tsv, dev.tsv and test.tsv with the columns text (text_pair) and label.
+
+    Each text holds good words or bad ones among plain words, and its label says which:
+    a model that learns the words gets every row right. With `pair`, the telling words
+    stand in the second sentence. `rows` gives the rows of each split.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    chooser = random.Random(seed)
+    for split, count in (rows or {"train": 256, "dev": 64, "test": 64}).items():
+        header = "text\ttext_pair\tlabel" if pair else "text\tlabel"
+        lines = [header]
+        for i in range(count):
+            label = i % 2  # balanced, whatever the seed
+            telling = _sentence(chooser, GOOD_WORDS if label else BAD_WORDS)
+            cells = [_sentence(chooser, ()), telling] if pair else [telling]
+            lines.append("\t".join([*cells, labels[label]]))
+        body = lines[1:]
+        chooser.shuffle(body)
+        (folder / f"{split}.tsv").write_text("\n".join([header, *body]) + "\n", encoding="utf-8")
+    return folder
+
+
+def _sentence(chooser: random.Random, telling: tuple[str, ...]) -> str:
+    words = chooser.choices(PLAIN_WORDS, k=chooser.randint(3, 12))
+    for word in chooser.sample(telling, k=min(2, len(telling))):
+        words.insert(chooser.randint(0, len(words)), word)
+    return " ".join(words)
+
+
+def _write_tokenizer(folder: Path, vocabulary: tuple[str, ...]) -> None:
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    write_json(
+        folder / "tokenizer_config.json",
+        {"do_lower_case": True, "tokenizer_class": "BertTokenizer", "model_max_length": 64},
+    )
+
+
+def write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+_TORCH_STORAGES = {
+    "<f4": "FloatStorage",
+    "<f2": "HalfStorage",
+    "<f8": "DoubleStorage",
+    "<i8": "LongStorage",
+}
+
+
+def torch_zip(path: Path, weights: Arrays, *, as_parameters: bool = False) -> Path:
+    """What torch.save writes for a state dict: a zip with data.pkl and a file for each storage.
+
+    The pickle is put together opcode by opcode, because torch itself is not installed.
+    """
+    pickled = bytearray(b"\x80\x02ccollections\nOrderedDict\n)R(")
+    for key, (name, array) in enumerate(weights.items()):
+        pickled += _pickled_text(name)
+        tensor = bytearray(b"ctorch._utils\n_rebuild_tensor_v2\n((")
+        tensor += _pickled_text("storage")
+        tensor += f"ctorch\n{_TORCH_STORAGES[array.dtype.str]}\n".encode()
+        tensor += _pickled_text(str(key)) + _pickled_text("cpu") + _pickled_int(array.size) + b"tQ"
+        strides = [step // array.itemsize for step in np.require(array, requirements="C").strides]
+        tensor += _pickled_int(0) + b"(" + b"".join(map(_pickled_int, array.shape)) + b"t"
+        tensor += b"(" + b"".join(map(_pickled_int, strides)) + b"t"
+        tensor += b"\x89ccollections\nOrderedDict\n)RtR"
+        if as_parameters:
+            hooks = b"\x88ccollections\nOrderedDict\n)RtR"
+            tensor = bytearray(b"ctorch._utils\n_rebuild_parameter\n(") + tensor + hooks
+        pickled += tensor
+    # torch hangs the modules' versions on the dict: its state.
+    pickled += b"u}" + _pickled_text("_metadata") + b"ccollections\nOrderedDict\n)Rsb."
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+        file.writestr("archive/data.pkl", bytes(pickled))
+        file.writestr("archive/byteorder", "little")
+        for key, array in enumerate(weights.values()):
+            file.writestr(f"archive/data/{key}", np.ascontiguousarray(array).tobytes())
+        file.writestr("archive/version", "3\n")
+    return path
+
+
+def _pickled_text(text: str) -> bytes:
+    return b"X" + len(text.encode()).to_bytes(4, "little") + text.encode()
+
+
+def _pickled_int(number: int) -> bytes:
+    return b"J" + number.to_bytes(4, "little", signed=True)

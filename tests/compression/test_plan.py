@@ -1,0 +1,476 @@
+"""A plan holds spec, model and dataset against each other, and deals out the rows it promised."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compression import cost
+from compression.errors import InvalidDataset, InvalidSpec
+from compression.plan import (
+    Examples,
+    ModelInfo,
+    Plan,
+    make_plan,
+    model_info,
+    resolve_rows,
+    subnetwork_name,
+)
+from compression.spec import Spec
+from compression.tables import Table, profile
+from compression.teachers import Checkpoint, EncoderConfig
+
+CONFIG = EncoderConfig(
+    family="bert",
+    vocab_size=50,
+    hidden=32,
+    layers=2,
+    heads=(4, 4),
+    head_dim=8,
+    ffn=(64, 64),
+    max_positions=128,
+    type_vocab_size=2,
+    layer_norm_eps=1e-12,
+    activation="gelu",
+    hidden_dropout=0.1,
+    attention_dropout=0.1,
+    pad_token_id=0,
+    num_labels=2,
+)
+
+
+def model(
+    num_labels: int | None = 2, labels: tuple[str, ...] | None = None, **changes: Any
+) -> ModelInfo:
+    config = dataclasses.replace(CONFIG, num_labels=num_labels, **changes)
+    return model_info(Checkpoint(config, {}, labels, "huggingface", ()))
+
+
+def table(labels: Sequence[str | None], texts: Sequence[str] | None = None, **more: Any) -> Table:
+    """Rows on lines 2, 3, ... with columns text and label, and those in `more` beside them."""
+    columns = {"text": texts or [f"text {i}" for i in range(len(labels))], "label": labels, **more}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return Table(tuple(columns), rows, list(range(2, len(rows) + 2)), "")
+
+
+def named(**splits: Table) -> dict[str, Table]:
+    return {s: dataclasses.replace(each, file=f"{s}.csv") for s, each in splits.items()}
+
+
+def plan_of(
+    spec: dict[str, Any] | None = None, info: ModelInfo | None = None, **splits: Table
+) -> Plan:
+    return make_plan(Spec.model_validate(spec or {}), info or model(), profile(named(**splits)))
+
+
+TRAIN = table(["0", "1"] * 20)
+DEV = table(["0", "1"] * 60)
+
+
+def refused_spec(
+    pointer: str, spec: dict[str, Any] | None = None, info: ModelInfo | None = None, **splits: Table
+) -> str:
+    with pytest.raises(InvalidSpec) as caught:
+        plan_of(spec, info, **(splits or {"train": TRAIN, "dev": DEV}))
+    assert caught.value.pointer == pointer
+    return caught.value.message
+
+
+def refused_rows(spec: dict[str, Any] | None = None, **splits: Table) -> InvalidDataset:
+    with pytest.raises(InvalidDataset) as caught:
+        plan_of(spec, **splits)
+    return caught.value
+
+
+# --- the model ------------------------------------------------------------------------------
+
+
+def test_model_info_survives_json() -> None:
+    info = model(labels=("no", "yes"))
+    assert ModelInfo.model_validate_json(info.model_dump_json()) == info
+    assert info.legal_widths == (1, Fraction(3, 4), Fraction(1, 2), Fraction(1, 4))
+    assert EncoderConfig.from_dict(info.encoder).num_labels == 2
+    assert info.parameters == cost.parameters(CONFIG)
+
+
+# --- sub-networks ---------------------------------------------------------------------------
+
+
+def test_a_plan_survives_json_and_lists_the_subnetworks() -> None:
+    plan = plan_of(train=TRAIN, dev=DEV)
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    assert [each.name for each in plan.subnetworks] == ["w1", "w3_4", "w1_2", "w1_4"]
+    assert [each.heads for each in plan.subnetworks] == [(4, 4), (3, 3), (2, 2), (1, 1)]
+    assert [each.ffn for each in plan.subnetworks] == [(64, 64), (48, 48), (32, 32), (16, 16)]
+    full, *narrower = plan.subnetworks
+    assert full.parameters == cost.parameters(CONFIG)
+    assert full.flops == cost.flops(CONFIG, plan.seq_len)
+    sizes = [each.predicted_bytes["onnx"] for each in plan.subnetworks]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > 4 * full.parameters
+    assert all(full.flops > each.flops and full.parameters > each.parameters for each in narrower)
+
+
+def test_only_the_formats_asked_for_are_predicted() -> None:
+    plan = plan_of({"export": {"formats": ["onnx"]}}, train=TRAIN, dev=DEV)
+    assert set(plan.subnetworks[0].predicted_bytes) == {"onnx"}
+
+
+def test_a_head_still_to_be_trained_is_counted() -> None:
+    plan = plan_of(info=model(None), train=TRAIN, dev=DEV)
+    assert plan.fine_tune
+    assert plan.subnetworks[0].parameters == cost.parameters(CONFIG)
+
+
+@pytest.mark.parametrize(("widths", "index"), [(["1", "2/3"], 1), (["1/8"], 0), ([0.3, 1], 0)])
+def test_a_width_without_whole_heads_is_refused(widths: list[Any], index: int) -> None:
+    message = refused_spec(f"/supernet/width_mults/{index}", {"supernet": {"width_mults": widths}})
+    assert "1, 3/4, 1/2, 1/4" in message
+
+
+def test_a_width_must_suit_every_layer() -> None:
+    info = model(heads=(4, 2))
+    message = refused_spec(
+        "/supernet/width_mults/1", {"supernet": {"width_mults": [1, "1/4"]}}, info
+    )
+    assert "layer 1" in message
+    refused_spec(
+        "/supernet/width_mults/0", {"supernet": {"width_mults": ["3/4"]}}, model(ffn=(64, 62))
+    )
+
+
+def test_names_of_subnetworks_are_safe_as_folders() -> None:
+    assert subnetwork_name(Fraction(11, 12)) == "w11_12"
+    assert subnetwork_name(Fraction(1)) == "w1"
+
+
+def test_lengths_are_held_against_the_positions() -> None:
+    info = model(max_positions=64)
+    refused_spec("/task/max_seq_len", {}, info)
+    refused_spec(
+        "/latency/seq_len", {"task": {"max_seq_len": 64}, "latency": {"seq_len": 65}}, info
+    )
+    assert plan_of({"task": {"max_seq_len": 64}}, info, train=TRAIN, dev=DEV).seq_len <= 64
+
+
+def test_more_work_is_predicted_to_take_longer() -> None:
+    large = model(hidden=3200, head_dim=800)  # a shape: no weights are made
+
+    def seconds(**spec: Any) -> float:
+        return plan_of(spec, large, train=TRAIN, dev=DEV).predicted_seconds
+
+    usual = seconds()
+    assert seconds(distillation={"epochs": 100}) > usual
+    assert seconds(distillation={"epochs": 100, "max_steps": 1}) < usual
+    assert seconds(supernet={"width_mults": [1]}) < usual
+    assert seconds(teacher={"when": "always", "epochs": 100}) > usual
+
+
+# --- columns --------------------------------------------------------------------------------
+
+
+def test_the_specs_columns_win_over_the_guess() -> None:
+    other = [f"other {i}" for i in range(40)]
+    train = table(["0", "1"] * 20, note=other, kind=["a", "b", "c", "d"] * 10)
+    plan = plan_of({"task": {"text": "note", "label": "kind"}}, model(None), train=train)
+    assert (plan.text, plan.text_pair, plan.label) == ("note", None, "kind")
+    assert plan.labels == ("a", "b", "c", "d")
+    plan = plan_of({"task": {"text_pair": "note"}}, train=train)
+    assert (plan.text, plan.text_pair, plan.label) == ("text", "note", "label")
+
+
+def test_naming_the_text_says_that_there_is_no_pair() -> None:
+    texts = [f"x {i}" for i in range(40)]
+    train = table(["0", "1"] * 20, sentence1=texts, sentence2=texts)
+    assert plan_of(train=train).text_pair == "sentence2"
+    assert plan_of({"task": {"text": "sentence1"}}, train=train).text_pair is None
+
+
+@pytest.mark.parametrize(
+    ("task", "pointer", "says"),
+    [
+        ({"text": "nope"}, "/task/text", "'nope'"),
+        ({"text_pair": "nope"}, "/task/text_pair", "text, label"),
+        ({"label": "nope"}, "/task/label", "text, label"),
+        ({"text": "label", "label": "label"}, "/task/label", "text and as label"),
+        ({"text": "text", "text_pair": "text"}, "/task/text_pair", "both sentences"),
+        ({"label": "text", "text": "label"}, "/task/label", "40 distinct values in 40 rows"),
+    ],
+)
+def test_columns_that_cannot_be_meant(task: dict[str, str], pointer: str, says: str) -> None:
+    assert says in refused_spec(pointer, {"task": task})
+
+
+def test_a_column_must_stand_in_every_split_that_needs_it() -> None:
+    pair = table(["0", "1"] * 20, text_pair=["x"] * 40)
+    message = refused_spec("/task/text_pair", {}, None, train=pair, dev=DEV)
+    assert "dev.csv has no column 'text_pair'" in message
+    texts = Table(("words",), [{"words": "a"}], [2])
+    assert "unlabelled.csv" in refused_spec("/task/text", {}, None, train=TRAIN, unlabelled=texts)
+
+
+def test_a_label_that_cannot_be_guessed_is_asked_for() -> None:
+    train = Table(
+        ("text", "genre", "source"),
+        [{"text": f"t{i}", "genre": str(i % 2), "source": str(i % 3)} for i in range(12)],
+        list(range(2, 14)),
+    )
+    assert "genre, source" in refused_spec("/task/label", {}, None, train=train)
+    assert plan_of({"task": {"label": "genre"}}, train=train).labels == ("0", "1")
+
+
+def test_a_pair_needs_two_token_types() -> None:
+    train = table(["0", "1"] * 20, text_pair=["x"] * 40)
+    refused_spec("/task/text_pair", {}, model(type_vocab_size=1), train=train)
+    assert plan_of(info=model(type_vocab_size=1), train=TRAIN).text_pair is None
+
+
+# --- labels ---------------------------------------------------------------------------------
+
+
+def test_empty_labels_are_named_by_line() -> None:
+    error = refused_rows(train=table(["0", "1", "", "0", None, "1"]), dev=table(["0", " "]))
+    assert [(row.file, row.line) for row in error.rows] == [
+        ("train.csv", 4),
+        ("train.csv", 6),
+        ("dev.csv", 3),
+    ]
+    assert error.pointer == "train.csv"
+
+
+def test_labels_that_train_does_not_have_are_named_by_line() -> None:
+    error = refused_rows(train=TRAIN, dev=DEV, test=table(["0", "-1", "-1", "2"]))
+    assert [(row.file, row.line) for row in error.rows] == [("test.csv", 3), ("test.csv", 5)]
+    assert "'-1' is not in train" in error.message
+
+
+def test_a_named_label_column_with_one_class_is_refused() -> None:
+    train = table(["0", "1"] * 20, constant=["x"] * 40)
+    assert "one class" in refused_rows({"task": {"label": "constant"}}, train=train).message
+
+
+@pytest.mark.parametrize(
+    ("found", "names", "expected", "called"),
+    [
+        (["1", "0"], None, ("0", "1"), ("0", "1")),
+        (["pos", "neg"], ("neg", "pos"), ("neg", "pos"), ("neg", "pos")),
+        # Not in alphabetical order: the model's order counts.
+        (["a", "b"], ("b", "a"), ("b", "a"), ("b", "a")),
+        # Numbers count as positions, unless they are the names themselves.
+        (["1", "0"], ("neg", "pos"), ("0", "1"), ("neg", "pos")),
+        (["1", "0"], ("1", "0"), ("1", "0"), ("1", "0")),
+        (["1.0", "0.0"], None, ("0.0", "1.0"), ("0.0", "1.0")),
+    ],
+)
+def test_labels_are_mapped_to_the_head(
+    found: list[str],
+    names: tuple[str, ...] | None,
+    expected: tuple[str, ...],
+    called: tuple[str, ...],
+) -> None:
+    plan = plan_of(info=model(2, names), train=table(found * 20))
+    assert plan.labels == expected
+    assert plan.label_names == called
+    assert not plan.fine_tune
+
+
+def test_a_head_may_have_outputs_that_the_dataset_lacks() -> None:
+    plan = plan_of(info=model(3), train=table(["2", "0"] * 20))
+    assert plan.labels == ("0", "1", "2")
+    assert any("no row of train has the label 1" in warning for warning in plan.warnings)
+    names = ("no", "maybe", "yes")
+    assert plan_of(info=model(3, names), train=table(["no", "yes"] * 20)).labels == names
+
+
+@pytest.mark.parametrize(
+    ("found", "info", "says"),
+    [
+        (["good", "bad"], model(2), "which output means which label"),
+        (["good", "bad"], model(2, ("POSITIVE", "NEGATIVE")), "POSITIVE, NEGATIVE"),
+        (["1", "2"], model(2), "which output means which label"),
+        (["1", "1.0"], model(2), "which output means which label"),
+        (["0", "1", "2"], model(2), "3 labels (0, 1, 2) and the model 2 outputs"),
+    ],
+)
+def test_labels_that_cannot_be_mapped_are_asked_for(
+    found: list[str], info: ModelInfo, says: str
+) -> None:
+    assert says in refused_spec("/task/labels", {}, info, train=table(found * 20))
+
+
+def test_the_specs_order_of_labels_counts() -> None:
+    spec = {"task": {"labels": ["good", "bad"]}}
+    splits = {"train": table(["bad", "good"] * 20), "dev": table(["bad", "good"])}
+    plan = plan_of(spec, model(2, ("POSITIVE", "NEGATIVE")), **splits)
+    assert plan.labels == ("good", "bad")
+    assert plan.label_names == ("POSITIVE", "NEGATIVE")
+    rows = resolve_rows(Spec.model_validate(spec), plan, named(**splits), 0)
+    assert rows["dev"].labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "info", "says"),
+    [
+        (["0", "0"], model(2), "twice"),
+        (["0", "2"], model(2), "not listed: 1"),
+        (["0", "1", "2"], model(2), "3 labels are listed, and the model has 2 outputs"),
+    ],
+)
+def test_a_wrong_order_of_labels_is_refused(labels: list[str], info: ModelInfo, says: str) -> None:
+    assert says in refused_spec("/task/labels", {"task": {"labels": labels}}, info)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (["10", "9", "-1"], ("-1", "9", "10")),
+        (["10", "9", "x"], ("10", "9", "x")),
+        (["01", "1", "0"], ("0", "01", "1")),
+    ],
+)
+def test_a_new_head_has_the_labels_in_order(found: list[str], expected: tuple[str, ...]) -> None:
+    plan = plan_of(info=model(None), train=table(found * 20))
+    assert plan.labels == plan.label_names == expected
+
+
+def test_when_to_fine_tune() -> None:
+    names = ("neg", "pos")
+    splits = {"train": table(["x", "y"] * 20), "dev": table(["x", "y"])}
+    always = plan_of({"teacher": {"when": "always"}}, model(3, ("a", "b", "c")), **splits)
+    assert always.fine_tune
+    assert always.labels == always.label_names == ("x", "y")
+    refused_spec("/teacher/when", {"teacher": {"when": "never"}}, model(None))
+    refused_spec("/teacher/when", {}, model(1))
+    never = plan_of({"teacher": {"when": "never"}}, model(2, names), train=TRAIN, dev=DEV)
+    assert not never.fine_tune
+
+
+# --- warnings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({"constraints": {"max_size_mb": 0.001}}, "max_size_mb"),
+        ({"importance": {"split": "dev"}}, "flatters"),
+        ({"device": "gpu"}, "two CPU cores"),
+    ],
+)
+def test_what_a_user_should_know(spec: dict[str, Any], says: str) -> None:
+    assert not any(says in warning for warning in plan_of(train=TRAIN, dev=DEV).warnings)
+    assert any(says in warning for warning in plan_of(spec, train=TRAIN, dev=DEV).warnings)
+
+
+def test_a_small_dev_is_warned_of() -> None:
+    assert any("10.0 points" in w for w in plan_of(train=TRAIN, dev=table(["0"] * 10)).warnings)
+    assert not any("points" in w for w in plan_of(train=TRAIN, dev=DEV).warnings)
+
+
+# --- rows -----------------------------------------------------------------------------------
+
+
+def rows_of(
+    seed: int = 0, spec: dict[str, Any] | None = None, **splits: Table
+) -> dict[str, Examples]:
+    plan = plan_of(spec, model(None), **splits)
+    return resolve_rows(Spec.model_validate(spec or {}), plan, named(**splits), seed)
+
+
+def test_rows_keep_texts_labels_and_lines() -> None:
+    train = table(
+        ["b", "a", "b", "a"], ["one", "two", "three", "four"], text_pair=["p", None, "q", "r"]
+    )
+    rows = rows_of(train=train, dev=table(["a"], ["five"], text_pair=["s"]))
+    assert rows["train"].texts == ["one", "two", "three", "four"]
+    assert rows["train"].pairs == ["p", "", "q", "r"]
+    assert rows["train"].labels.tolist() == [1, 0, 1, 0]
+    assert rows["train"].labels.dtype == "int64"
+    assert rows["train"].lines == [2, 3, 4, 5]
+    assert len(rows["dev"]) == 1
+
+
+def test_unlabelled_rows_have_no_label() -> None:
+    texts = Table(("text",), [{"text": "x"}, {"text": None}], [1, 2])
+    rows = rows_of(train=TRAIN, unlabelled=texts)
+    assert rows["unlabelled"].labels.tolist() == [-1, -1]
+    assert rows["unlabelled"].texts == ["x", ""]
+    assert list(rows) == ["train", "dev", "unlabelled"]
+
+
+def test_a_given_dev_is_left_alone() -> None:
+    plan = plan_of(train=TRAIN, dev=DEV)
+    assert not plan.dev_from_train
+    assert plan.rows == {"train": 40, "dev": 120}
+    assert len(rows_of(train=TRAIN, dev=DEV)["train"]) == 40
+
+
+def test_a_dev_from_train_depends_on_the_seed_alone() -> None:
+    first, again, other = (rows_of(seed, train=DEV)["dev"].lines for seed in (3, 3, 4))
+    assert first == again
+    assert first != other
+
+
+def test_a_dev_from_train_is_a_tenth_of_each_label() -> None:
+    train = table(["a"] * 200 + ["b"] * 100 + ["c"] * 10 + ["d"])
+    plan = plan_of(info=model(None), train=train)
+    assert plan.dev_from_train
+    assert plan.rows == {"train": 280, "dev": 31}
+    dev = rows_of(train=train)["dev"]
+    assert Counter(dev.labels.tolist()) == {0: 20, 1: 10, 2: 1}
+    assert any("31 rows of train become dev" in warning for warning in plan.warnings)
+
+
+def test_rows_with_a_label_the_plan_lacks_are_refused() -> None:
+    plan = plan_of(train=TRAIN)
+    with pytest.raises(InvalidDataset) as caught:
+        resolve_rows(Spec(), plan, named(train=table(["0", "9", None])), 0)
+    assert [(row.file, row.line) for row in caught.value.rows] == [
+        ("train.csv", 3),
+        ("train.csv", 4),
+    ]
+
+
+def test_a_train_of_one_text_gives_no_dev() -> None:
+    train = table(["0", "1"] * 10, ["same"] * 20)
+    with pytest.raises(InvalidDataset, match="too few texts"):
+        rows_of(train=train)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcdefghijkl"), st.sampled_from(["x", "y", "z"])),
+        min_size=5,
+        max_size=120,
+    ),
+    st.integers(0, 5),
+    st.booleans(),
+)
+def test_a_dev_from_train_loses_no_row_and_parts_no_equal_texts(
+    drawn: list[tuple[str, str]], seed: int, distinct: bool
+) -> None:
+    texts = [f"{text}{i}" if distinct else text for i, (text, _) in enumerate(drawn)]
+    labels = [label for _, label in drawn]
+    train = table([*labels, "x", "y", "x"], [*texts, "one more", "and one", "and two"])
+    plan = plan_of(info=model(None), train=train)
+    try:
+        rows = resolve_rows(Spec(), plan, named(train=train), seed)
+    except InvalidDataset:
+        assert not distinct  # equal texts may be too many to move any
+        return
+    train_rows, dev = rows["train"], rows["dev"]
+    assert sorted(train_rows.lines + dev.lines) == train.lines
+    assert not set(train_rows.texts) & set(dev.texts)
+    # Every label can still be learnt, and dev is a tenth or, with equal texts, less.
+    assert set(train_rows.labels.tolist()) == set(range(len(plan.labels)))
+    assert 1 <= len(dev) <= plan.rows["dev"]
+    if distinct:
+        assert len(dev) == plan.rows["dev"]
+        assert len(train_rows) == plan.rows["train"]
