@@ -1,0 +1,95 @@
+"""Elastic layers: one shared weight each, of which a sub-network uses the first part.
+
+Shapes: B rows, T tokens, H hidden size, A heads, D units a head, F neurons. A
+Paddle `Linear` weight is [in, out], so a narrower layer is the weight's
+upper-left block. The active size is an argument of each call, never a mode.
+"""
+
+from __future__ import annotations
+
+import paddle
+from paddle import Tensor, nn
+from paddle.nn import functional as F
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate=True),
+    "relu": F.relu,
+}
+
+
+def sliced_linear(
+    layer: nn.Linear, x: Tensor, *, inputs: int | None = None, outputs: int | None = None
+) -> Tensor:
+    """`x @ weight[:inputs, :outputs] + bias[:outputs]`; None keeps the whole side."""
+    weight, bias = layer.weight, layer.bias
+    if inputs is not None and inputs < weight.shape[0]:
+        weight = weight[:inputs]
+    if outputs is not None and outputs < weight.shape[1]:
+        weight, bias = weight[:, :outputs], bias[:outputs]
+    return F.linear(x, weight, bias)
+
+
+class ElasticAttention(nn.Layer):
+    """Multi-head self-attention with its residual and norm (post-norm, as in BERT)."""
+
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        heads: int,
+        head_dim: int,
+        epsilon: float,
+        dropouts: tuple[float, float],
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, head_dim
+        self.query = nn.Linear(hidden, heads * head_dim)
+        self.key = nn.Linear(hidden, heads * head_dim)
+        self.value = nn.Linear(hidden, heads * head_dim)
+        self.output = nn.Linear(heads * head_dim, hidden)
+        self.norm = nn.LayerNorm(hidden, epsilon=epsilon)
+        hidden_dropout, attention_dropout = dropouts
+        self.hidden_dropout = nn.Dropout(hidden_dropout)
+        self.attention_dropout = nn.Dropout(attention_dropout)
+
+    def forward(
+        self, x: Tensor, mask: Tensor, *, heads: int | None = None, gates: Tensor | None = None
+    ) -> Tensor:
+        """x [B, T, H], mask [B, 1, 1, T] (added to the scores), gates [A] -> [B, T, H]."""
+        heads = heads or self.heads
+        width = heads * self.head_dim
+
+        def project(layer: nn.Linear) -> Tensor:  # [B, T, H] -> [B, A, T, D]
+            y = sliced_linear(layer, x, outputs=width)
+            return y.reshape([0, 0, heads, self.head_dim]).transpose([0, 2, 1, 3])
+
+        query = project(self.query) * self.head_dim**-0.5
+        scores = paddle.matmul(query, project(self.key), transpose_y=True) + mask  # [B, A, T, T]
+        weights = self.attention_dropout(F.softmax(scores))
+        context = paddle.matmul(weights, project(self.value))  # [B, A, T, D]
+        if gates is not None:
+            context = context * gates.reshape([1, heads, 1, 1])
+        context = context.transpose([0, 2, 1, 3]).reshape([0, 0, width])  # [B, T, A * D]
+        y = sliced_linear(self.output, context, inputs=width)
+        return self.norm(x + self.hidden_dropout(y))
+
+
+class ElasticFeedForward(nn.Layer):
+    """The two-layer feed-forward block with its residual and norm."""
+
+    def __init__(
+        self, *, hidden: int, neurons: int, epsilon: float, dropout: float, activation: str
+    ) -> None:
+        super().__init__()
+        self.intermediate = nn.Linear(hidden, neurons)
+        self.output = nn.Linear(neurons, hidden)
+        self.norm = nn.LayerNorm(hidden, epsilon=epsilon)
+        self.dropout = nn.Dropout(dropout)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor, *, neurons: int | None = None) -> Tensor:
+        """x [B, T, H] -> [B, T, H], through the first `neurons` of F."""
+        inner = self.activation(sliced_linear(self.intermediate, x, outputs=neurons))
+        y = sliced_linear(self.output, inner, inputs=neurons)
+        return self.norm(x + self.dropout(y))

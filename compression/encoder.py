@@ -1,0 +1,171 @@
+"""A BERT-family encoder with a classifier, readable in one file.
+
+The teacher, the supernet and every extracted sub-network are this one class.
+The supernet runs narrower when a `Subnetwork` is passed; an extracted one is
+built narrower. Letters: B rows, T tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+
+from compression.elastic import ElasticAttention, ElasticFeedForward
+from compression.errors import InvalidModel
+from compression.supernet import Subnetwork
+from compression.teachers.config import EncoderConfig
+
+MASKED = -1e9  # added to scores of padding: its softmax weight is exactly 0 in fp32
+INITIAL_STD = 0.02  # of new weights, as in BERT
+
+
+@dataclass(frozen=True)
+class EncoderStates:
+    """`hidden[0]` is the embedding output, `hidden[i]` layer i's output, each [B, T, H]."""
+
+    hidden: list[Tensor]
+    logits: Tensor  # [B, labels]
+
+
+class Embeddings(nn.Layer):
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden)
+        self.position = nn.Embedding(config.max_positions, config.hidden)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden)
+        self.norm = nn.LayerNorm(config.hidden, epsilon=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+        # A running count, not arange(T): it keeps the exported length dynamic.
+        positions = paddle.cumsum(paddle.ones_like(input_ids), axis=1) - 1
+        total = self.word(input_ids) + self.position(positions) + self.token_type(token_type_ids)
+        return self.dropout(self.norm(total))
+
+
+class Layer(nn.Layer):
+    def __init__(self, config: EncoderConfig, index: int) -> None:
+        super().__init__()
+        self.attention = ElasticAttention(
+            hidden=config.hidden,
+            heads=config.heads[index],
+            head_dim=config.head_dim,
+            epsilon=config.layer_norm_eps,
+            dropouts=(config.hidden_dropout, config.attention_dropout),
+        )
+        self.ffn = ElasticFeedForward(
+            hidden=config.hidden,
+            neurons=config.ffn[index],
+            epsilon=config.layer_norm_eps,
+            dropout=config.hidden_dropout,
+            activation=config.activation,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        *,
+        heads: int | None = None,
+        neurons: int | None = None,
+        gates: Tensor | None = None,
+    ) -> Tensor:
+        return self.ffn(self.attention(x, mask, heads=heads, gates=gates), neurons=neurons)
+
+
+class Encoder(nn.Layer):
+    """Embeddings, layers, pooler and classifier; parameter names as compression.teachers says."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        if config.num_labels is None:
+            raise ValueError("an encoder needs num_labels; give a headless checkpoint's config one")
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.LayerList([Layer(config, i) for i in range(config.layers)])
+        self.pooler = nn.Linear(config.hidden, config.hidden)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.classifier = nn.Linear(config.hidden, config.num_labels)
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        subnetwork: Subnetwork | None = None,
+        head_gates: Sequence[Tensor] | None = None,
+    ) -> EncoderStates:
+        """All hidden states and the logits of one batch; the first three are int64 [B, T].
+
+        `head_gates` multiplies each head's output, one tensor [heads] a layer: ones
+        change nothing, and their gradient is the head importance.
+        """
+        mask = (1.0 - attention_mask.astype("float32")).unsqueeze([1, 2]) * MASKED  # [B, 1, 1, T]
+        x = self.embeddings(input_ids, token_type_ids)
+        hidden = [x]
+        for i, layer in enumerate(self.layers):
+            x = layer(
+                x,
+                mask,
+                heads=subnetwork.heads[i] if subnetwork else None,
+                neurons=subnetwork.ffn[i] if subnetwork else None,
+                gates=head_gates[i] if head_gates is not None else None,
+            )
+            hidden.append(x)
+        pooled = paddle.tanh(self.pooler(x[:, 0]))  # [B, H], of the first token
+        return EncoderStates(hidden, self.classifier(self.dropout(pooled)))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        attention_mask: Tensor,
+        subnetwork: Subnetwork | None = None,
+    ) -> Tensor:
+        """The logits [B, labels]."""
+        states = self.encode(input_ids, token_type_ids, attention_mask, subnetwork=subnetwork)
+        return states.logits
+
+
+def numpy_weights(encoder: Encoder) -> dict[str, np.ndarray]:
+    """A copy of every parameter by name."""
+    return {name: value.numpy().copy() for name, value in encoder.state_dict().items()}
+
+
+def build_encoder(config: EncoderConfig, tensors: Mapping[str, np.ndarray]) -> Encoder:
+    """An encoder that holds exactly `tensors`; InvalidModel names what does not fit."""
+    encoder = Encoder(config)
+    own = encoder.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unexpected:
+        raise InvalidModel(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+    for name, parameter in own.items():
+        if list(parameter.shape) != list(tensors[name].shape):
+            raise InvalidModel(
+                f"{name} has shape {list(tensors[name].shape)}, expected {list(parameter.shape)}"
+            )
+        parameter.set_value(tensors[name].astype(np.float32))
+    return encoder
+
+
+def with_new_head(
+    config: EncoderConfig, tensors: Mapping[str, np.ndarray], *, num_labels: int, seed: int
+) -> tuple[EncoderConfig, dict[str, np.ndarray]]:
+    """The checkpoint with a fresh classifier (and pooler, where it has none), seeded."""
+    generator = np.random.default_rng(seed)
+    hidden = config.hidden
+    new = dict(tensors)
+    if "pooler.weight" not in new:
+        new["pooler.weight"] = generator.normal(0, INITIAL_STD, (hidden, hidden)).astype(np.float32)
+        new["pooler.bias"] = np.zeros(hidden, np.float32)
+    new["classifier.weight"] = generator.normal(0, INITIAL_STD, (hidden, num_labels)).astype(
+        np.float32
+    )
+    new["classifier.bias"] = np.zeros(num_labels, np.float32)
+    return dataclasses.replace(config, num_labels=num_labels), new

@@ -1,0 +1,100 @@
+"""The optimiser and schedule of both trainings, and the fine-tuning that makes a teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import paddle
+from paddle import Tensor, nn
+
+from compression.batches import Batch, Encoded, training_batches
+from compression.encoder import Encoder
+from compression.spec import FineTuneSpec
+
+
+class Schedule(Protocol):
+    """What a training needs of a spec section."""
+
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def max_steps(self) -> int | None: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup_fraction(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float: ...
+
+
+def step_count(schedule: Schedule, rows: int) -> int:
+    """Optimiser steps: epochs over the rows, at most max_steps, at least one."""
+    steps = math.ceil(schedule.epochs * math.ceil(rows / schedule.batch_size))
+    return max(1, min(steps, schedule.max_steps or steps))
+
+
+class Optimiser:
+    """AdamW with linear warm-up, linear decay to 0 and clipping by global norm.
+
+    Biases and norms are not decayed, as in BERT.
+    """
+
+    def __init__(self, model: nn.Layer, schedule: Schedule, *, steps: int) -> None:
+        warmup = round(schedule.warmup_fraction * steps)
+
+        def factor(step: int) -> float:  # of the peak rate, for the step that comes next
+            if step < warmup:
+                return (step + 1) / warmup
+            return max(0.0, (steps - step) / max(1, steps - warmup))
+
+        decayed = {
+            parameter.name
+            for name, parameter in model.named_parameters()
+            if not name.endswith(".bias") and ".norm." not in name
+        }
+        self.rate = paddle.optimizer.lr.LambdaDecay(schedule.learning_rate, factor)
+        self.optimizer = paddle.optimizer.AdamW(
+            self.rate,
+            parameters=model.parameters(),
+            weight_decay=schedule.weight_decay,
+            apply_decay_param_fun=lambda name: name in decayed,
+            grad_clip=nn.ClipGradByGlobalNorm(schedule.max_grad_norm),
+        )
+
+    def step(self) -> None:
+        """One update with the gradients that have been accumulated, which are then cleared."""
+        self.optimizer.step()
+        self.rate.step()
+        self.optimizer.clear_grad()
+
+
+def fine_tune(
+    encoder: Encoder,
+    data: Encoded,
+    spec: FineTuneSpec,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    seed: int,
+    on_step: Callable[[int, int, float], None],
+) -> int:
+    """Trains the encoder in place on labels; on_step(done, total, loss). Returns the steps."""
+    steps = step_count(spec, len(data))
+    paddle.seed(seed)
+    optimiser = Optimiser(encoder, spec, steps=steps)
+    batches: Iterable[Batch] = training_batches(
+        data, batch_size=spec.batch_size, steps=steps, seed=seed, pad_id=encoder.config.pad_token_id
+    )
+    encoder.train()
+    for done, batch in enumerate(batches, start=1):
+        value = loss(encoder(*batch.inputs), batch.labels)
+        value.backward()
+        optimiser.step()
+        on_step(done, steps, float(value))
+    encoder.eval()
+    return steps

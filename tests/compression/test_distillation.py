@@ -1,0 +1,137 @@
+"""The distillation loss and step: what padding, the teacher and the weights must (not) do."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import paddle
+import pytest
+
+from compression.batches import pad
+from compression.distillation import distil, distillation_loss, representation_loss
+from compression.encoder import numpy_weights
+from compression.evaluate import predict
+from compression.spec import DistillationSpec
+from compression.supernet import subnetwork_of
+from compression.tasks import TASKS
+from compression.tasks.classification import logit_loss
+from tests.encoders import as_tensors, clear, gradients, random_rows, tiny_encoder
+
+SPEC = DistillationSpec()
+
+
+def loss_and_gradients(length: int | None) -> tuple[float, dict[str, np.ndarray]]:
+    student, teacher, data = tiny_encoder(1), tiny_encoder(2), random_rows(6)
+    inputs = as_tensors(pad(data, range(6), pad_id=0, length=length))
+    with paddle.no_grad():
+        targets = teacher.encode(*inputs)
+    half = subnetwork_of(student.config, Fraction(1, 2))
+    clear(student)
+    states = student.encode(*inputs, subnetwork=half)
+    loss = distillation_loss(states, targets, inputs[2], SPEC, logit_loss)
+    loss.backward()
+    return float(loss), gradients(student)
+
+
+def test_padding_a_batch_further_changes_neither_loss_nor_gradient() -> None:
+    close, close_gradients = loss_and_gradients(None)
+    wide, wide_gradients = loss_and_gradients(31)
+    assert close == pytest.approx(wide, rel=1e-5)
+    for name, value in close_gradients.items():
+        if name == "embeddings.position.weight":
+            # Positions beyond the rows exist in the wide batch alone; their gradient is zero.
+            np.testing.assert_allclose(wide_gradients[name][13:], 0, atol=1e-7)
+        np.testing.assert_allclose(value, wide_gradients[name], atol=2e-5, err_msg=name)
+
+
+def test_the_representation_loss_is_a_mean_over_real_tokens_and_units() -> None:
+    generator = np.random.default_rng(0)
+    own, other = (generator.normal(size=(2, 3, 4)).astype(np.float32) for _ in range(2))
+    mask = np.array([[1, 1, 0], [1, 0, 0]])
+    real = mask.astype(bool)
+    found = representation_loss(
+        student=[paddle.to_tensor(own)] * 2,
+        teacher=[paddle.to_tensor(other)] * 2,
+        attention_mask=paddle.to_tensor(mask),
+    )
+    assert float(found) == pytest.approx(2 * np.square(own - other)[real].mean(), rel=1e-5)
+
+
+def test_the_logit_loss_has_a_gradient_and_its_minimum_at_the_teacher() -> None:
+    teacher = paddle.to_tensor([[2.0, -1.0, 0.5]])
+    student = paddle.to_tensor([[0.0, 0.0, 0.0]], stop_gradient=False)
+    logit_loss(student=student, teacher=teacher).backward()
+    expected = np.full(3, 1 / 3) - np.exp([2.0, -1.0, 0.5]) / np.exp([2.0, -1.0, 0.5]).sum()
+    np.testing.assert_allclose(student.grad.numpy()[0], expected, atol=1e-6)
+    same = paddle.to_tensor(teacher.numpy(), stop_gradient=False)
+    logit_loss(student=same, teacher=teacher).backward()
+    np.testing.assert_allclose(same.grad.numpy(), 0, atol=1e-6)
+
+
+def test_the_loss_weights_are_those_of_the_spec() -> None:
+    student, teacher, data = tiny_encoder(1), tiny_encoder(2), random_rows(4)
+    inputs = as_tensors(pad(data, range(4), pad_id=0))
+    states, targets = student.encode(*inputs), teacher.encode(*inputs)
+
+    def loss(rep: float, logit: float) -> float:
+        spec = DistillationSpec(lambda_rep=rep, lambda_logit=logit)
+        return float(distillation_loss(states, targets, inputs[2], spec, logit_loss))
+
+    assert loss(0.1, 1.0) == pytest.approx(0.1 * loss(1, 0) + loss(0, 1), rel=1e-5)
+    assert loss(0, 1) == pytest.approx(
+        float(logit_loss(student=states.logits, teacher=targets.logits)), rel=1e-6
+    )
+
+
+def test_distillation_brings_every_width_nearer_and_leaves_the_teacher() -> None:
+    data = random_rows(64)
+    calm = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    teacher, supernet = tiny_encoder(2, **calm), tiny_encoder(2, **calm)
+    subnetworks = [subnetwork_of(teacher.config, Fraction(w)) for w in ("1/2", "1/4")]
+    before = numpy_weights(teacher)
+    target = predict(teacher, data)
+
+    def distance(index: int) -> float:
+        return float(np.abs(predict(supernet, data, subnetwork=subnetworks[index]) - target).mean())
+
+    start = [distance(0), distance(1)]
+    seen = []
+    steps = distil(
+        supernet,
+        teacher,
+        data,
+        subnetworks,
+        DistillationSpec(epochs=15, batch_size=16, learning_rate=1e-2),
+        TASKS["classification"].logit_loss,
+        seed=0,
+        on_step=seen.append,
+    )
+    assert steps == len(seen) == 60
+    assert set(seen[0].losses) == {"w1_2", "w1_4"}
+    assert distance(0) < 0.7 * start[0]
+    assert distance(1) < 0.7 * start[1]
+    assert not teacher.training
+    assert gradients(teacher) == {}
+    for name, value in numpy_weights(teacher).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_the_same_seed_ends_with_the_same_weights() -> None:
+    ends = []
+    for _ in range(2):
+        supernet, teacher, data = tiny_encoder(1), tiny_encoder(2), random_rows(24)
+        subnetworks = [subnetwork_of(teacher.config, Fraction(w)) for w in ("1", "1/2")]
+        distil(
+            supernet,
+            teacher,
+            data,
+            subnetworks,
+            DistillationSpec(epochs=2, batch_size=8),
+            TASKS["classification"].logit_loss,
+            seed=9,
+            on_step=lambda report: None,
+        )
+        ends.append(numpy_weights(supernet))
+    for name in ends[0]:
+        np.testing.assert_array_equal(ends[0][name], ends[1][name])

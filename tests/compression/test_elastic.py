@@ -1,0 +1,70 @@
+"""Slicing: what a narrow sub-network uses, and what it must not touch."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from compression.batches import make_batch
+from compression.encoder import build_encoder, numpy_weights
+from compression.errors import InvalidSpec
+from compression.supernet import extract_weights, subnetwork_name, subnetwork_of
+from tests.encoders import clear, gradients, random_rows, tiny_encoder
+
+WIDTHS = [Fraction(1), Fraction(3, 4), Fraction(1, 2), Fraction(1, 4)]
+
+
+def test_the_full_width_subnetwork_is_the_encoder() -> None:
+    encoder, batch = tiny_encoder(), make_batch(random_rows(4), range(4), pad_id=0)
+    full = subnetwork_of(encoder.config, Fraction(1))
+    np.testing.assert_array_equal(
+        encoder(*batch.inputs).numpy(), encoder(*batch.inputs, subnetwork=full).numpy()
+    )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_extraction_equals_the_sliced_supernet(width: Fraction) -> None:
+    encoder, batch = tiny_encoder(), make_batch(random_rows(6), range(6), pad_id=0)
+    subnetwork = subnetwork_of(encoder.config, width)
+    small_config = encoder.config.narrowed(width)
+    small = build_encoder(
+        small_config, extract_weights(encoder.config, numpy_weights(encoder), subnetwork)
+    )
+    small.eval()
+    sliced = encoder.encode(*batch.inputs, subnetwork=subnetwork)
+    alone = small.encode(*batch.inputs)
+    np.testing.assert_array_equal(alone.logits.numpy(), sliced.logits.numpy())
+    for own, shared in zip(alone.hidden, sliced.hidden, strict=True):
+        np.testing.assert_array_equal(own.numpy(), shared.numpy())
+
+
+@pytest.mark.parametrize("width", WIDTHS[1:])
+def test_gradients_outside_the_active_slice_are_exactly_zero(width: Fraction) -> None:
+    encoder, batch = tiny_encoder(), make_batch(random_rows(6), range(6), pad_id=0)
+    subnetwork = subnetwork_of(encoder.config, width)
+    clear(encoder)
+    encoder(*batch.inputs, subnetwork=subnetwork).square().sum().backward()
+    found = gradients(encoder)
+    for i in range(2):
+        units, neurons = subnetwork.heads[i] * 6, subnetwork.ffn[i]
+        attention, ffn = f"layers.{i}.attention", f"layers.{i}.ffn"
+        for part in ("query", "key", "value"):
+            weight = found[f"{attention}.{part}.weight"]
+            assert not weight[:, units:].any()
+            assert not found[f"{attention}.{part}.bias"][units:].any()
+            assert np.abs(weight[:, :units]).max() > 0
+        assert not found[f"{attention}.output.weight"][units:].any()
+        assert not found[f"{ffn}.intermediate.weight"][:, neurons:].any()
+        assert not found[f"{ffn}.output.weight"][neurons:].any()
+        assert np.abs(found[f"{ffn}.output.weight"][:neurons]).max() > 0
+
+
+def test_a_width_that_cuts_a_head_is_refused() -> None:
+    with pytest.raises(InvalidSpec, match="1/3 of the 4 heads of layer 0"):
+        subnetwork_of(tiny_encoder().config, Fraction(1, 3))
+
+
+def test_names_are_safe_as_folders() -> None:
+    assert [subnetwork_name(w) for w in WIDTHS] == ["w1", "w3_4", "w1_2", "w1_4"]
