@@ -1,0 +1,354 @@
+"""The download of one sub-network: a .tar.gz that runs and explains itself.
+
+    <name>/manifest.json     spec, provenance, metrics, SHA-256 and size of each file
+    <name>/MODEL_CARD.md     the same for people
+    <name>/predict.py        runs it without this service
+    <name>/onnx|paddle|safetensors/...
+    <name>/tokenizer/...
+
+The same inputs give the same bytes: names are sorted, and no clock is read.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from compression.export import EXPORTERS, INPUTS, OUTPUT, sha256_of
+from compression.report import (
+    DatasetReport,
+    FileReport,
+    FormatReport,
+    SubnetworkReport,
+    TeacherReport,
+)
+from compression.selection import FORMAT_NAMES
+from compression.spec import Frozen, Spec
+
+MANIFEST_VERSION = 1
+GZIP_LEVEL = 1  # trained weights hardly compress: 8 % here, 9 % at level 6
+PREDICT_SOURCE = Path(__file__).with_name("bundle_predict.py")
+
+
+class Provenance(Frozen):
+    """SHA-256 of every input file, by its path in its folder."""
+
+    model: Mapping[str, str] = Field(description="Files of the uploaded model.")
+    dataset: Mapping[str, str] = Field(description="Files of the uploaded dataset.")
+
+
+@dataclass(frozen=True)
+class BundleFacts:
+    """What the manifest and the card say. `dataset.labels` is in the order of the outputs."""
+
+    spec: Spec
+    dataset: DatasetReport
+    teacher: TeacherReport
+    subnetwork: SubnetworkReport
+    provenance: Provenance
+    environment: Mapping[str, str]
+    pad_token_id: int
+
+
+def input_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file below `folder`, by its relative path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+
+
+def write_bundle(
+    out: Path, facts: BundleFacts, *, subnetwork_dir: Path, tokenizer_files: Sequence[Path]
+) -> FileReport:
+    """Writes `out` (atomically) from the published files below `subnetwork_dir`.
+
+    `tokenizer_files` must hold a tokenizer.json. FileNotFoundError where a file that
+    the report names is not there; nothing is written then.
+    """
+    if not any(path.name == "tokenizer.json" for path in tokenizer_files):
+        raise FileNotFoundError("a bundle needs a tokenizer.json, and none was given")
+    stored: dict[str, Path] = {
+        file.path: subnetwork_dir / file.path for file in _published_files(facts.subnetwork)
+    }
+    stored |= {f"tokenizer/{path.name}": path for path in tokenizer_files}
+    written = {
+        "MODEL_CARD.md": model_card(facts).encode(),
+        "predict.py": PREDICT_SOURCE.read_bytes(),
+    }
+    known = {file.path: file for file in _published_files(facts.subnetwork)}
+    files = [known.get(name) or _file_report(name, path) for name, path in stored.items()]
+    files += [
+        FileReport(path=name, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        for name, data in written.items()
+    ]
+    manifest = build_manifest(facts, sorted(files, key=lambda file: file.path))
+    written["manifest.json"] = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    _write_archive(out, facts.subnetwork.name, stored, written)
+    return _file_report(out.name, out)
+
+
+def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str, Any]:
+    """The manifest as a JSON object. Key order is fixed, so equal facts give equal bytes."""
+    subnetwork, teacher, dataset = facts.subnetwork, facts.teacher, facts.dataset
+    return {
+        "widthwise_bundle": MANIFEST_VERSION,
+        "name": subnetwork.name,
+        "task": {
+            "kind": facts.spec.task.kind,
+            "text": dataset.text,
+            "text_pair": dataset.text_pair,
+            "labels": list(dataset.labels),
+            "max_seq_len": facts.spec.task.max_seq_len,
+            "pad_token_id": facts.pad_token_id,
+        },
+        "inputs": [
+            {"name": name, "dtype": "int64", "shape": ["batch", "length"]} for name in INPUTS
+        ],
+        "output": {
+            "name": OUTPUT,  # in ONNX; Paddle Inference numbers its one output
+            "dtype": "float32",
+            "shape": ["batch", len(dataset.labels)],
+        },
+        "formats": {
+            report.format: {
+                "files": [file.path for file in report.files],
+                "size_bytes": report.size_bytes,
+                "parity_max_abs": report.parity_max_abs,
+                "parity_rows": report.parity_rows,
+                "parity_tolerance": report.parity_tolerance,
+                "latency": report.latency.model_dump(mode="json") if report.latency else None,
+                "speedup": report.speedup,
+                "run_with": dict(EXPORTERS[report.format].describe()),
+            }
+            for report in subnetwork.formats
+            if report.published
+        },
+        "metrics": {
+            "metric": "accuracy",
+            "teacher": {"dev": teacher.accuracy, "test": teacher.test_accuracy},
+            "subnetwork": {"dev": subnetwork.accuracy, "test": subnetwork.test_accuracy},
+            "accuracy_drop_points": subnetwork.accuracy_drop,
+            "parameters": subnetwork.parameters,
+            "teacher_parameters": teacher.parameters,
+            "flops": subnetwork.flops,
+        },
+        "subnetwork": {
+            "width_mult": str(subnetwork.width_mult),
+            "heads": list(subnetwork.heads),
+            "ffn": list(subnetwork.ffn),
+        },
+        "provenance": {
+            **facts.provenance.model_dump(mode="json"),
+            "rows": dict(dataset.rows),
+            "notes": list(dataset.notes),
+            "seed": facts.spec.seed,
+            "environment": dict(facts.environment),
+        },
+        "spec": facts.spec.model_dump(mode="json"),
+        "files": [file.model_dump(mode="json") for file in files],
+    }
+
+
+def model_card(facts: BundleFacts) -> str:
+    """The card, in Markdown: what it is, from what, how good, how fast, and what it is not."""
+    subnetwork, teacher, dataset = facts.subnetwork, facts.teacher, facts.dataset
+    labels = ", ".join(_code(label) for label in dataset.labels)
+    pair = f" and {_code(dataset.text_pair)}" if dataset.text_pair else ""
+    made = (
+        f"fine-tuned for {teacher.fine_tuned_steps} steps on the dataset first"
+        if teacher.fine_tuned_steps
+        else "used as it was uploaded"
+    )
+    parts = [
+        f"# {subnetwork.name}: a {teacher.family} classifier at width {subnetwork.width_mult}",
+        f"It reads {_code(dataset.text)}{pair} and answers with one of "
+        f"{len(dataset.labels)} labels: {labels}. It is the sub-network of width "
+        f"{subnetwork.width_mult} of a supernet that was distilled from the uploaded model with "
+        "DynaBERT's method (arXiv:2004.04037, width stage, without data augmentation). "
+        f"The uploaded model was {made}.",
+        "## How good it is",
+        _table(
+            ("", "this model", "teacher"),
+            [
+                ("accuracy on dev", _accuracy(subnetwork.accuracy), _accuracy(teacher.accuracy)),
+                (
+                    "accuracy on test",
+                    _accuracy(subnetwork.test_accuracy),
+                    _accuracy(teacher.test_accuracy),
+                ),
+                ("parameters", f"{subnetwork.parameters:,}", f"{teacher.parameters:,}"),
+            ],
+        ),
+        _drop(subnetwork.accuracy_drop),
+        "## How fast it is, and whether the files agree",
+        _table(
+            (
+                "format",
+                "size (MB)",
+                "p50 (ms)",
+                "p95 (ms)",
+                "speed-up against the teacher",
+                "largest logit difference",
+            ),
+            [_format_row(report) for report in subnetwork.formats],
+        ),
+        _latency_words(subnetwork.formats, facts.environment),
+        "The largest logit difference is between the file, reloaded in a fresh process, and the "
+        "supernet it was cut from; a format above its tolerance is not in this bundle.",
+        *_missing_formats(subnetwork.formats),
+        "## What it was made from",
+        _table(
+            ("input", "SHA-256"),
+            [
+                (f"{kind}: {_code(path)}", digest)
+                for kind, digests in (
+                    ("model", facts.provenance.model),
+                    ("dataset", facts.provenance.dataset),
+                )
+                for path, digest in sorted(digests.items())
+            ],
+        ),
+        f"Rows: {', '.join(f'{count} {split}' for split, count in dataset.rows.items())}. "
+        f"Seed: {facts.spec.seed}. The whole specification is in `manifest.json`.",
+        *(f"- {_plain(note)}" for note in dataset.notes),
+        "## Limits",
+        "- The sub-network was chosen by its accuracy on dev, so that figure flatters it a little. "
+        "Only test, where there is one, was never used to choose.",
+        "- Point estimates of one run with one seed: a difference of a point may be noise on a "
+        "split of this size.",
+        "- Accuracy is the share of all rows; it says nothing about single groups of rows. "
+        "Compare the two models on those that matter to you.",
+        f"- Inputs longer than {facts.spec.task.max_seq_len} tokens are cut.",
+        "- Whatever the uploaded model and the dataset got wrong, this model has learnt too. "
+        "Their licences apply to it.",
+        "## How to run it",
+        '`python predict.py "a text"` needs numpy, tokenizers and onnxruntime (or paddlepaddle '
+        "where the bundle has no ONNX file). `python predict.py --check` compares every file with "
+        "`manifest.json`. For further training, load `safetensors/` with "
+        "the files of `tokenizer/`.",
+    ]
+    return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
+
+
+def _published_files(subnetwork: SubnetworkReport) -> list[FileReport]:
+    return [file for report in subnetwork.formats if report.published for file in report.files]
+
+
+def _file_report(name: str, path: Path) -> FileReport:
+    return FileReport(path=name, size_bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def _write_archive(
+    out: Path, top: str, stored: Mapping[str, Path], written: Mapping[str, bytes]
+) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
+    scratch = Path(name)
+    try:
+        with (
+            os.fdopen(handle, "wb") as raw,
+            gzip.GzipFile("", "wb", compresslevel=GZIP_LEVEL, fileobj=raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for name in sorted({*stored, *written}):
+                member = tarfile.TarInfo(f"{top}/{name}")  # mtime, uid and gid are 0
+                member.mode = 0o755 if name == "predict.py" else 0o644
+                if name in written:
+                    member.size = len(written[name])
+                    archive.addfile(member, io.BytesIO(written[name]))
+                    continue
+                with stored[name].open("rb") as file:
+                    member.size = stored[name].stat().st_size
+                    archive.addfile(member, file)
+        scratch.chmod(0o644)  # mkstemp lets the owner alone read
+        scratch.replace(out)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _format_row(report: FormatReport) -> tuple[str, ...]:
+    latency = report.latency
+    name = FORMAT_NAMES[report.format]
+    return (
+        name if report.published else f"{name} (left out)",
+        f"{report.size_bytes / 1e6:.1f}" if report.published else "",
+        f"{latency.p50_ms:.2f}" if latency else "not measured",
+        f"{latency.p95_ms:.2f}" if latency else "not measured",
+        f"{report.speedup:.2f}" if report.speedup is not None else "not measured",
+        f"{report.parity_max_abs:.1e} over {report.parity_rows} rows"
+        if report.parity_max_abs is not None
+        else "unknown",
+    )
+
+
+def _latency_words(formats: Sequence[FormatReport], environment: Mapping[str, str]) -> str:
+    latency = next((report.latency for report in formats if report.latency), None)
+    if latency is None:
+        return "Its latency was not measured."
+    where = "; ".join(f"{name} {_plain(value)}" for name, value in sorted(environment.items()))
+    return (
+        f"Latency is that of {latency.rounds} calls on {latency.batch_size} row"
+        f"{'' if latency.batch_size == 1 else 's'} of {latency.seq_len} tokens with "
+        f"{latency.threads} thread{'' if latency.threads == 1 else 's'}, tokenizing left out, "
+        f"measured by turns with the teacher on this machine: {where}. Other machines "
+        "give other ratios."
+    )
+
+
+def _missing_formats(formats: Sequence[FormatReport]) -> list[str]:
+    return [
+        f"{FORMAT_NAMES[report.format]} was left out: {_plain(report.error or 'no reason given')}"
+        for report in formats
+        if not report.published
+    ]
+
+
+def _drop(points: float) -> str:
+    if points > 0:
+        return f"On dev it is {points:.2f} points below the teacher."
+    if points < 0:
+        return f"On dev it is {-points:.2f} points above the teacher."
+    return "On dev it is as accurate as the teacher."
+
+
+def _accuracy(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _plain(text: str) -> str:
+    """User text in one line that cannot end a table cell or begin markup."""
+    line = " ".join(text.split())
+    for character in "\\`*_[]<>|#":
+        line = line.replace(character, "\\" + character)
+    return line
+
+
+def _code(text: str) -> str:
+    """User text as a code span; backticks and bars, which would end span or cell, become quotes."""
+    return "`" + " ".join(text.split()).replace("`", "'").replace("|", "\u00a6") + "`"
+
+
+__all__ = [
+    "BundleFacts",
+    "Provenance",
+    "build_manifest",
+    "input_digests",
+    "model_card",
+    "write_bundle",
+]

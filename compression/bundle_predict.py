@@ -1,0 +1,193 @@
+#!/usr/bin/env python3
+"""Classify texts with the model of this folder.
+
+    python predict.py "first text" "second text" ...
+    python predict.py --json "a text"
+
+A model of sentence pairs takes its texts two at a time. Prints each text's label
+and its probability. Needs numpy and tokenizers, and onnxruntime for the ONNX file
+or paddlepaddle for the Paddle Inference one; nothing else of the service that made it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+HERE = Path(__file__).resolve().parent
+RUNTIMES = {"onnx": "onnxruntime", "paddle": "paddle"}
+PACKAGES = {"paddle": "paddlepaddle"}  # where the package to install has another name
+BATCH_ROWS = 32
+
+
+def refuse(message: str) -> NoReturn:
+    sys.exit("predict.py: " + message)
+
+
+def need(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = PACKAGES.get(module, module)
+        refuse(f"needs the package {package} ({error}); install it with: pip install {package}")
+
+
+def need_file(name: str) -> Path:
+    path = HERE / name
+    if not path.is_file():
+        refuse(f"{name} is missing from {HERE}; unpack the whole bundle and run predict.py there")
+    return path
+
+
+def read_manifest() -> dict[str, Any]:
+    """The manifest, holding at least what is read of it below."""
+    try:
+        manifest = json.loads(need_file("manifest.json").read_text(encoding="utf-8"))
+        task = manifest["task"]
+        complete = (
+            isinstance(manifest["files"], list)
+            and all(isinstance(item["files"], list) for item in manifest["formats"].values())
+            and isinstance(task["labels"], list)
+            and {"text_pair", "max_seq_len", "pad_token_id"} <= task.keys()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse(f"manifest.json cannot be read: {error!r}")
+    if not complete:
+        refuse("manifest.json cannot be read: it is not that of a bundle")
+    return manifest  # type: ignore[no-any-return]
+
+
+def check(manifest: dict[str, Any]) -> None:
+    """Refuses when a file is not the one that was published."""
+    for entry in manifest["files"]:
+        digest = hashlib.sha256()
+        with need_file(entry["path"]).open("rb") as file:
+            for chunk in iter(lambda: file.read(1 << 20), b""):
+                digest.update(chunk)
+        if digest.hexdigest() != entry["sha256"]:
+            refuse(f"{entry['path']} is damaged: its SHA-256 is not the manifest's")
+
+
+def choose_format(manifest: dict[str, Any], wanted: str) -> str:
+    offered = [name for name in RUNTIMES if name in manifest["formats"]]
+    if wanted and wanted not in offered:
+        refuse(f"this bundle has no {wanted} model; it has: {', '.join(manifest['formats'])}")
+    if not offered:
+        refuse("this bundle holds no model that can be served, only weights for further training")
+    return wanted or offered[0]
+
+
+def load_onnx(files: dict[str, Path]) -> Callable[[dict[str, Any]], Any]:
+    session = need("onnxruntime").InferenceSession(
+        str(files["model.onnx"]), providers=["CPUExecutionProvider"]
+    )
+    return lambda batch: session.run(["logits"], batch)[0]
+
+
+def load_paddle(files: dict[str, Path]) -> Callable[[dict[str, Any]], Any]:
+    need("paddle")
+    inference = need("paddle.inference")
+    config = inference.Config(str(files["inference.json"]), str(files["inference.pdiparams"]))
+    config.disable_gpu()
+    config.disable_glog_info()
+    config.enable_mkldnn()
+    predictor = inference.create_predictor(config)
+
+    def run(batch: dict[str, Any]) -> Any:
+        for name, values in batch.items():
+            predictor.get_input_handle(name).copy_from_cpu(values)
+        predictor.run()
+        return predictor.get_output_handle(predictor.get_output_names()[0]).copy_to_cpu()
+
+    return run
+
+
+def load(manifest: dict[str, Any], fmt: str) -> Callable[[dict[str, Any]], Any]:
+    names = manifest["formats"][fmt]["files"]
+    files = {Path(name).name: need_file(name) for name in names}
+    return load_onnx(files) if fmt == "onnx" else load_paddle(files)
+
+
+def batches(manifest: dict[str, Any], texts: list[str]) -> Iterator[dict[str, Any]]:
+    """Padded inputs, int64 [rows, tokens] by name, BATCH_ROWS texts (or pairs) at a time."""
+    np = need("numpy")
+    tokenizer = need("tokenizers").Tokenizer.from_file(str(need_file("tokenizer/tokenizer.json")))
+    task = manifest["task"]
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length=task["max_seq_len"], strategy="longest_first")
+    rows: list[Any] = list(texts)
+    if task["text_pair"]:
+        rows = list(zip(texts[::2], texts[1::2], strict=True))
+    for start in range(0, len(rows), BATCH_ROWS):
+        encoded = tokenizer.encode_batch(rows[start : start + BATCH_ROWS])
+        shape = (len(encoded), max(len(row.ids) for row in encoded))
+        ids = np.full(shape, task["pad_token_id"], np.int64)
+        types, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for i, row in enumerate(encoded):
+            length = len(row.ids)
+            ids[i, :length], types[i, :length], mask[i, :length] = row.ids, row.type_ids, 1
+        yield {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
+
+
+def classify(manifest: dict[str, Any], fmt: str, texts: list[str]) -> list[dict[str, Any]]:
+    np = need("numpy")
+    labels = manifest["task"]["labels"]
+    results: list[dict[str, Any]] = []
+    run = load(manifest, fmt)
+    for batch in batches(manifest, texts):
+        logits = run(batch)
+        exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        for row in exponents / exponents.sum(axis=-1, keepdims=True):
+            best = int(row.argmax())
+            results.append(
+                {
+                    "label": labels[best],
+                    "probability": float(row[best]),
+                    "probabilities": {
+                        label: float(p) for label, p in zip(labels, row, strict=True)
+                    },
+                }
+            )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument(
+        "texts", nargs="*", metavar="TEXT", help="for pairs: TEXT PAIR TEXT PAIR ..."
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a text")
+    parser.add_argument(
+        "--format", choices=sorted(RUNTIMES), default="", help="default: onnx if present"
+    )
+    parser.add_argument("--check", action="store_true", help="first compare every file's SHA-256")
+    arguments = parser.parse_args()
+    manifest = read_manifest()
+    task, fmt = manifest["task"], choose_format(manifest, arguments.format)
+    if arguments.check:
+        check(manifest)
+    if not arguments.texts and not arguments.check:
+        parser.error("give at least one text")
+    if task["text_pair"] and len(arguments.texts) % 2:
+        parser.error("this model compares two texts: give them in pairs")
+    if not arguments.texts:
+        print(f"all {len(manifest['files'])} files are as published")
+        return
+    step = 2 if task["text_pair"] else 1
+    for i, result in enumerate(classify(manifest, fmt, arguments.texts)):
+        given = arguments.texts[i * step : (i + 1) * step]
+        if arguments.json:
+            shown = {"text": given[0], **({"text_pair": given[1]} if step == 2 else {}), **result}
+            print(json.dumps(shown, ensure_ascii=False))
+        else:
+            print(f"{result['label']}\t{result['probability']:.4f}\t{' | '.join(given)}")
+
+
+if __name__ == "__main__":
+    main()

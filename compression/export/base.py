@@ -1,0 +1,80 @@
+"""What a format must offer, and what all formats start from."""
+
+from __future__ import annotations
+
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from compression.encoder import Encoder
+
+INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+OUTPUT = "logits"
+
+Logits = NDArray[np.float32]
+Run = Callable[[Mapping[str, NDArray[np.int64]]], Logits]
+"""One call of a loaded model: arrays [B, T] by input name -> logits [B, labels]."""
+
+
+class Program(NamedTuple):
+    """The two files of a traced program, as `paddle.jit.save` writes them."""
+
+    graph: Path
+    weights: Path
+
+
+class ExportSource:
+    """An encoder on its way out; use as a context manager, which removes the traced program."""
+
+    def __init__(self, encoder: Encoder, labels: Sequence[str] | None) -> None:
+        self.encoder = encoder
+        self.labels = tuple(labels) if labels is not None else None
+        self._scratch = tempfile.TemporaryDirectory(prefix="widthwise-export-")
+        self._program: Program | None = None
+
+    def __enter__(self) -> ExportSource:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._scratch.cleanup()
+
+    @property
+    def program(self) -> Program:
+        """The traced program, made at the first use: Paddle Inference and ONNX share it."""
+        if self._program is None:
+            from compression.export.program import save_program
+
+            self._program = save_program(self.encoder, Path(self._scratch.name))
+        return self._program
+
+
+class Exporter(ABC):
+    """One format. Its module imports its libraries inside the methods that need them."""
+
+    @abstractmethod
+    def write(self, source: ExportSource, folder: Path) -> list[Path]:
+        """Writes the files into `folder` (which exists). ExportFailed says what went wrong."""
+
+    @abstractmethod
+    def served_files(self, folder: Path) -> tuple[Path, ...]:
+        """The files that a runtime loads."""
+
+    @abstractmethod
+    def load(self, folder: Path, *, threads: int) -> Run:
+        """Loads what `write` wrote, as it is served, on the CPU with so many threads."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """How `load` runs it, for the manifest: runtime and options."""
+        return {}

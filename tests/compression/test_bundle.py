@@ -1,0 +1,409 @@
+"""The download: the same bytes each time, complete, and able to run without the service."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from compression.batches import Encoded, pad
+from compression.bundle import BundleFacts, Provenance, input_digests, model_card, write_bundle
+from compression.encoder import Encoder, build_encoder
+from compression.export import Parity, export_formats, format_report
+from compression.report import (
+    DatasetReport,
+    FileReport,
+    FormatReport,
+    LatencyReport,
+    SubnetworkReport,
+    TeacherReport,
+)
+from compression.spec import Format, Spec
+from compression.teachers import read_checkpoint
+from compression.tokenization import encode, load_tokenizer, save_tokenizer
+from tests.builders import tiny_bert
+from tests.encoders import as_tensors
+
+TEXTS = ["a good film", "the story was dull , slow and very very very long", "music"]
+LABELS = ("rotten", "fresh")
+MAX_SEQ_LEN = 8
+FORMATS: tuple[Format, ...] = ("safetensors", "paddle", "onnx")
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Path
+    encoder: Encoder
+    folder: Path  # the sub-network's artifact folder
+    tokenizer_files: list[Path]
+    facts: BundleFacts
+
+    def write(self, out: Path, facts: BundleFacts | None = None) -> FileReport:
+        return write_bundle(
+            out,
+            facts or self.facts,
+            subnetwork_dir=self.folder,
+            tokenizer_files=self.tokenizer_files,
+        )
+
+    def unpack(self, root: Path, facts: BundleFacts | None = None) -> Path:
+        self.write(root / "bundle.tar.gz", facts)
+        with tarfile.open(root / "bundle.tar.gz") as archive:
+            archive.extractall(root, filter="data")
+        return root / self.facts.subnetwork.name
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    root = tmp_path_factory.mktemp("bundle")
+    model = tiny_bert(root / "model", num_labels=2)
+    checkpoint = read_checkpoint(model)
+    encoder = build_encoder(checkpoint.config, checkpoint.tensors)
+    encoder.eval()
+    folder = root / "w1_2"
+    exported = export_formats(FORMATS, encoder, folder, labels=LABELS)
+    reports = [
+        format_report(item, Parity(3e-7, None), root=folder, rows=64, tolerance=1e-4)
+        for item in exported.values()
+    ]
+    latency = LatencyReport(
+        p50_ms=3.72, p95_ms=4.01, p99_ms=5.5, rounds=50, batch_size=1, seq_len=8, threads=1
+    )
+    served = [
+        report.model_copy(update={"latency": latency, "speedup": 2.5})
+        if report.format != "safetensors"
+        else report
+        for report in reports
+    ]
+    facts = BundleFacts(
+        spec=Spec.model_validate({"task": {"max_seq_len": MAX_SEQ_LEN}, "seed": 7}),
+        dataset=DatasetReport(
+            rows={"train": 40, "dev": 10}, labels=LABELS, text="sentence", label="label"
+        ),
+        teacher=TeacherReport(family="bert", fine_tuned_steps=12, parameters=4321, accuracy=0.8555),
+        subnetwork=SubnetworkReport(
+            name="w1_2",
+            width_mult=Fraction(1, 2),
+            heads=(2, 2),
+            ffn=(32, 32),
+            parameters=1234,
+            flops=99,
+            accuracy=0.8515,
+            accuracy_drop=0.4,
+            formats=tuple(served),
+        ),
+        provenance=Provenance(model=input_digests(model), dataset={"train.csv": "ab" * 32}),
+        environment={"cpu": "a processor", "paddle": "3.3.1"},
+        pad_token_id=checkpoint.config.pad_token_id,
+    )
+    return Case(model, encoder, folder, save_tokenizer(model, root / "tokenizer"), facts)
+
+
+@pytest.fixture(scope="module")
+def unpacked(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return case.unpack(tmp_path_factory.mktemp("unpacked"))
+
+
+def predict(
+    folder: Path, *arguments: str, interpreter: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """predict.py as a user runs it: from elsewhere, with nothing of this repository in reach."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, *interpreter, str(folder / "predict.py"), *arguments],
+        cwd=folder.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def expected(case: Case, texts: list[str], pairs: list[str] | None = None) -> np.ndarray:
+    """Probabilities [rows, labels] of our own tokenizer and encoder."""
+    rows = encode(load_tokenizer(case.model), texts, pairs, MAX_SEQ_LEN)
+    data = Encoded([ids for ids, _ in rows], [types for _, types in rows], np.zeros(len(rows)))
+    with paddle.no_grad():
+        logits = case.encoder(*as_tensors(pad(data, range(len(rows)), pad_id=0))).numpy()
+    exponents = np.exp(logits)
+    return np.asarray(exponents / exponents.sum(axis=1, keepdims=True))
+
+
+def probabilities(stdout: str) -> np.ndarray:
+    answers = [json.loads(line) for line in stdout.splitlines()]
+    for answer in answers:
+        best = max(answer["probabilities"], key=answer["probabilities"].get)
+        assert (answer["label"], answer["probability"]) == (best, answer["probabilities"][best])
+    return np.array([[answer["probabilities"][label] for label in LABELS] for answer in answers])
+
+
+def test_equal_inputs_give_equal_bytes(case: Case, tmp_path: Path) -> None:
+    first = case.write(tmp_path / "a" / "bundle.tar.gz")
+    for path in case.folder.rglob("*"):
+        os.utime(path, (1, 1))
+    second = case.write(tmp_path / "b" / "bundle.tar.gz")
+    assert first == second
+    assert (tmp_path / "a/bundle.tar.gz").read_bytes() == (
+        tmp_path / "b/bundle.tar.gz"
+    ).read_bytes()
+
+
+def test_the_archive_holds_what_it_should_in_one_folder(case: Case, tmp_path: Path) -> None:
+    report = case.write(tmp_path / "bundle.tar.gz")
+    data = (tmp_path / "bundle.tar.gz").read_bytes()
+    assert report.sha256 == hashlib.sha256(data).hexdigest()
+    assert report.size_bytes == len(data)
+    with tarfile.open(tmp_path / "bundle.tar.gz") as archive:
+        members = archive.getmembers()
+    assert [member.name for member in members] == sorted(member.name for member in members)
+    assert all(
+        member.isreg() and member.mtime == member.uid == member.gid == 0 for member in members
+    )
+    assert {member.name for member in members} == {
+        f"w1_2/{name}"
+        for name in (
+            "MODEL_CARD.md",
+            "manifest.json",
+            "onnx/model.onnx",
+            "paddle/inference.json",
+            "paddle/inference.pdiparams",
+            "predict.py",
+            "safetensors/config.json",
+            "safetensors/model.safetensors",
+            "tokenizer/tokenizer.json",
+            "tokenizer/tokenizer_config.json",
+            "tokenizer/vocab.txt",
+        )
+    }
+    assert list(tmp_path.iterdir()) == [tmp_path / "bundle.tar.gz"]
+
+
+def test_the_manifest_names_every_other_file_by_its_digest(unpacked: Path) -> None:
+    manifest = json.loads((unpacked / "manifest.json").read_text())
+    on_disk = {
+        path.relative_to(unpacked).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in unpacked.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
+    assert {entry["path"]: entry["sha256"] for entry in manifest["files"]} == on_disk
+    for entry in manifest["files"]:
+        assert entry["size_bytes"] == (unpacked / entry["path"]).stat().st_size
+
+
+def test_the_manifest_tells_where_it_came_from(case: Case, unpacked: Path) -> None:
+    manifest = json.loads((unpacked / "manifest.json").read_text())
+    assert Spec.model_validate(manifest["spec"]) == case.facts.spec
+    weights = hashlib.sha256((case.model / "model.safetensors").read_bytes()).hexdigest()
+    assert manifest["provenance"]["model"]["model.safetensors"] == weights
+    assert manifest["provenance"]["dataset"] == {"train.csv": "ab" * 32}
+    assert manifest["provenance"]["seed"] == 7
+    assert manifest["provenance"]["environment"] == case.facts.environment
+    assert manifest["task"]["labels"] == list(LABELS)
+    assert manifest["metrics"]["teacher"] == {"dev": 0.8555, "test": None}
+    assert manifest["formats"]["onnx"]["parity_max_abs"] == 3e-7
+    assert manifest["formats"]["onnx"]["latency"]["p50_ms"] == 3.72
+
+
+@pytest.mark.parametrize("fmt", ["onnx", "paddle"])
+def test_predict_answers_as_the_encoder_does(case: Case, unpacked: Path, fmt: str) -> None:
+    done = predict(unpacked, "--json", "--format", fmt, *TEXTS)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(probabilities(done.stdout), expected(case, TEXTS), atol=1e-5)
+    assert [json.loads(line)["text"] for line in done.stdout.splitlines()] == TEXTS
+
+
+def test_predict_prints_label_probability_and_text(case: Case, unpacked: Path) -> None:
+    done = predict(unpacked, *TEXTS)
+    assert done.returncode == 0, done.stderr
+    for line, text, row in zip(done.stdout.splitlines(), TEXTS, expected(case, TEXTS), strict=True):
+        assert line == f"{LABELS[row.argmax()]}\t{row.max():.4f}\t{text}"
+
+
+def test_predict_runs_onnx_without_paddle(unpacked: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "wanted = {'paddle', 'compression', 'onnxruntime', 'numpy', 'tokenizers'}\n"
+        "print(sorted(wanted & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(unpacked / "predict.py"), "a good film"],
+        cwd=unpacked,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "['numpy', 'onnxruntime', 'tokenizers']"
+
+
+def test_predict_takes_pairs_two_at_a_time(case: Case, tmp_path: Path) -> None:
+    dataset = case.facts.dataset.model_copy(update={"text_pair": "answer"})
+    folder = case.unpack(tmp_path, replace(case.facts, dataset=dataset))
+    firsts, seconds = ["a good film", "music"], ["the plot was dull and slow", "a song"]
+    done = predict(folder, "--json", firsts[0], seconds[0], firsts[1], seconds[1])
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(
+        probabilities(done.stdout), expected(case, firsts, seconds), atol=1e-5
+    )
+    odd = predict(folder, "only one")
+    assert odd.returncode == 2
+    assert "give them in pairs" in odd.stderr
+
+
+def test_predict_falls_back_to_paddle_where_there_is_no_onnx(case: Case, tmp_path: Path) -> None:
+    folder = case.unpack(tmp_path, without(case.facts, "onnx", error="logits differ"))
+    assert not (folder / "onnx").exists()
+    done = predict(folder, "--json", *TEXTS)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(probabilities(done.stdout), expected(case, TEXTS), atol=1e-5)
+    refused = predict(folder, "--format", "onnx", "music")
+    assert refused.returncode == 1
+    assert "this bundle has no onnx model; it has: safetensors, paddle" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("manifest.json", "manifest.json is missing"),
+        ("onnx/model.onnx", "onnx/model.onnx is missing"),
+        ("tokenizer/tokenizer.json", "tokenizer/tokenizer.json is missing"),
+    ],
+)
+def test_predict_refuses_clearly_what_is_incomplete(
+    unpacked: Path, tmp_path: Path, missing: str, said: str
+) -> None:
+    folder = Path(shutil.copytree(unpacked, tmp_path / "copy"))
+    (folder / missing).unlink()
+    done = predict(folder, "music")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert said in done.stderr
+
+
+def test_predict_names_the_package_that_is_not_installed(unpacked: Path) -> None:
+    done = predict(unpacked, "music", interpreter=("-I", "-S"))  # -S: no site-packages
+    assert done.returncode == 1
+    assert "pip install numpy" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_predict_refuses_a_manifest_that_is_none(unpacked: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(unpacked, tmp_path / "copy"))
+    for text in ("{", "{}", "[]", '{"task": {}, "formats": {"onnx": {}}}'):
+        (folder / "manifest.json").write_text(text)
+        done = predict(folder, "music")
+        assert done.returncode == 1
+        assert "manifest.json cannot be read" in done.stderr
+
+
+def test_predict_checks_digests_when_asked(unpacked: Path, tmp_path: Path) -> None:
+    assert "as published" in predict(unpacked, "--check").stdout
+    folder = Path(shutil.copytree(unpacked, tmp_path / "copy"))
+    with (folder / "onnx" / "model.onnx").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\0\1\2\3")
+    done = predict(folder, "--check", "music")
+    assert done.returncode == 1
+    assert "onnx/model.onnx is damaged" in done.stderr
+
+
+def test_predict_without_texts_says_what_it_wants(unpacked: Path) -> None:
+    done = predict(unpacked)
+    assert done.returncode == 2
+    assert "at least one text" in done.stderr
+
+
+def test_the_card_says_what_was_measured_and_what_was_not(case: Case) -> None:
+    card = model_card(case.facts)
+    for words in (
+        "| accuracy on dev | 0.8515 | 0.8555 |",
+        "| accuracy on test | not measured | not measured |",
+        "0.40 points below the teacher",
+        "| ONNX |",
+        "3.72",
+        "3.0e-07 over 64 rows",
+        case.facts.provenance.model["model.safetensors"],
+        "ab" * 32,
+        "chosen by its accuracy on dev",
+        "Seed: 7",
+        "fine-tuned for 12 steps",
+    ):
+        assert words in card, words
+
+
+def test_the_card_says_which_format_was_left_out(case: Case) -> None:
+    card = model_card(without(case.facts, "onnx", error="logits differ by 0.2"))
+    assert "ONNX was left out: logits differ by 0.2" in card
+
+
+def test_what_a_user_wrote_cannot_break_the_card(case: Case) -> None:
+    dataset = case.facts.dataset.model_copy(
+        update={"labels": ("a|b", "c`d\n# heading"), "notes": ("<script>\n| x |",)}
+    )
+    card = model_card(replace(case.facts, dataset=dataset))
+    assert "# heading\n" not in card
+    assert "<script>" not in card.replace("\\<", "")
+    headings = [line for line in card.splitlines() if line.startswith("#")]
+    assert headings == [
+        line for line in model_card(case.facts).splitlines() if line.startswith("#")
+    ]
+    for table in (line for line in card.splitlines() if line.startswith("|")):
+        assert table.endswith("|")
+
+
+def test_a_file_that_is_gone_leaves_no_archive(case: Case, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError):
+        write_bundle(
+            tmp_path / "out" / "bundle.tar.gz",
+            case.facts,
+            subnetwork_dir=tmp_path / "empty",
+            tokenizer_files=case.tokenizer_files,
+        )
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        write_bundle(
+            tmp_path / "bundle.tar.gz",
+            case.facts,
+            subnetwork_dir=case.folder,
+            tokenizer_files=[],
+        )
+
+
+def test_it_is_a_gzip_file_without_a_clock(case: Case, tmp_path: Path) -> None:
+    case.write(tmp_path / "bundle.tar.gz")
+    head = (tmp_path / "bundle.tar.gz").read_bytes()[:10]
+    assert head[:2] == b"\x1f\x8b"
+    assert head[4:8] == bytes(4)  # the time of making
+    assert head[3] & 0x08 == 0  # no name of the file it was made from
+    with gzip.open(tmp_path / "bundle.tar.gz") as file:
+        assert file.read(257 + 5).endswith(b"ustar")
+
+
+def without(facts: BundleFacts, fmt: str, *, error: str) -> BundleFacts:
+    """The facts with one format refused at the gate."""
+    refused: dict[str, Any] = {"published": False, "error": error, "files": (), "latency": None}
+    formats: list[FormatReport] = [
+        report.model_copy(update=refused) if report.format == fmt else report
+        for report in facts.subnetwork.formats
+    ]
+    return replace(
+        facts, subnetwork=facts.subnetwork.model_copy(update={"formats": tuple(formats)})
+    )

@@ -1,0 +1,148 @@
+"""Latency: percentiles by definition, and real measurements of tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compression.encoder import build_encoder, numpy_weights
+from compression.errors import ExportFailed
+from compression.export import INPUTS, export_formats
+from compression.export.fresh import IMPORT_ROOT, fresh_command, fresh_environment
+from compression.latency import Served, measure, p95_length, percentile, token_ids
+from compression.spec import Format, LatencySpec
+from compression.supernet import extract_weights, subnetwork_of
+from tests.encoders import tiny_encoder
+
+SPEC = LatencySpec(rounds=5, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
+    """Widths 1 and 1/2 of one encoder, each in both served formats."""
+    root = tmp_path_factory.mktemp("latency")
+    full = tiny_encoder()
+    found = {}
+    for width in (Fraction(1), Fraction(1, 2)):
+        subnetwork = subnetwork_of(full.config, width)
+        weights = extract_weights(full.config, numpy_weights(full), subnetwork)
+        small = build_encoder(full.config.narrowed(width), weights)
+        formats: tuple[Format, ...] = ("paddle", "onnx")
+        for fmt, item in export_formats(
+            formats, small, root / subnetwork.name, labels=None
+        ).items():
+            found[f"{subnetwork.name}/{fmt}"] = Served(fmt, item.folder)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "rank"),
+    [(1, 0.5, 1), (2, 0.5, 1), (3, 0.5, 2), (50, 0.95, 48), (50, 0.99, 50), (100, 0.99, 99)],
+)
+def test_percentiles_are_nearest_rank(count: int, share: float, rank: int) -> None:
+    values = list(range(1, count + 1))
+    random.Random(0).shuffle(values)
+    assert percentile(values, share) == rank
+
+
+@pytest.mark.parametrize("count", range(1, 130))
+def test_a_percentile_is_the_smallest_value_that_enough_do_not_exceed(count: int) -> None:
+    values = [float(value) for value in range(count)]
+    for percent in (50, 55, 95, 99):
+        found = percentile(values, percent / 100)
+        at_most = sum(value <= found for value in values)
+        below = sum(value < found for value in values)
+        assert at_most * 100 >= percent * count > below * 100
+
+
+def test_the_measured_length_covers_95_percent_of_the_rows() -> None:
+    assert p95_length([10] * 95 + [90] * 5) == 10
+    assert p95_length([10] * 94 + [90] * 6) == 90
+
+
+def test_every_call_gets_the_same_tokens_under_a_full_mask() -> None:
+    first, second = (token_ids(batch_size=2, seq_len=7, vocab_size=50) for _ in range(2))
+    assert tuple(first) == INPUTS
+    for name in INPUTS:
+        np.testing.assert_array_equal(first[name], second[name])
+        assert first[name].shape == (2, 7)
+        assert first[name].dtype == np.int64
+    assert first["attention_mask"].all()
+    assert 0 <= first["input_ids"].min() <= first["input_ids"].max() < 50
+
+
+def test_all_candidates_of_both_runtimes_are_measured(served: dict[str, Served]) -> None:
+    rounds: list[tuple[int, int]] = []
+    found = measure(
+        served,
+        SPEC,
+        seq_len=9,
+        vocab_size=50,
+        on_round=lambda done, total: rounds.append((done, total)),
+    )
+    assert found.keys() == served.keys()
+    assert rounds == [(i, 5) for i in range(1, 6)]
+    for report in found.values():
+        assert (report.rounds, report.batch_size, report.seq_len, report.threads) == (5, 2, 9, 1)
+        assert 0 < report.p50_ms <= report.p95_ms <= report.p99_ms < 10_000
+    assert len({report.p50_ms for report in found.values()}) == 4
+
+
+def test_a_file_that_does_not_load_is_named_and_nothing_keeps_running(
+    served: dict[str, Served], tmp_path: Path
+) -> None:
+    broken = {**served, "w1_4/onnx": Served("onnx", tmp_path)}
+    with pytest.raises(ExportFailed, match=r"(?s)measuring onnx ended with status 1: .*NoSuchFile"):
+        measure(broken, SPEC, seq_len=9, vocab_size=50)
+    assert children_measuring() == []
+
+
+def test_a_measurement_that_takes_too_long_is_ended(served: dict[str, Served]) -> None:
+    with pytest.raises(ExportFailed, match=r"measuring onnx took longer than 0\.05 seconds"):
+        measure(served, SPEC, seq_len=9, vocab_size=50, timeout_s=0.05)
+    assert children_measuring() == []
+
+
+def test_onnx_is_measured_without_paddle_in_the_process(served: dict[str, Served]) -> None:
+    request = {
+        "format": "onnx",
+        "folders": {"w1": str(served["w1/onnx"].folder)},
+        "batch_size": 1,
+        "seq_len": 5,
+        "threads": 1,
+        "vocab_size": 50,
+    }
+    done = subprocess.run(
+        fresh_command("compression.latency"),
+        cwd=IMPORT_ROOT,
+        env=fresh_environment(),
+        input=json.dumps(request) + '\n{"round": 0}\n',
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    ready, seconds = map(json.loads, done.stdout.splitlines())
+    assert ready == {"ready": ["w1"], "libraries": ["onnxruntime"]}
+    assert seconds["w1"] > 0
+
+
+def children_measuring() -> list[int]:
+    """Processes that this one started and that still run the driver."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError):
+            continue
+        if parent == os.getpid() and b"compression.latency" in command:
+            found.append(int(entry.name))
+    return found
