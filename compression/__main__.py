@@ -1,0 +1,120 @@
+"""The same job without the service: python -m compression --model DIR --dataset DIR --out DIR."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from compression.errors import CompressionError, InvalidDataset
+from compression.report import CompressionReport, Progress
+from compression.runtime_env import cpu_vendor, training_environment
+from compression.spec import Spec
+
+
+class ProgressBar:
+    """One bar a stage on standard error."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.stage = ""
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.stage != self.stage:
+            self.close()
+            self.stage = progress.stage
+            self.bar = tqdm(total=progress.total, desc=f"{progress.stage:>10}", file=sys.stderr)
+        self.bar.total = progress.total
+        self.bar.n = progress.step
+        figures = {
+            name: f"{value:.4g}" if isinstance(value, float) else value
+            for name, value in progress.figures.items()
+            if isinstance(value, (int, float, str))
+        }
+        self.bar.set_postfix(figures, refresh=False)
+        self.bar.refresh()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def table(report: CompressionReport) -> str:
+    """The sub-networks as text, a line for each served format."""
+    lines = [
+        f"{'width':>6} {'format':>7} {'params':>8} {'size MB':>8} {'dev acc':>8} {'drop':>6} "
+        f"{'p50 ms':>7} {'p95 ms':>7} {'speedup':>8}  pareto selected"
+    ]
+    for network in report.subnetworks:
+        for fmt in network.formats:
+            if fmt.latency is None:
+                continue
+            chosen = network.selected and fmt.format == report.selection.format
+            lines.append(
+                f"{network.width_mult!s:>6} {fmt.format:>7} {network.parameters / 1e6:>7.1f}M "
+                f"{fmt.size_bytes / 1e6:>8.1f} {network.accuracy:>8.4f} "
+                f"{network.accuracy_drop:>6.2f} {fmt.latency.p50_ms:>7.2f} "
+                f"{fmt.latency.p95_ms:>7.2f} {fmt.speedup or float('nan'):>8.2f}  "
+                f"{'yes' if network.pareto else 'no':>6} {'yes' if chosen else 'no':>8}"
+            )
+    return "\n".join(lines)
+
+
+def read_spec(path: Path | None) -> Spec:
+    """The spec of a YAML or JSON file; the default one without a file."""
+    return Spec.model_validate(yaml.safe_load(path.read_text()) or {}) if path else Spec()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m compression", description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the fine-tuned model")
+    parser.add_argument(
+        "--dataset", type=Path, required=True, help="folder of train/dev/test files"
+    )
+    parser.add_argument("--spec", type=Path, help="YAML or JSON; by default every field's default")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="new or empty folder for the result"
+    )
+    args = parser.parse_args(arguments)
+    for name in ("model", "dataset"):
+        if not getattr(args, name).is_dir():
+            parser.error(f"--{name}: {getattr(args, name)} is not a folder")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"--out: {args.out} exists and is not an empty folder")
+    try:
+        spec = read_spec(args.spec)
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        parser.error(f"--spec: {error}")
+
+    # Before paddle is imported; what the user has set stays.
+    wanted = training_environment(cpu_count=os.cpu_count() or 1, vendor=cpu_vendor())
+    os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
+    from compression.pipeline import compress
+
+    bar = ProgressBar()
+    try:
+        report = compress(spec, args.model, args.dataset, args.out, bar)
+    except CompressionError as error:
+        bar.close()
+        where = f" ({error.pointer})" if error.pointer else ""
+        print(f"{error.code}: {error.message}{where}", file=sys.stderr)
+        for row in error.rows if isinstance(error, InvalidDataset) else ():
+            print(f"  {row.file}, line {row.line}: {row.message}", file=sys.stderr)
+        return 2
+    bar.close()
+    print(table(report))
+    print(report.selection.reason)
+    for warning in (*report.dataset.notes, *report.warnings):
+        print(f"warning: {warning}")
+    print(f"report: {args.out / 'report.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
