@@ -1,0 +1,1 @@
+"""What the API and the worker share: records, claims, objects, the queue. No paddle, no FastAPI."""

@@ -1,0 +1,100 @@
+"""The database: SQLite in WAL mode or PostgreSQL, one way to open a transaction on either."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, create_engine, event, make_url, text
+from sqlalchemy.orm import Session
+
+_BUSY_SECONDS = 30.0
+_READ_ONLY = "widthwise_read_only"
+
+
+class Database:
+    """A pool of connections. Safe to share between threads, never between processes."""
+
+    def __init__(self, url: str) -> None:
+        parsed = make_url(url)
+        self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        options: dict[str, Any] = {"pool_size": 5, "max_overflow": 20}
+        if self.is_sqlite:
+            if parsed.database:
+                Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+            options["connect_args"] = {"timeout": _BUSY_SECONDS}
+        else:
+            options["pool_pre_ping"] = True
+            options["connect_args"] = {
+                "connect_timeout": 10,
+                "tcp_user_timeout": 30_000,  # ms; else a silent network hangs us for minutes
+                # A process that stands still in mid-transaction must not hold a row for ever.
+                "options": "-c idle_in_transaction_session_timeout=60000",
+            }
+        self.engine = create_engine(parsed, **options)
+        if self.is_sqlite:
+            event.listen(self.engine, "connect", _prepare_sqlite)
+            event.listen(self.engine, "begin", _begin_sqlite)
+        self._reader = self.engine.execution_options(**{_READ_ONLY: True})
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """A session that commits once, at the end, and rolls back on an exception.
+
+        On SQLite it holds the database's write lock from its start, so what was read in
+        it still holds when it writes; on PostgreSQL `store` locks the job's row.
+        """
+        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A session that only reads, and so waits for no writer."""
+        with Session(self._reader, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def now(session: Session) -> datetime:
+    """The database's clock, also for leases: hosts' own clocks may disagree.
+
+    On PostgreSQL the time of the statement and not of the transaction, which may have
+    waited for a lock in between.
+    """
+    if session.get_bind().dialect.name == "sqlite":
+        read = session.scalar(text("SELECT strftime('%Y-%m-%dT%H:%M:%f', 'now')"))
+        return datetime.fromisoformat(str(read)).replace(tzinfo=UTC)
+    read = session.scalar(text("SELECT clock_timestamp()"))
+    assert isinstance(read, datetime)
+    return read.astimezone(UTC)
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _: Any) -> None:
+    connection.isolation_level = None  # _begin_sqlite opens the transactions
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys = ON")
+    # Changing to WAL does not wait for other connections as other statements do.
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A deferred transaction that reads first and writes later fails at once when another
+    # has written in between, whatever the busy timeout; an immediate one waits its turn.
+    read_only = connection.get_execution_options().get(_READ_ONLY, False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")

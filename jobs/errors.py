@@ -1,0 +1,112 @@
+"""What can go wrong in the service, by meaning. The edge (REST, worker) gives it a form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compression.errors import CompressionError, RowError
+
+
+class JobsError(Exception):
+    """Base of this package's errors. `code` is stable; `message` is a plain sentence."""
+
+    code = "jobs-error"
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if code is not None:
+            self.code = code
+
+
+class NotFound(JobsError):
+    """There is no such record in the project that asks."""
+
+    code = "not-found"
+
+    def __init__(self, kind: str, id: str) -> None:
+        super().__init__(f"There is no {kind} {id!r}.")
+        self.kind = kind
+        self.id = id
+
+
+class Conflict(JobsError):
+    """The record's state does not allow what was asked."""
+
+    code = "conflict"
+
+    def __init__(self, message: str, code: str = "conflict") -> None:
+        super().__init__(message, code=code)
+
+
+class StaleRun(JobsError):
+    """A run wrote after its job was given to another run, or ended. The write was refused."""
+
+    code = "stale-run"
+
+    def __init__(self, job_id: str, fence: int) -> None:
+        super().__init__(f"Run {fence} of {job_id} no longer holds the job.")
+        self.job_id = job_id
+        self.fence = fence
+
+
+class UploadRejected(JobsError):
+    """An upload that cannot be used; `rows` holds the first broken rows of a dataset.
+
+    `pointer` is a file's name (or a JSON pointer into a document) where one is to blame.
+    """
+
+    code = "upload-rejected"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str = "upload-rejected",
+        pointer: str | None = None,
+        rows: tuple[RowError, ...] = (),
+    ) -> None:
+        super().__init__(message, code=code)
+        self.pointer = pointer
+        self.rows = rows
+
+    @classmethod
+    def of(cls, error: CompressionError) -> UploadRejected:
+        """The library's complaint about a model or a dataset, as a refusal of its upload."""
+        return cls(
+            error.message,
+            code=error.code,
+            pointer=error.pointer,
+            rows=getattr(error, "rows", ()),
+        )
+
+
+class StoreFull(JobsError):
+    """The disk or bucket has no room left."""
+
+    code = "store-full"
+
+
+class ObjectExists(JobsError):
+    """An object key was about to be written a second time."""
+
+    code = "object-exists"
+
+
+class ObjectMissing(JobsError):
+    """An object that a record names is not in the store, or is not what was stored."""
+
+    code = "object-missing"
+
+
+def as_json(error: CompressionError | JobsError) -> dict[str, Any]:
+    """`{"code", "message", "pointer", "rows"}`, the form in which a job keeps its error."""
+    return {
+        "code": error.code,
+        "message": error.message,
+        "pointer": getattr(error, "pointer", None),
+        "rows": [
+            {"file": row.file, "line": row.line, "message": row.message}
+            for row in getattr(error, "rows", ())
+        ],
+    }

@@ -1,0 +1,58 @@
+"""`python -m jobs.migrate`: brings the database to the newest schema.
+
+Safe to run many times at once: whoever comes second waits, and finds nothing to do.
+`python -m jobs.migrate --new MESSAGE` writes a migration from the changed records.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import text
+
+from jobs.db import Database
+from jobs.settings import get_settings
+
+_SCRIPTS = Path(__file__).with_name("migrations")
+_LOCK = 0x5769_6474_6877_6973  # any fixed number that nobody else locks in this database
+
+
+def upgrade(database: Database) -> None:
+    """All migrations in one transaction, under a lock."""
+    # On SQLite the transaction itself is the lock: it begins as an immediate one.
+    with database.engine.begin() as connection:
+        if not database.is_sqlite:
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m jobs.migrate", description=__doc__)
+    parser.add_argument("--new", metavar="MESSAGE", help="write a migration; needs a database")
+    arguments = parser.parse_args()
+    database = Database(get_settings().database_url)
+    try:
+        upgrade(database)
+        if arguments.new:
+            with database.engine.begin() as connection:
+                config = _config()
+                config.attributes["connection"] = connection
+                command.revision(config, message=arguments.new, autogenerate=True)
+    finally:
+        database.close()
+
+
+if __name__ == "__main__":
+    main()

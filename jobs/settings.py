@@ -1,0 +1,83 @@
+"""The service's settings: the only reader of the environment (variables `WIDTHWISE_...`).
+
+S3 credentials are not settings: obstore reads the standard AWS variables itself.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+GIB = 1024**3
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+def _sqlite_url(values: dict[str, Any]) -> str:
+    return f"sqlite:///{values['data_dir'] / 'widthwise.db'}" if "data_dir" in values else ""
+
+
+def _local_store_url(values: dict[str, Any]) -> str:
+    return (values["data_dir"] / "objects").as_uri() if "data_dir" in values else ""
+
+
+class Settings(BaseSettings):
+    """Everything that differs between the embedded and the production profile."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="WIDTHWISE_", env_ignore_empty=True, frozen=True, extra="ignore"
+    )
+
+    data_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
+        Path("data"), validate_default=True, description="All local files live below it."
+    )
+    database_url: str = Field(
+        default_factory=_sqlite_url,
+        repr=False,  # may hold a password
+        description="sqlite:///... or postgresql+psycopg://...",
+    )
+    broker_url: str = Field(
+        "filesystem://", repr=False, description="filesystem:// (in data_dir) or redis://..."
+    )
+    store_url: str = Field(
+        default_factory=_local_store_url, description="file:///folder or s3://bucket/prefix"
+    )
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    max_upload_bytes: int = Field(4 * GIB, ge=1)
+
+    lease_seconds: float = Field(60, gt=0, description="A run that is silent this long is lost.")
+    reconcile_seconds: float = Field(30, gt=0)
+    cancel_poll_seconds: float = Field(2, gt=0, le=5)
+    stop_grace_seconds: float = Field(4, ge=0, description="Between SIGTERM and SIGKILL.")
+    max_runs: int = Field(3, ge=1, description="Automatic runs of a job before it fails.")
+    worker_slots: int = Field(1, ge=1, le=64, description="Jobs at once in one worker.")
+    orphan_grace_seconds: float = Field(
+        3600, ge=0, description="Age at which the objects of runs that came to nothing go."
+    )
+
+    sandbox_seconds: float = Field(300, gt=0)
+    sandbox_memory_bytes: int = Field(4 * GIB, ge=1)
+    sandbox_output_bytes: int = Field(8 * GIB, ge=1)
+    sandbox_max_files: int = Field(1000, ge=1)
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "console"
+
+    @property
+    def work_dir(self) -> Path:
+        """Folders of runs in progress on this host."""
+        return self.data_dir / "work"
+
+
+@cache
+def get_settings() -> Settings:
+    """The settings of this process, read once from its environment."""
+    return Settings()

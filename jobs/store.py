@@ -1,0 +1,615 @@
+"""Every read and write of records, each inside a transaction that the caller opened.
+
+A worker's writes take the `Claim` that `claim_job` gave it. They lock the job's row and
+compare the fencing number, so a run that lost its job raises StaleRun and changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
+
+from sqlalchemy import Select, and_, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from jobs.db import now
+from jobs.errors import Conflict, NotFound, StaleRun
+from jobs.records import (
+    ApiKey,
+    Artifact,
+    Dataset,
+    Event,
+    Job,
+    Model,
+    Run,
+    new_id,
+)
+from jobs.states import JobState, RunState, check_transition
+
+R = TypeVar("R", Model, Dataset, Job)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to run a job, until its lease ends or another run has a higher `fence`.
+
+    `model_files` and `dataset_files` are what the run stages in: see records.Model.
+    """
+
+    job_id: str
+    project_id: str
+    run_id: str
+    fence: int
+    worker: str
+    spec: dict[str, Any]
+    model_files: tuple[dict[str, Any], ...]
+    dataset_files: tuple[dict[str, Any], ...]
+
+
+def json_safe(value: Any) -> Any:
+    """`value` as JSON that every database takes: no NaN, no infinity, no NUL characters."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, str):
+        return value.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, Mapping):
+        return {json_safe(str(key)): json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    return value
+
+
+# --- API keys ---------------------------------------------------------------------------
+
+
+def add_api_key(session: Session, *, project_id: str, name: str, hash: str) -> ApiKey:
+    """`hash`: the hex SHA-256 of the key."""
+    key = ApiKey(
+        id=new_id("api_key"),
+        project_id=project_id,
+        name=name,
+        hash=hash,
+        created_at=now(session),
+        revoked_at=None,
+    )
+    session.add(key)
+    session.flush()
+    return key
+
+
+def find_api_key(session: Session, hash: str) -> ApiKey | None:
+    """The key with this hash, unless it was revoked."""
+    return session.scalar(select(ApiKey).where(ApiKey.hash == hash, ApiKey.revoked_at.is_(None)))
+
+
+def has_api_keys(session: Session) -> bool:
+    return session.scalar(select(ApiKey.id).limit(1)) is not None
+
+
+# --- models and datasets ----------------------------------------------------------------
+
+
+def add_model(
+    session: Session,
+    *,
+    id: str,
+    project_id: str,
+    name: str,
+    size_bytes: int,
+    uploads: Sequence[Mapping[str, Any]],
+    files: Sequence[Mapping[str, Any]],
+    info: Mapping[str, Any],
+    warnings: Sequence[str] = (),
+) -> Model:
+    """Stores an inspected model whose `files` already lie in the object store."""
+    model = Model(
+        id=id,
+        project_id=project_id,
+        name=name,
+        size_bytes=size_bytes,
+        uploads=json_safe(uploads),
+        files=json_safe(files),
+        info=json_safe(info),
+        warnings=json_safe(warnings),
+        created_at=now(session),
+    )
+    session.add(model)
+    session.flush()
+    return model
+
+
+def add_dataset(
+    session: Session,
+    *,
+    id: str,
+    project_id: str,
+    name: str,
+    size_bytes: int,
+    uploads: Sequence[Mapping[str, Any]],
+    files: Sequence[Mapping[str, Any]],
+    profile: Mapping[str, Any],
+    warnings: Sequence[str] = (),
+) -> Dataset:
+    """Stores an inspected dataset whose `files` already lie in the object store."""
+    dataset = Dataset(
+        id=id,
+        project_id=project_id,
+        name=name,
+        size_bytes=size_bytes,
+        uploads=json_safe(uploads),
+        files=json_safe(files),
+        profile=json_safe(profile),
+        warnings=json_safe(warnings),
+        created_at=now(session),
+    )
+    session.add(dataset)
+    session.flush()
+    return dataset
+
+
+def get_model(session: Session, id: str, *, project_id: str) -> Model:
+    return _get(session, Model, "model", id, project_id)
+
+
+def get_dataset(session: Session, id: str, *, project_id: str) -> Dataset:
+    return _get(session, Dataset, "dataset", id, project_id)
+
+
+def list_models(
+    session: Session, *, project_id: str, after: str | None = None, limit: int = 50
+) -> list[Model]:
+    """Newest first; `after` is the id of the last one seen. NotFound if it does not exist."""
+    return _page(session, Model, "model", project_id, after, limit)
+
+
+def list_datasets(
+    session: Session, *, project_id: str, after: str | None = None, limit: int = 50
+) -> list[Dataset]:
+    return _page(session, Dataset, "dataset", project_id, after, limit)
+
+
+def _get(session: Session, record: type[R], kind: str, id: str, project_id: str) -> R:
+    found = session.scalar(select(record).where(record.id == id, record.project_id == project_id))
+    if found is None:
+        raise NotFound(kind, id)
+    return found
+
+
+def _page(
+    session: Session,
+    record: type[R],
+    kind: str,
+    project_id: str,
+    after: str | None,
+    limit: int,
+    *conditions: Any,
+) -> list[R]:
+    query = select(record).where(record.project_id == project_id, *conditions)
+    if after is not None:
+        last = _get(session, record, kind, after, project_id)
+        query = query.where(
+            or_(
+                record.created_at < last.created_at,
+                and_(record.created_at == last.created_at, record.id < last.id),
+            )
+        )
+    query = query.order_by(record.created_at.desc(), record.id.desc()).limit(limit)
+    return list(session.scalars(query))
+
+
+# --- jobs, as their users see them ------------------------------------------------------
+
+
+def create_job(
+    session: Session,
+    *,
+    project_id: str,
+    name: str,
+    model_id: str,
+    dataset_id: str,
+    spec: Mapping[str, Any],
+    plan: Mapping[str, Any] | None = None,
+) -> Job:
+    """A queued job with its first event. Call `queue.enqueue_job` after the commit."""
+    get_model(session, model_id, project_id=project_id)
+    get_dataset(session, dataset_id, project_id=project_id)
+    at = now(session)
+    job = Job(
+        id=new_id("job"),
+        project_id=project_id,
+        name=name,
+        model_id=model_id,
+        dataset_id=dataset_id,
+        spec=json_safe(spec),
+        plan=json_safe(plan),
+        state=JobState.QUEUED,
+        fence=0,
+        attempts=0,
+        cancel_requested=False,
+        lease_expires_at=None,
+        last_event=0,
+        report=None,
+        error=None,
+        created_at=at,
+        started_at=None,
+        finished_at=None,
+    )
+    session.add(job)
+    session.flush()
+    _add_event(session, job, "queued", {}, at)
+    return job
+
+
+def get_job(session: Session, id: str, *, project_id: str) -> Job:
+    return _get(session, Job, "job", id, project_id)
+
+
+def list_jobs(
+    session: Session,
+    *,
+    project_id: str,
+    after: str | None = None,
+    limit: int = 50,
+    state: JobState | None = None,
+) -> list[Job]:
+    """Newest first; `after` is the id of the last one seen. NotFound if it does not exist."""
+    conditions = [] if state is None else [Job.state == state]
+    return _page(session, Job, "job", project_id, after, limit, *conditions)
+
+
+def list_events(
+    session: Session, job_id: str, *, project_id: str, after: int = 0, limit: int = 100
+) -> list[Event]:
+    """Events with a number above `after`, oldest first. NotFound for an unknown job."""
+    get_job(session, job_id, project_id=project_id)
+    return list(
+        session.scalars(
+            select(Event)
+            .where(Event.job_id == job_id, Event.number > after)
+            .order_by(Event.number)
+            .limit(limit)
+        )
+    )
+
+
+def list_artifacts(session: Session, job_id: str, *, project_id: str) -> list[Artifact]:
+    """The artifacts of a job that succeeded, by path; none before."""
+    get_job(session, job_id, project_id=project_id)
+    return list(
+        session.scalars(
+            _published_artifacts(project_id)
+            .where(Artifact.job_id == job_id)
+            .order_by(Artifact.path)
+        )
+    )
+
+
+def get_artifact(session: Session, id: str, *, project_id: str) -> Artifact:
+    found = session.scalar(_published_artifacts(project_id).where(Artifact.id == id))
+    if found is None:
+        raise NotFound("artifact", id)
+    return found
+
+
+def _published_artifacts(project_id: str) -> Select[Artifact]:
+    """Those that the job's current run named, once it has succeeded."""
+    return (
+        select(Artifact)
+        .join(Job, and_(Job.id == Artifact.job_id, Job.fence == Artifact.fence))
+        .where(Artifact.project_id == project_id, Job.state == JobState.SUCCEEDED)
+    )
+
+
+def request_cancel(session: Session, job_id: str, *, project_id: str) -> Job:
+    """Cancels a queued job at once; asks the worker of a running one to stop.
+
+    Asking again changes nothing. Conflict ("job-finished") if it succeeded or failed.
+    """
+    job = session.scalar(
+        select(Job)
+        .where(Job.id == job_id, Job.project_id == project_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+    if job is None:
+        raise NotFound("job", job_id)
+    if job.state == JobState.CANCELLED:
+        return job
+    if job.state.is_final:
+        raise Conflict(f"The job has already {job.state}.", code="job-finished")
+    job.cancel_requested = True
+    if job.state == JobState.QUEUED:
+        _end(session, job, JobState.CANCELLED, {}, now(session))
+    session.flush()
+    return job
+
+
+# --- jobs, as workers see them ----------------------------------------------------------
+
+
+def claim_job(
+    session: Session, job_id: str, *, worker: str, lease_seconds: float, max_runs: int
+) -> Claim | None:
+    """Opens a run of a job that is queued, or running under a lease that has expired.
+
+    None if the job is not to be had: another run holds it, it ended, or (its lease having
+    expired) it is `settle_expired`'s to cancel or fail. One UPDATE compares and sets.
+    """
+    at = now(session)
+    claimed = session.execute(
+        update(Job)
+        .where(
+            Job.id == job_id,
+            or_(
+                Job.state == JobState.QUEUED,
+                and_(Job.state == JobState.RUNNING, Job.lease_expires_at < at),
+            ),
+            Job.cancel_requested.is_(False),
+            Job.attempts < max_runs,
+        )
+        .values(
+            state=JobState.RUNNING,
+            fence=Job.fence + 1,
+            attempts=Job.attempts + 1,
+            lease_expires_at=at + timedelta(seconds=lease_seconds),
+            started_at=func.coalesce(Job.started_at, at),
+        )
+        .returning(Job.id)
+        .execution_options(synchronize_session=False)
+    ).scalar()
+    if claimed is None:
+        return None
+    job = session.get_one(Job, job_id, populate_existing=True)
+    _end_run(session, job_id, RunState.LOST, at)  # the one whose lease expired, if any
+    run = Run(
+        id=new_id("run"),
+        project_id=job.project_id,
+        job_id=job_id,
+        fence=job.fence,
+        worker=worker,
+        state=RunState.RUNNING,
+        started_at=at,
+        ended_at=None,
+        swept_at=None,
+    )
+    session.add(run)
+    _add_event(session, job, "started", {"run": job.fence, "worker": worker}, at)
+    return Claim(
+        job_id=job_id,
+        project_id=job.project_id,
+        run_id=run.id,
+        fence=job.fence,
+        worker=worker,
+        spec=job.spec,
+        model_files=tuple(session.get_one(Model, job.model_id).files),
+        dataset_files=tuple(session.get_one(Dataset, job.dataset_id).files),
+    )
+
+
+def renew_lease(session: Session, claim: Claim, *, lease_seconds: float) -> bool:
+    """True if the job's user asked to cancel it. StaleRun if the job is no longer ours."""
+    job = _hold(session, claim)
+    job.lease_expires_at = now(session) + timedelta(seconds=lease_seconds)
+    session.flush()
+    return job.cancel_requested
+
+
+def append_events(
+    session: Session, claim: Claim, events: Sequence[tuple[str, Mapping[str, Any]]]
+) -> None:
+    """Adds (kind, data) pairs to the job's history, in this order."""
+    job = _hold(session, claim)
+    at = now(session)
+    for kind, data in events:
+        _add_event(session, job, kind, data, at)
+
+
+def add_artifact(
+    session: Session,
+    claim: Claim,
+    *,
+    path: str,
+    key: str,
+    size_bytes: int,
+    sha256: str,
+    media_type: str,
+) -> Artifact:
+    """Names an object that is already stored. Seen by users once the job has succeeded."""
+    _hold(session, claim)
+    artifact = Artifact(
+        id=new_id("artifact"),
+        project_id=claim.project_id,
+        job_id=claim.job_id,
+        fence=claim.fence,
+        path=path,
+        key=key,
+        size_bytes=size_bytes,
+        sha256=sha256,
+        media_type=media_type,
+        created_at=now(session),
+    )
+    session.add(artifact)
+    session.flush()
+    return artifact
+
+
+def finish_job(
+    session: Session,
+    claim: Claim,
+    state: JobState,
+    *,
+    report: Mapping[str, Any] | None = None,
+    error: Mapping[str, Any] | None = None,
+) -> None:
+    """The run's last write: the job ends as succeeded (with a report), failed (with an
+    error) or cancelled."""
+    job = _hold(session, claim)
+    data: dict[str, Any] = {"run": claim.fence}
+    if report is not None:
+        data["selection"] = report.get("selection")
+    if error is not None:
+        data["error"] = error
+    job.report = json_safe(report)
+    job.error = json_safe(error)
+    _end(session, job, state, data, now(session))
+
+
+def release_job(session: Session, claim: Claim, *, reason: str) -> None:
+    """Hands the job back: queued again, and the run is not counted."""
+    job = _hold(session, claim)
+    at = now(session)
+    if job.cancel_requested:
+        _end(session, job, JobState.CANCELLED, {"run": claim.fence}, at)
+        return
+    job.attempts -= 1
+    _requeue(session, job, RunState.RELEASED, reason, at)
+
+
+def settle_expired(session: Session, job_id: str, *, max_runs: int) -> JobState | None:
+    """Takes a job from a run whose lease has expired; the job's new state.
+
+    Queued again; or cancelled, if that was asked for; or failed, after `max_runs` runs.
+    None if the job is not running or its lease still holds.
+    """
+    job = session.scalar(
+        select(Job)
+        .where(Job.id == job_id, Job.state == JobState.RUNNING)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+    at = now(session)
+    if job is None or job.lease_expires_at is None or job.lease_expires_at >= at:
+        return None
+    if job.cancel_requested:
+        _end(session, job, JobState.CANCELLED, {"run": job.fence}, at, run=RunState.LOST)
+    elif job.attempts >= max_runs:
+        times = "once" if job.attempts == 1 else f"{job.attempts} times"
+        job.error = {
+            "code": "killed-its-worker",
+            "message": f"The job kept killing its worker: {times} the worker that ran it went "
+            "silent before the job ended. It is not tried again by itself.",
+            "pointer": None,
+            "rows": [],
+        }
+        data = {"run": job.fence, "error": job.error}
+        _end(session, job, JobState.FAILED, data, at, run=RunState.LOST)
+    else:
+        _requeue(session, job, RunState.LOST, "its worker went silent", at)
+    return job.state
+
+
+def expired_jobs(session: Session, *, limit: int = 100) -> list[str]:
+    """Ids of running jobs whose lease has expired, oldest first."""
+    return list(
+        session.scalars(
+            select(Job.id)
+            .where(Job.state == JobState.RUNNING, Job.lease_expires_at < now(session))
+            .order_by(Job.created_at, Job.id)
+            .limit(limit)
+        )
+    )
+
+
+def queued_jobs(session: Session, *, limit: int = 100) -> list[str]:
+    """Ids of queued jobs, oldest first."""
+    return list(
+        session.scalars(
+            select(Job.id)
+            .where(Job.state == JobState.QUEUED)
+            .order_by(Job.created_at, Job.id)
+            .limit(limit)
+        )
+    )
+
+
+def unswept_runs(session: Session, *, grace_seconds: float, limit: int = 100) -> list[Run]:
+    """Runs that came to nothing at least `grace_seconds` ago and may have left objects."""
+    return list(
+        session.scalars(
+            select(Run)
+            .where(
+                Run.state.not_in([RunState.RUNNING, RunState.SUCCEEDED]),
+                Run.swept_at.is_(None),
+                Run.ended_at < now(session) - timedelta(seconds=grace_seconds),
+            )
+            .order_by(Run.ended_at)
+            .limit(limit)
+        )
+    )
+
+
+def mark_swept(session: Session, run_id: str) -> None:
+    session.get_one(Run, run_id).swept_at = now(session)
+
+
+def _hold(session: Session, claim: Claim) -> Job:
+    """The claim's job, its row locked. StaleRun if another run, or nobody, holds it now.
+
+    A lease that has expired but was not taken by anybody is still the claim's own.
+    """
+    job = session.scalar(
+        select(Job)
+        .where(Job.id == claim.job_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+    if job is None or job.state != JobState.RUNNING or job.fence != claim.fence:
+        raise StaleRun(claim.job_id, claim.fence)
+    return job
+
+
+def _add_event(
+    session: Session, job: Job, kind: str, data: Mapping[str, Any], at: datetime
+) -> None:
+    """Numbers the event from the job's row, which this transaction must hold locked: so
+    numbers become visible in their order, and a reader's cursor never skips one."""
+    job.last_event += 1
+    session.add(
+        Event(
+            job_id=job.id,
+            number=job.last_event,
+            project_id=job.project_id,
+            fence=job.fence,
+            kind=kind,
+            data=json_safe(data),
+            created_at=at,
+        )
+    )
+    session.flush()
+
+
+def _end_run(session: Session, job_id: str, state: RunState, at: datetime) -> None:
+    session.execute(
+        update(Run)
+        .where(Run.job_id == job_id, Run.state == RunState.RUNNING)
+        .values(state=state, ended_at=at)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def _end(
+    session: Session,
+    job: Job,
+    state: JobState,
+    data: Mapping[str, Any],
+    at: datetime,
+    *,
+    run: RunState | None = None,
+) -> None:
+    check_transition(job.state, state)
+    job.state = state
+    job.lease_expires_at = None
+    job.finished_at = at
+    _end_run(session, job.id, run or RunState(state), at)
+    _add_event(session, job, state, data, at)
+
+
+def _requeue(session: Session, job: Job, run: RunState, reason: str, at: datetime) -> None:
+    check_transition(job.state, JobState.QUEUED)
+    job.state = JobState.QUEUED
+    job.lease_expires_at = None
+    _end_run(session, job.id, run, at)
+    _add_event(session, job, "requeued", {"run": job.fence, "reason": reason}, at)

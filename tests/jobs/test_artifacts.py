@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from jobs import artifacts
+from jobs.artifacts import ObjectStore, open_store, run_prefix
+from jobs.errors import ObjectExists, ObjectMissing
+
+CONTENT = bytes(range(256)) * 9000  # more than two chunks
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    return path
+
+
+async def read(objects: ObjectStore, key: str, start: int = 0, end: int | None = None) -> bytes:
+    return b"".join([chunk async for chunk in objects.read(key, start, end)])
+
+
+def test_what_is_put_is_what_is_got(objects: ObjectStore, file: Path, tmp_path: Path) -> None:
+    objects.put_file("models/m/a b.bin", file)
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
+    objects.get_to_file("models/m/a b.bin", tmp_path / "copy", sha256=sha256)
+    assert (tmp_path / "copy").read_bytes() == CONTENT
+    assert objects.size("models/m/a b.bin") == len(CONTENT)
+    assert objects.size("models/m/other") is None
+
+
+@pytest.mark.parametrize("single_put_bytes", [1 << 30, 1 << 20], ids=["whole", "in parts"])
+def test_nothing_is_overwritten(
+    objects: ObjectStore,
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    single_put_bytes: int,
+) -> None:
+    monkeypatch.setattr(artifacts, "_SINGLE_PUT_BYTES", single_put_bytes)
+    objects.put_file("k/a", file)
+    other = tmp_path / "other"
+    other.write_bytes(b"x" * len(CONTENT))
+    with pytest.raises(ObjectExists):
+        objects.put_file("k/a", other)
+    assert asyncio.run(read(objects, "k/a")) == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [(0, None), (5, None), (5, 9), (0, 1), (1048570, 1048590), (0, len(CONTENT) + 5), (7, 7)],
+)
+def test_ranges_are_slices(objects: ObjectStore, file: Path, start: int, end: int | None) -> None:
+    objects.put_file("k/a", file)
+    assert asyncio.run(read(objects, "k/a", start, end)) == CONTENT[start:end]
+
+
+def test_missing_and_altered_objects_are_told(
+    objects: ObjectStore, file: Path, tmp_path: Path
+) -> None:
+    objects.put_file("k/a", file)
+    with pytest.raises(ObjectMissing):
+        objects.get_to_file("k/b", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(ObjectMissing):
+        asyncio.run(read(objects, "k/b"))
+    with pytest.raises(ObjectMissing, match="hash"):
+        objects.get_to_file("k/a", tmp_path / "a", sha256="0" * 64)
+
+
+def test_deleting_a_run_leaves_the_others(objects: ObjectStore, file: Path) -> None:
+    for fence in (1, 10, 11):
+        objects.put_file(run_prefix("job_a", fence) + "w1/m", file)
+    objects.put_file(run_prefix("job_ab", 1) + "m", file)
+    assert objects.delete_prefix(run_prefix("job_a", 1)) == 1
+    assert objects.delete_prefix(run_prefix("job_a", 1)) == 0
+    assert sorted(objects.keys("jobs/")) == [
+        "jobs/job_a/10/w1/m",
+        "jobs/job_a/11/w1/m",
+        "jobs/job_ab/1/m",
+    ]
+    for careless in ("", "/", "jobs"):
+        with pytest.raises(ValueError, match="prefix"):
+            objects.delete_prefix(careless)
+
+
+def test_a_key_cannot_leave_the_folder(objects: ObjectStore, file: Path, tmp_path: Path) -> None:
+    for key in ("../outside", "a/../../outside"):
+        with pytest.raises(Exception):  # noqa: B017 - obstore's own type, whichever
+            objects.put_file(key, file)
+    assert not (tmp_path / "outside").exists()
+
+
+def test_unknown_stores_are_refused() -> None:
+    with pytest.raises(ValueError, match="ftp"):
+        open_store("ftp://host/folder")

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from jobs.logs import redact
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import logging, structlog
+from jobs.logs import configure_logging
+from jobs.settings import Settings
+configure_logging(Settings())
+settings = Settings(database_url="postgresql://u:s3cret@h/d")
+log = structlog.get_logger("ours")
+log.info("hello", key="wwk_s3cret-key", url="redis://u:s3cret@h/0")
+logging.getLogger("theirs").warning("failed: %s", "postgresql://u:s3cret@h/d")
+try:
+    raise ValueError("wwk_s3cret")
+except ValueError:
+    log.exception("broken")
+log.debug("unseen")
+"""
+
+
+def run_program(log_format: str) -> subprocess.CompletedProcess[str]:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM],
+        cwd=REPOSITORY,
+        env={"WIDTHWISE_LOG_FORMAT": log_format},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == ""
+    assert "s3cret" not in run.stderr
+    return run
+
+
+def test_console_lines_hold_no_secrets() -> None:
+    run = run_program("console")
+    for word in ("hello", "failed: postgresql://u:***@h/d", "broken", "ValueError: wwk_***"):
+        assert word in run.stderr
+    assert "unseen" not in run.stderr
+
+
+def test_json_lines_hold_no_secrets() -> None:
+    run = run_program("json")
+    lines = [json.loads(line) for line in run.stderr.splitlines()]
+    assert [line["event"].split(":")[0] for line in lines] == ["hello", "failed", "broken"]
+    assert "ValueError" in lines[2]["exception"]
+
+
+def test_redact_leaves_other_text_alone() -> None:
+    text = "http://host:8000/v1/jobs?after=job_1 at 12:00, a@b"
+    assert redact(text) == text

@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from jobs import store
+from jobs.db import Database, now
+from jobs.errors import Conflict, NotFound, StaleRun
+from jobs.records import DEFAULT_PROJECT, Event, Job, Project, Run
+from jobs.states import JobState, RunState
+from jobs.store import Claim
+from tests.seeds import seed_job
+
+ARTIFACT: dict[str, Any] = {
+    "path": "w1/onnx/model.onnx",
+    "key": "jobs/x/1/w1/onnx/model.onnx",
+    "size_bytes": 3,
+    "sha256": "0" * 64,
+    "media_type": "application/octet-stream",
+}
+
+
+def claim(database: Database, job_id: str, *, lease: float = 60, max_runs: int = 3) -> Claim | None:
+    with database.transaction() as session:
+        return store.claim_job(session, job_id, worker="w", lease_seconds=lease, max_runs=max_runs)
+
+
+def claimed(database: Database, job_id: str, *, lease: float = 60) -> Claim:
+    found = claim(database, job_id, lease=lease)
+    assert found is not None
+    return found
+
+
+def expired_claim(database: Database, job_id: str) -> Claim:
+    """A claim whose lease has run out by the database's clock."""
+    found = claimed(database, job_id, lease=0.001)
+    time.sleep(0.01)
+    return found
+
+
+def job_of(database: Database, job_id: str) -> Job:
+    with database.reading() as session:
+        return store.get_job(session, job_id, project_id=DEFAULT_PROJECT)
+
+
+def events_of(database: Database, job_id: str, **page: int) -> list[Event]:
+    with database.reading() as session:
+        return store.list_events(session, job_id, project_id=DEFAULT_PROJECT, **page)
+
+
+def runs_of(database: Database, job_id: str) -> list[RunState]:
+    with database.reading() as session:
+        runs = session.query(Run).filter(Run.job_id == job_id).order_by(Run.fence)
+        return [run.state for run in runs]
+
+
+def settle(database: Database, job_id: str, *, max_runs: int = 3) -> JobState | None:
+    with database.transaction() as session:
+        return store.settle_expired(session, job_id, max_runs=max_runs)
+
+
+def _claim_in_process(url: str, job_id: str, start: Any, wins: Any) -> None:
+    database = Database(url)
+    with database.reading() as session:
+        now(session)  # connected before the race begins
+    start.wait()
+    wins.put(claim(database, job_id) is not None)
+    database.close()
+
+
+def test_of_many_threads_one_claims(database: Database) -> None:
+    job_id = seed_job(database)
+    barrier = threading.Barrier(8)
+    claims: list[Claim | None] = []
+
+    def race() -> None:
+        barrier.wait()
+        claims.append(claim(database, job_id))
+
+    threads = [threading.Thread(target=race) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(claims) == 8
+    assert [c.fence for c in claims if c is not None] == [1]
+    assert runs_of(database, job_id) == [RunState.RUNNING]
+
+
+def test_of_two_processes_one_claims(database: Database, database_url: str) -> None:
+    job_id = seed_job(database)
+    context = multiprocessing.get_context("spawn")
+    start, wins = context.Barrier(2), context.Queue()
+    racers = [
+        context.Process(target=_claim_in_process, args=(database_url, job_id, start, wins))
+        for _ in range(2)
+    ]
+    for racer in racers:
+        racer.start()
+    won = [wins.get(timeout=60) for _ in racers]
+    for racer in racers:
+        racer.join()
+    assert sorted(won) == [False, True]
+
+
+def test_an_expired_job_is_claimed_by_one_and_its_first_run_is_stale(database: Database) -> None:
+    job_id = seed_job(database)
+    first = expired_claim(database, job_id)
+    second = claimed(database, job_id)
+    assert second.fence == first.fence + 1
+    assert claim(database, job_id) is None
+    assert runs_of(database, job_id) == [RunState.LOST, RunState.RUNNING]
+    with database.transaction() as session:
+        assert store.renew_lease(session, second, lease_seconds=60) is False
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda s, c: store.renew_lease(s, c, lease_seconds=60),
+        lambda s, c: store.append_events(s, c, [("progress", {})]),
+        lambda s, c: store.add_artifact(s, c, **ARTIFACT),
+        lambda s, c: store.finish_job(s, c, JobState.SUCCEEDED, report={}),
+        lambda s, c: store.finish_job(s, c, JobState.FAILED, error={}),
+        lambda s, c: store.release_job(s, c, reason="x"),
+    ],
+    ids=["renew", "append", "artifact", "succeed", "fail", "release"],
+)
+@pytest.mark.parametrize("after", ["another claim", "requeue", "the end"])
+def test_a_stale_run_writes_nothing(
+    database: Database, write: Callable[[Any, Claim], object], after: str
+) -> None:
+    job_id = seed_job(database)
+    stale = expired_claim(database, job_id)
+    if after == "another claim":
+        claimed(database, job_id)
+    else:
+        settle(database, job_id, max_runs=3 if after == "requeue" else 1)
+    before = job_of(database, job_id), len(events_of(database, job_id)), runs_of(database, job_id)
+    with pytest.raises(StaleRun), database.transaction() as session:
+        write(session, stale)
+    job = job_of(database, job_id)
+    assert (job.state, job.fence, job.attempts) == (
+        before[0].state,
+        before[0].fence,
+        before[0].attempts,
+    )
+    assert (len(events_of(database, job_id)), runs_of(database, job_id)) == before[1:]
+
+
+def test_a_job_that_keeps_killing_its_worker_fails_after_three_runs(database: Database) -> None:
+    job_id = seed_job(database)
+    for _ in range(2):
+        expired_claim(database, job_id)
+        assert settle(database, job_id) == JobState.QUEUED
+    expired_claim(database, job_id)
+    assert claim(database, job_id) is None  # not a fourth time, even before it is settled
+    assert settle(database, job_id) == JobState.FAILED
+    job = job_of(database, job_id)
+    assert job.error["code"] == "killed-its-worker"
+    assert "killing its worker" in job.error["message"]
+    assert runs_of(database, job_id) == [RunState.LOST] * 3
+    kinds = [event.kind for event in events_of(database, job_id)]
+    assert kinds == ["queued"] + ["started", "requeued"] * 2 + ["started", "failed"]
+    assert settle(database, job_id) is None
+
+
+def test_a_lease_that_holds_is_not_settled(database: Database) -> None:
+    job_id = seed_job(database)
+    claimed(database, job_id)
+    assert settle(database, job_id) is None
+    with database.reading() as session:
+        assert store.expired_jobs(session) == []
+
+
+def test_many_settle_an_expired_job_once(database: Database) -> None:
+    job_id = seed_job(database)
+    expired_claim(database, job_id)
+    barrier = threading.Barrier(6)
+    states: list[JobState | None] = []
+
+    def race() -> None:
+        barrier.wait()
+        states.append(settle(database, job_id))
+
+    threads = [threading.Thread(target=race) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(states, key=str) == [None] * 5 + [JobState.QUEUED]
+    assert [e.kind for e in events_of(database, job_id)] == ["queued", "started", "requeued"]
+
+
+def test_a_released_run_is_not_counted(database: Database) -> None:
+    job_id = seed_job(database)
+    for _ in range(5):
+        run = claimed(database, job_id)
+        with database.transaction() as session:
+            store.release_job(session, run, reason="its worker was told to stop")
+    job = job_of(database, job_id)
+    assert (job.state, job.attempts, job.fence) == (JobState.QUEUED, 0, 5)
+
+
+def test_event_numbers_have_no_gaps_when_many_write(database: Database) -> None:
+    """A reader that polls by cursor while runs write sees every number, in order."""
+    job_id = seed_job(database)
+    run = claimed(database, job_id)
+    writers = 4
+    finished = threading.Event()
+    seen: list[int] = []
+
+    def write() -> None:
+        for step in range(10):
+            with database.transaction() as session:
+                store.append_events(session, run, [("progress", {"step": step})] * 2)
+
+    def read() -> None:
+        while True:
+            last = finished.is_set()
+            page = events_of(database, job_id, after=seen[-1] if seen else 0, limit=7)
+            seen.extend(event.number for event in page)
+            if last and not page:
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    threads = [threading.Thread(target=write) for _ in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    finished.set()
+    reader.join()
+    assert seen == list(range(1, 2 + writers * 20 + 1))
+
+
+def test_cancelling_a_queued_job_ends_it_at_once(database: Database) -> None:
+    job_id = seed_job(database)
+    for _ in range(2):  # asking again changes nothing
+        with database.transaction() as session:
+            job = store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
+        assert job.state == JobState.CANCELLED
+    assert claim(database, job_id) is None
+    assert [e.kind for e in events_of(database, job_id)] == ["queued", "cancelled"]
+
+
+def test_cancelling_a_running_job_tells_its_run(database: Database) -> None:
+    job_id = seed_job(database)
+    run = claimed(database, job_id)
+    with database.transaction() as session:
+        job = store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
+        assert job.state == JobState.RUNNING
+    with database.transaction() as session:
+        assert store.renew_lease(session, run, lease_seconds=60) is True
+    with database.transaction() as session:
+        store.release_job(session, run, reason="x")  # instead of queueing it again
+    assert job_of(database, job_id).state == JobState.CANCELLED
+
+
+def test_a_cancelled_job_whose_worker_died_is_not_run_again(database: Database) -> None:
+    job_id = seed_job(database)
+    expired_claim(database, job_id)
+    with database.transaction() as session:
+        store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
+    assert claim(database, job_id) is None
+    assert settle(database, job_id) == JobState.CANCELLED
+
+
+def test_an_ended_job_cannot_be_cancelled(database: Database) -> None:
+    job_id = seed_job(database)
+    run = claimed(database, job_id)
+    with database.transaction() as session:
+        store.finish_job(session, run, JobState.SUCCEEDED, report={})
+    with pytest.raises(Conflict) as refused, database.transaction() as session:
+        store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
+    assert refused.value.code == "job-finished"
+
+
+def test_artifacts_are_seen_once_the_job_has_succeeded(database: Database) -> None:
+    job_id = seed_job(database)
+    run = claimed(database, job_id)
+    with database.transaction() as session:
+        artifact = store.add_artifact(session, run, **ARTIFACT)
+    with database.reading() as session:
+        assert store.list_artifacts(session, job_id, project_id=DEFAULT_PROJECT) == []
+        with pytest.raises(NotFound):
+            store.get_artifact(session, artifact.id, project_id=DEFAULT_PROJECT)
+    with database.transaction() as session:
+        store.finish_job(session, run, JobState.SUCCEEDED, report={"selection": {"a": 1}})
+    with database.reading() as session:
+        listed = store.list_artifacts(session, job_id, project_id=DEFAULT_PROJECT)
+        assert [item.id for item in listed] == [artifact.id]
+        assert store.get_artifact(session, artifact.id, project_id=DEFAULT_PROJECT)
+    assert events_of(database, job_id)[-1].data["selection"] == {"a": 1}
+
+
+def test_a_project_does_not_see_anothers_records(database: Database) -> None:
+    with database.transaction() as session:
+        session.add(Project(id="prj_other", name="Other", created_at=now(session)))
+    job_id = seed_job(database)
+    other = seed_job(database, project_id="prj_other")
+    with database.transaction() as session:
+        job = store.get_job(session, job_id, project_id=DEFAULT_PROJECT)
+        listed = store.list_jobs(session, project_id="prj_other")
+        assert [item.id for item in listed] == [other]
+        for look in (
+            lambda: store.get_job(session, job_id, project_id="prj_other"),
+            lambda: store.get_model(session, job.model_id, project_id="prj_other"),
+            lambda: store.get_dataset(session, job.dataset_id, project_id="prj_other"),
+            lambda: store.list_events(session, job_id, project_id="prj_other"),
+            lambda: store.list_artifacts(session, job_id, project_id="prj_other"),
+            lambda: store.request_cancel(session, job_id, project_id="prj_other"),
+            lambda: store.list_jobs(session, project_id="prj_other", after=job_id),
+            lambda: store.create_job(
+                session,
+                project_id="prj_other",
+                name="x",
+                model_id=job.model_id,
+                dataset_id=job.dataset_id,
+                spec={},
+            ),
+        ):
+            with pytest.raises(NotFound):
+                look()
+
+
+def test_pages_hold_every_job_once_newest_first(database: Database) -> None:
+    made = [seed_job(database) for _ in range(7)]
+    run = claimed(database, made[3])
+    pages: list[str] = []
+    after = None
+    while True:
+        with database.reading() as session:
+            page = store.list_jobs(session, project_id=DEFAULT_PROJECT, after=after, limit=3)
+        if not page:
+            break
+        pages += [job.id for job in page]
+        after = pages[-1]
+    assert sorted(pages) == sorted(made)
+    with database.reading() as session:
+        times = [store.get_job(session, id, project_id=DEFAULT_PROJECT).created_at for id in pages]
+        running = store.list_jobs(session, project_id=DEFAULT_PROJECT, state=JobState.RUNNING)
+        queued = store.queued_jobs(session)
+    assert times == sorted(times, reverse=True)
+    assert [job.id for job in running] == [run.job_id]
+    assert queued == [id for id in reversed(pages) if id != made[3]]
+
+
+def test_numbers_that_json_lacks_do_not_break_a_write(database: Database) -> None:
+    job_id = seed_job(database, spec={"text": "a\x00b"})
+    run = claimed(database, job_id)
+    with database.transaction() as session:
+        store.append_events(session, run, [("progress", {"loss": float("nan"), "t": "\x00\ud800"})])
+    stored = events_of(database, job_id)[-1].data
+    assert stored["loss"] == "nan"
+    assert "\x00" not in stored["t"]
+
+
+def test_the_clock_is_aware_and_in_utc(database: Database) -> None:
+    job_id = seed_job(database)
+    with database.reading() as session:
+        at = now(session)
+    created = job_of(database, job_id).created_at
+    assert at.tzinfo is UTC and created.tzinfo is UTC
+    assert created <= at
+    assert abs((at - datetime.now(UTC)).total_seconds()) < 60
+
+
+def test_runs_that_came_to_nothing_are_swept_once(database: Database) -> None:
+    lost, kept = seed_job(database), seed_job(database)
+    expired_claim(database, lost)
+    settle(database, lost)
+    run = claimed(database, kept)
+    with database.transaction() as session:
+        store.finish_job(session, run, JobState.SUCCEEDED, report={})
+    time.sleep(0.01)
+    with database.transaction() as session:
+        assert store.unswept_runs(session, grace_seconds=3600) == []
+        found = store.unswept_runs(session, grace_seconds=0)
+        assert [(item.job_id, item.fence) for item in found] == [(lost, 1)]
+        store.mark_swept(session, found[0].id)
+    with database.reading() as session:
+        assert store.unswept_runs(session, grace_seconds=0) == []
+
+
+def test_a_revoked_key_is_not_found(database: Database) -> None:
+    with database.transaction() as session:
+        assert not store.has_api_keys(session)
+        key = store.add_api_key(session, project_id=DEFAULT_PROJECT, name="k", hash="a" * 64)
+    with database.transaction() as session:
+        assert store.has_api_keys(session)
+        found = store.find_api_key(session, "a" * 64)
+        assert found is not None and found.id == key.id
+        assert store.find_api_key(session, "b" * 64) is None
+        found.revoked_at = now(session)
+    with database.reading() as session:
+        assert store.find_api_key(session, "a" * 64) is None

@@ -1,0 +1,73 @@
+"""Records to start a test from."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs import store
+from jobs.artifacts import ObjectStore, dataset_key, model_key
+from jobs.db import Database
+from jobs.records import DEFAULT_PROJECT, new_id
+
+
+def stored_file(objects: ObjectStore, key: str, content: bytes) -> dict[str, Any]:
+    """Puts an object; its line in the `files` of a model or dataset."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        objects.put_file(key, Path(file.name))
+    return {
+        "name": key.rpartition("/")[2],
+        "key": key,
+        "size_bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def seed_job(
+    database: Database,
+    objects: ObjectStore | None = None,
+    *,
+    spec: Mapping[str, Any] | None = None,
+    project_id: str = DEFAULT_PROJECT,
+) -> str:
+    """A queued job with a model and a dataset of its own; with `objects`, their files too."""
+    model_id, dataset_id = new_id("model"), new_id("dataset")
+    model_files, dataset_files = [], []
+    if objects is not None:
+        model_files = [stored_file(objects, model_key(model_id, "config.json"), b"{}")]
+        dataset_files = [stored_file(objects, dataset_key(dataset_id, "train.jsonl"), b"[]")]
+    with database.transaction() as session:
+        store.add_model(
+            session,
+            id=model_id,
+            project_id=project_id,
+            name="model",
+            size_bytes=2,
+            uploads=[],
+            files=model_files,
+            info={},
+        )
+        store.add_dataset(
+            session,
+            id=dataset_id,
+            project_id=project_id,
+            name="dataset",
+            size_bytes=2,
+            uploads=[],
+            files=dataset_files,
+            profile={},
+        )
+        job = store.create_job(
+            session,
+            project_id=project_id,
+            name="job",
+            model_id=model_id,
+            dataset_id=dataset_id,
+            spec=spec or {},
+        )
+    return job.id
