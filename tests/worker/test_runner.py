@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import store
+from jobs.artifacts import ObjectStore, run_prefix
+from jobs.db import Database
+from jobs.records import DEFAULT_PROJECT, Artifact
+from jobs.settings import Settings
+from jobs.states import JobState
+from tests.services import wait_until
+from tests.worker.helpers import (
+    CHILD_COMMAND,
+    error_of,
+    events_of,
+    job_of,
+    kinds_of,
+    settings_for,
+    submit,
+    wait_for_death,
+    wait_for_event,
+    wait_for_state,
+)
+from worker.reconciler import reconcile
+from worker.runner import CHILD_COMMAND as REAL_CHILD_COMMAND
+from worker.runner import ProgressFilter, Runner
+
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+SOME_FILE = Path(__file__)
+MakeRunner = Callable[..., Runner]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, database_url: str) -> Settings:
+    return settings_for(tmp_path, database_url)
+
+
+@pytest.fixture
+def make_runner(
+    settings: Settings, database: Database, objects: ObjectStore
+) -> Iterator[MakeRunner]:
+    runners = []
+
+    def make(**changes: Any) -> Runner:
+        command = changes.pop("child_command", CHILD_COMMAND)
+        chosen = settings.model_copy(update=changes)
+        runner = Runner(chosen, database, objects, worker="w", child_command=command)
+        runners.append(runner)
+        return runner
+
+    yield make
+    for runner in runners:
+        runner.stop()
+    for runner in runners:
+        assert runner.join(30)
+
+
+def artifacts_of(database: Database, job_id: str) -> list[Artifact]:
+    with database.reading() as session:
+        return store.list_artifacts(session, job_id, project_id=DEFAULT_PROJECT)
+
+
+def cancel(database: Database, job_id: str) -> None:
+    with database.transaction() as session:
+        store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
+
+
+def test_a_job_goes_through(
+    make_runner: MakeRunner, settings: Settings, database: Database, objects: ObjectStore
+) -> None:
+    files = ["w1_2/onnx/model.onnx", "w1_2/bundle.tar.gz"]
+    job_id = submit(database, objects, "check", "progress", *[f"artifact {f}" for f in files])
+    assert make_runner().offer(job_id)
+    wait_for_state(database, job_id, "succeeded")
+    assert job_of(database, job_id).report == {"selection": {"subnetwork": "w1_2"}}
+    assert kinds_of(database, job_id) == ["queued", "started", "progress", "succeeded"]
+    artifacts = artifacts_of(database, job_id)
+    assert [artifact.path for artifact in artifacts] == sorted(files)
+    for artifact in artifacts:
+        assert artifact.key == f"jobs/{job_id}/1/{artifact.path}"
+        assert artifact.sha256 == hashlib.sha256(artifact.path.encode()).hexdigest()
+        assert objects.size(artifact.key) == artifact.size_bytes == len(artifact.path)
+    wait_until(lambda: not list(settings.work_dir.iterdir()), "the work folder is empty")
+
+
+@ON_SQLITE
+def test_a_failure_keeps_what_the_process_said(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    job_id = submit(database, objects, "artifact w1/m", "fail the column is missing")
+    make_runner().offer(job_id)
+    wait_for_state(database, job_id, "failed")
+    error = {
+        "code": "invalid-dataset",
+        "message": "the column is missing",
+        "pointer": "/task",
+        "rows": [],
+    }
+    assert error_of(database, job_id) == error
+    assert events_of(database, job_id)[-1].data == {"run": 1, "error": error}
+    assert artifacts_of(database, job_id) == []
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("end", ["kill", "exit 5", "unknown step"])
+def test_a_child_that_dies_fails_the_job_with_its_last_lines(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, end: str
+) -> None:
+    # What it started lives on and holds its standard output open.
+    job_id = submit(database, objects, "spawn", "complain out of luck", end)
+    runner = make_runner()
+    runner.offer(job_id)
+    wait_for_state(database, job_id, "failed")
+    error = error_of(database, job_id)
+    assert error["code"] == "child-died"
+    assert "out of luck" in error["last_lines"]
+    word = {"kill": "memory", "exit 5": "status 5", "unknown step": "status 1"}[end]
+    assert word in error["message"]
+    wait_for_death(*wait_for_event(database, job_id, "progress").data["figures"].values())
+    after = submit(database, objects, "progress")  # and the worker lives on
+    wait_until(lambda: runner.offer(after), "the slot is free")
+    wait_for_state(database, after, "succeeded")
+
+
+@ON_SQLITE
+def test_the_real_child_says_what_is_wrong(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    """`python -m worker.child` on files that are no model: it speaks the protocol."""
+    job_id = submit(database, objects, "not a spec")
+    make_runner(child_command=REAL_CHILD_COMMAND, cancel_poll_seconds=1.0).offer(job_id)
+    wait_for_state(database, job_id, "failed")
+    error = error_of(database, job_id)
+    assert error["code"] == "child-died"
+    assert any("do" in line or "spec" in line.lower() for line in error["last_lines"])
+
+
+@ON_SQLITE
+def test_cancel_ends_the_whole_group(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    job_id = submit(database, objects, "deaf", "spawn", "sleep 600")
+    make_runner().offer(job_id)
+    pids = wait_for_event(database, job_id, "progress").data["figures"].values()
+    cancel(database, job_id)
+    wait_for_state(database, job_id, "cancelled")
+    wait_for_death(*pids)
+    assert kinds_of(database, job_id)[-1] == "cancelled"
+    assert job_of(database, job_id).error is None
+
+
+def test_stopping_hands_the_job_back_uncounted(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    go_on = tmp_path / "go on"
+    job_id = submit(database, objects, "spawn", f"wait {go_on}")
+    first = make_runner()
+    first.offer(job_id)
+    pids = wait_for_event(database, job_id, "progress").data["figures"].values()
+    first.stop()
+    assert first.join(30)
+    wait_for_death(*pids)
+    job = job_of(database, job_id)
+    assert (job.state, job.attempts) == (JobState.QUEUED, 0)
+    assert not first.offer(job_id)
+    go_on.touch()
+    assert make_runner().offer(job_id)
+    wait_for_state(database, job_id, "succeeded")
+    assert kinds_of(database, job_id).count("requeued") == 1
+
+
+def test_two_workers_race_and_one_runs_the_job(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    jobs = [submit(database, objects, "progress") for _ in range(3)]
+    runners = [make_runner(worker_slots=8) for _ in range(2)]
+    barrier = threading.Barrier(4)
+    taken: list[str] = []
+
+    def race(runner: Runner) -> None:
+        barrier.wait()
+        taken.extend(job_id for job_id in jobs if runner.offer(job_id))
+
+    threads = [threading.Thread(target=race, args=(runners[n % 2],)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for job_id in jobs:
+        wait_for_state(database, job_id, "succeeded")
+        assert kinds_of(database, job_id) == ["queued", "started", "progress", "succeeded"]
+    assert len(taken) <= 3  # a runner whose slot freed may have taken one unasked
+
+
+@ON_SQLITE
+def test_a_busy_worker_refuses_and_takes_the_oldest_when_its_slot_frees(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    go_on = tmp_path / "go on"
+    first = submit(database, objects, "progress", f"wait {go_on}")
+    older = submit(database, objects, "progress")
+    newer = submit(database, objects, "progress")
+    runner = make_runner()
+    assert runner.offer(first)
+    assert not runner.offer(newer)  # its message is gone now; the job is not
+    assert job_of(database, newer).state == JobState.QUEUED
+    go_on.touch()
+    for job_id in (first, older, newer):
+        wait_for_state(database, job_id, "succeeded")
+    finished = [job_of(database, job_id).started_at for job_id in (first, older, newer)]
+    assert finished == sorted(finished, key=str)
+
+
+@ON_SQLITE
+def test_a_redelivered_message_does_no_harm(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    job_id = submit(database, objects, "progress")
+    runner = make_runner(worker_slots=4)
+    assert [runner.offer(job_id) for _ in range(4)] == [True, False, False, False]
+    wait_for_state(database, job_id, "succeeded")
+    assert not runner.offer(job_id)
+    assert not runner.offer("job_unknown")
+    assert kinds_of(database, job_id).count("started") == 1
+
+
+def test_a_run_that_lost_its_job_ends_its_child_and_writes_nothing(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, settings: Settings
+) -> None:
+    job_id = submit(database, objects, "deaf", "spawn", "sleep 600")
+    make_runner().offer(job_id)
+    pids = wait_for_event(database, job_id, "progress").data["figures"].values()
+    with database.transaction() as session:  # as if this worker had been silent for long
+        job = store.get_job(session, job_id, project_id=DEFAULT_PROJECT)
+        job.lease_expires_at = job.created_at
+        session.flush()
+        other = store.claim_job(session, job_id, worker="other", lease_seconds=600, max_runs=3)
+    assert other is not None
+    wait_for_death(*pids)
+    with database.transaction() as session:
+        store.finish_job(session, other, JobState.SUCCEEDED, report={})
+    wait_until(lambda: not list(settings.work_dir.iterdir()), "the loser has cleaned up")
+    assert kinds_of(database, job_id) == ["queued", "started", "progress", "started", "succeeded"]
+
+
+@ON_SQLITE
+def test_a_damaged_model_file_fails_the_job(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    job_id = submit(database, objects, "progress")
+    key = next(key for key in objects.keys("models/"))
+    (tmp_path / "objects" / key).write_bytes(b"[]")
+    make_runner().offer(job_id)
+    wait_for_state(database, job_id, "failed")
+    error = error_of(database, job_id)
+    assert error["code"] == "object-missing"
+    assert key in error["message"]
+
+
+@ON_SQLITE
+def test_progress_is_thinned_but_keeps_firsts_and_lasts(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    job_id = submit(database, objects, "progress", "many 500")
+    make_runner().offer(job_id)
+    wait_for_state(database, job_id, "succeeded")
+    stored = [event.data for event in events_of(database, job_id) if event.kind == "progress"]
+    distil = [data["step"] for data in stored if data["stage"] == "distil"]
+    assert distil[0] == 0 and distil[-1] == 500
+    assert len(distil) < 100
+    assert stored[0]["stage"] == "load"
+
+
+def test_the_filter_lets_one_a_second_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.4, 0.8, 1.2, 1.4, 1.5, 1.6])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    wanted = ProgressFilter(1.0)
+    steps = [("a", 0), ("a", 1), ("a", 2), ("a", 3), ("a", 4), ("b", 0), ("b", 9)]
+    answers = [wanted({"stage": stage, "step": step, "total": 9}) for stage, step in steps]
+    assert answers == [True, False, False, True, False, True, True]
+
+
+@ON_SQLITE
+def test_the_child_gets_no_secrets(
+    make_runner: MakeRunner,
+    database: Database,
+    objects: ObjectStore,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    monkeypatch.setenv("WIDTHWISE_DATABASE_URL", "hush")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    job_id = submit(database, objects, "environment")
+    make_runner().offer(job_id)
+    environment = wait_for_event(database, job_id, "progress").data["figures"]
+    assert "hush" not in environment.values()
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1"
+    assert Path(environment["TMPDIR"]).is_relative_to(settings.work_dir)
+    assert Path(environment["HOME"]).is_relative_to(settings.work_dir)
+    assert environment["PIP_NO_INDEX"] == "1"
+
+
+def test_reconciling_requeues_nudges_and_cleans(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, settings: Settings
+) -> None:
+    """A dead worker's job, a lost message, orphaned objects: all set right, by many at once."""
+    lost = submit(database, objects, "progress")
+    unheard = submit(database, objects, "progress")
+    with database.transaction() as session:
+        run = store.claim_job(session, lost, worker="dead", lease_seconds=0.001, max_runs=3)
+    assert run is not None
+    orphan = run_prefix(lost, run.fence) + "w1/m"
+    objects.put_file(orphan, SOME_FILE)
+    other = run_prefix(unheard, 7) + "w1/m"  # of no run that ended: not to be touched
+    objects.put_file(other, SOME_FILE)
+    time.sleep(0.05)
+    nudged: list[str] = []
+    passes = [
+        threading.Thread(
+            target=reconcile, args=(settings, database, objects), kwargs={"nudge": nudged.append}
+        )
+        for _ in range(3)
+    ]
+    for thread in passes:
+        thread.start()
+    for thread in passes:
+        thread.join()
+    assert set(nudged) == {lost, unheard}
+    assert kinds_of(database, lost) == ["queued", "started", "requeued"]
+    assert objects.exists(orphan)  # the dead run might be only slow: a grace period
+    eager = settings.model_copy(update={"orphan_grace_seconds": 0})
+    reconcile(eager, database, objects, nudge=nudged.append)
+    assert not objects.exists(orphan)
+    assert objects.exists(other)
+    make_runner(worker_slots=2).fill()
+    for job_id in (lost, unheard):
+        wait_for_state(database, job_id, "succeeded")
+
+
+@ON_SQLITE
+def test_a_step_that_fails_does_not_keep_the_others_from_being_done(
+    database: Database, objects: ObjectStore, settings: Settings
+) -> None:
+    settings.work_dir.mkdir(parents=True)
+    (settings.work_dir / "run_dead").mkdir()
+    (settings.work_dir / "run_dead.lock").touch()
+    submit(database, objects, "progress")
+
+    def broken(job_id: str) -> None:
+        raise RuntimeError("the queue is broken")
+
+    reconcile(settings, database, objects, nudge=broken)
+    assert list(settings.work_dir.iterdir()) == []

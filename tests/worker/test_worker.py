@@ -1,0 +1,318 @@
+"""Real workers: processes with Celery in them, on the folder queue and on Redis."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from jobs import store
+from jobs.artifacts import ObjectStore
+from jobs.db import Database
+from jobs.queue import enqueue_job, make_celery
+from jobs.records import DEFAULT_PROJECT
+from jobs.settings import Settings
+from jobs.states import JobState
+from tests.services import free_port, wait_until
+from tests.worker.helpers import (
+    error_of,
+    events_of,
+    job_of,
+    kinds_of,
+    settings_for,
+    submit,
+    wait_for_death,
+    wait_for_event,
+    wait_for_state,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STOP_SECONDS = 15.0
+
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+ON_POSTGRESQL = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+StartWorker = Callable[[Settings], "Worker"]
+
+
+class Worker:
+    """A worker's process. `folder` is its working directory, home and temporary folder."""
+
+    def __init__(self, settings: Settings, folder: Path, *, program: list[str]) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.log = folder.with_suffix(".log")
+        environment = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HOME": str(folder),
+            "TMPDIR": str(folder),
+            "WIDTHWISE_DATABASE_URL": settings.database_url,
+            "WIDTHWISE_BROKER_URL": settings.broker_url,
+            "WIDTHWISE_DATA_DIR": str(settings.data_dir),
+            "WIDTHWISE_STORE_URL": settings.store_url,
+            "WIDTHWISE_LEASE_SECONDS": str(settings.lease_seconds),
+            "WIDTHWISE_RECONCILE_SECONDS": str(settings.reconcile_seconds),
+            "WIDTHWISE_CANCEL_POLL_SECONDS": str(settings.cancel_poll_seconds),
+            "WIDTHWISE_STOP_GRACE_SECONDS": str(settings.stop_grace_seconds),
+            "WIDTHWISE_MAX_RUNS": str(settings.max_runs),
+        }
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *program], cwd=folder, env=environment, stdout=log, stderr=log
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def has_logged(self, words: str) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        return words in self.log.read_text()
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Its exit status; AssertionError if it takes too long."""
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(self.log.read_text()) from error
+
+
+@pytest.fixture
+def start_worker(tmp_path: Path) -> Iterator[StartWorker]:
+    workers: list[Worker] = []
+
+    def start(settings: Settings) -> Worker:
+        program = ["-m", "tests.worker.run_worker"]
+        workers.append(Worker(settings, tmp_path / f"worker{len(workers)}", program=program))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        if worker.process.poll() is None:
+            worker.process.kill()
+            worker.process.wait()
+
+
+@pytest.fixture
+def settings(database_url: str, tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
+    """The two profiles: SQLite with the folder queue, PostgreSQL with Redis."""
+    broker = "filesystem://"
+    if database_url.startswith("postgresql"):
+        broker = str(request.getfixturevalue("redis_url"))
+    return settings_for(tmp_path, database_url, broker_url=broker, reconcile_seconds=600)
+
+
+def worker_of(database: Database, job_id: str, workers: list[Worker], run: int = 1) -> Worker:
+    """The one whose process runs the job."""
+    name = wait_for_event(database, job_id, "started", run).data["worker"]
+    found = re.search(r"-(\d+)-", name)
+    assert found is not None
+    return next(worker for worker in workers if worker.pid == int(found[1]))
+
+
+def child_pids(database: Database, job_id: str) -> list[int]:
+    return list(wait_for_event(database, job_id, "progress").data["figures"].values())
+
+
+def test_one_of_two_workers_runs_a_job_whose_message_came_often(
+    settings: Settings, database: Database, objects: ObjectStore, start_worker: StartWorker
+) -> None:
+    workers = [start_worker(settings) for _ in range(2)]
+    app = make_celery(settings)
+    job_id = submit(database, objects, "check", "progress", "artifact w1/onnx/model.onnx")
+    for _ in range(10):
+        enqueue_job(app, job_id)
+    wait_for_state(database, job_id, "succeeded")
+    # All ten messages have been taken before the next job's, which comes last.
+    last = submit(database, objects, "progress")
+    enqueue_job(app, last)
+    wait_for_state(database, last, "succeeded")
+    for worker in workers:
+        worker.process.send_signal(signal.SIGTERM)
+    for worker in workers:
+        assert worker.process.wait(STOP_SECONDS) == 0, worker.log.read_text()
+        assert list(worker.folder.iterdir()) == []  # nothing outside the data folder
+        assert "rror" not in worker.log.read_text()
+    assert kinds_of(database, job_id) == ["queued", "started", "progress", "succeeded"]
+    with database.reading() as session:
+        (artifact,) = store.list_artifacts(session, job_id, project_id=DEFAULT_PROJECT)
+    assert objects.size(artifact.key) == artifact.size_bytes
+    assert list(settings.work_dir.iterdir()) == []
+    app.close()
+
+
+def test_a_job_whose_worker_is_killed_ends_once_on_another(
+    settings: Settings,
+    database: Database,
+    objects: ObjectStore,
+    start_worker: StartWorker,
+    tmp_path: Path,
+) -> None:
+    settings = settings.model_copy(update={"lease_seconds": 3.0, "reconcile_seconds": 0.5})
+    workers = [start_worker(settings) for _ in range(2)]
+    go_on = tmp_path / "go on"
+    job_id = submit(database, objects, "deaf", "spawn", f"wait {go_on}")  # and no message
+    killed = worker_of(database, job_id, workers)
+    pids = child_pids(database, job_id)
+    killed.process.kill()
+    killed.process.wait()
+    wait_for_death(*pids)
+    wait_for_event(database, job_id, "started", 2)
+    go_on.touch()
+    wait_for_state(database, job_id, "succeeded")
+    kinds = [kind for kind in kinds_of(database, job_id) if kind != "progress"]
+    assert kinds == ["queued", "started", "requeued", "started", "succeeded"]
+    assert job_of(database, job_id).attempts == 2
+    assert worker_of(database, job_id, workers, run=2) is not killed
+    wait_until(lambda: not list(settings.work_dir.iterdir()), "the dead run's folder is gone")
+
+
+def stop_between_transactions(worker: Worker, database: Database) -> None:
+    """SIGSTOP, at a moment when the worker holds no lock in PostgreSQL."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
+
+    def stopped() -> bool:
+        worker.process.send_signal(signal.SIGSTOP)
+        with database.engine.connect() as connection:
+            if connection.scalar(text(query)) == 0:
+                return True
+        worker.process.send_signal(signal.SIGCONT)
+        return False
+
+    wait_until(stopped, "the worker stands still")
+
+
+@ON_POSTGRESQL
+def test_a_worker_that_stood_still_does_not_disturb_its_successor(
+    settings: Settings,
+    database: Database,
+    objects: ObjectStore,
+    start_worker: StartWorker,
+    tmp_path: Path,
+) -> None:
+    settings = settings.model_copy(update={"lease_seconds": 2.0, "reconcile_seconds": 0.5})
+    workers = [start_worker(settings) for _ in range(2)]
+    go_on = tmp_path / "go on"
+    job_id = submit(database, objects, "progress", f"wait {go_on}", "artifact w1/m")
+    still = worker_of(database, job_id, workers)
+    stop_between_transactions(still, database)
+    wait_for_event(database, job_id, "started", 2)
+    go_on.touch()  # both children go on, and both make the artifact
+    wait_for_state(database, job_id, "succeeded")
+    history = kinds_of(database, job_id)
+    still.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: still.has_logged("nothing more is written"), "the first run gives up")
+    assert kinds_of(database, job_id) == history
+    assert history.count("succeeded") == 1
+    with database.reading() as session:
+        (artifact,) = store.list_artifacts(session, job_id, project_id=DEFAULT_PROJECT)
+    assert artifact.key == f"jobs/{job_id}/2/w1/m"
+    wait_until(lambda: not list(settings.work_dir.iterdir()), "both have cleaned up")
+
+
+@ON_POSTGRESQL
+def test_a_job_that_kills_its_last_worker_fails(
+    settings: Settings, database: Database, objects: ObjectStore, start_worker: StartWorker
+) -> None:
+    changes = {"lease_seconds": 2.0, "reconcile_seconds": 0.5, "max_runs": 1}
+    settings = settings.model_copy(update=changes)
+    job_id = submit(database, objects, "spawn", "sleep 600")
+    first = start_worker(settings)
+    pids = child_pids(database, job_id)
+    first.process.kill()
+    start_worker(settings)
+    wait_for_state(database, job_id, "failed")
+    wait_for_death(*pids)
+    assert error_of(database, job_id)["code"] == "killed-its-worker"
+    assert "killing its worker" in error_of(database, job_id)["message"]
+
+
+@pytest.mark.parametrize(
+    ("database_url", "number"),
+    [("sqlite", signal.SIGTERM), ("postgresql", signal.SIGINT)],
+    indirect=["database_url"],
+)
+def test_a_worker_that_is_stopped_leaves_nothing_and_hands_its_job_back(
+    settings: Settings,
+    database: Database,
+    objects: ObjectStore,
+    start_worker: StartWorker,
+    number: signal.Signals,
+) -> None:
+    worker = start_worker(settings)
+    job_id = submit(database, objects, "deaf", "spawn", "sleep 600")
+    app = make_celery(settings)
+    enqueue_job(app, job_id)
+    pids = child_pids(database, job_id)
+    assert worker.stop(number) == 0, worker.log.read_text()
+    wait_for_death(*pids)
+    job = job_of(database, job_id)
+    assert (job.state, job.attempts) == (JobState.QUEUED, 0)
+    assert events_of(database, job_id)[-1].data["reason"] == "its worker was told to stop"
+    assert list(settings.work_dir.iterdir()) == []
+    assert list(worker.folder.iterdir()) == []
+    app.close()
+
+
+@ON_SQLITE
+def test_a_running_job_is_cancelled_within_ten_seconds(
+    settings: Settings, database: Database, objects: ObjectStore, start_worker: StartWorker
+) -> None:
+    """With the times that a real service has, and a child that will not listen."""
+    real = Settings()
+    settings = settings.model_copy(
+        update={
+            "cancel_poll_seconds": real.cancel_poll_seconds,
+            "stop_grace_seconds": real.stop_grace_seconds,
+            "reconcile_seconds": 0.5,
+        }
+    )
+    start_worker(settings)
+    job_id = submit(database, objects, "deaf", "spawn", "sleep 600")
+    pids = child_pids(database, job_id)
+    with database.transaction() as session:
+        store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
+    wait_until(
+        lambda: job_of(database, job_id).state == JobState.CANCELLED, "cancelled", seconds=10
+    )
+    wait_for_death(*pids)
+    started, cancelled = events_of(database, job_id)[1], events_of(database, job_id)[-1]
+    assert (started.kind, cancelled.kind) == ("started", "cancelled")
+
+
+def test_without_its_queue_a_worker_runs_jobs_and_can_be_stopped(
+    tmp_path: Path, migrated_sqlite: Path, objects: ObjectStore, start_worker: StartWorker
+) -> None:
+    url = f"sqlite:///{tmp_path / 'widthwise.db'}"
+    away = f"redis://:hush@127.0.0.1:{free_port()}/0"
+    settings = settings_for(tmp_path, url, broker_url=away)
+    worker = start_worker(settings)
+    wait_until(lambda: worker.has_logged("worker started"), "the worker is up")
+    database = Database(url)
+    job_id = submit(database, objects, "progress")
+    wait_for_state(database, job_id, "succeeded")
+    assert worker.stop() == 0, worker.log.read_text()
+    assert "hush" not in worker.log.read_text()
+    database.close()
+
+
+def test_python_m_worker_starts_and_stops(tmp_path: Path) -> None:
+    """The real command, with nothing but its defaults below a fresh data folder."""
+    settings = settings_for(tmp_path)
+    worker = Worker(settings, tmp_path / "worker", program=["-m", "worker"])
+    try:
+        wait_until(lambda: worker.has_logged("worker started"), "the worker is up")
+        assert worker.stop() == 0, worker.log.read_text()
+    finally:
+        worker.process.kill()
+        worker.process.wait()
+    assert list(worker.folder.iterdir()) == []

@@ -1,0 +1,62 @@
+"""The process of one job: the only place that imports the half of `compression` with paddle.
+
+One JSON request comes on standard input: `{"spec", "model_dir", "dataset_dir", "run_dir"}`.
+JSON lines go to standard output: `{"kind": "progress", "stage", "step", "total", "message",
+"figures"}` as it goes, then `{"kind": "done", "report"}` or `{"kind": "failed", "code",
+"message", "pointer", "rows"}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main() -> int:
+    # Libraries print as they like: the protocol keeps the real standard output to itself.
+    protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def send(kind: str, **data: Any) -> None:
+        protocol.write(json.dumps({"kind": kind, **data}) + "\n")
+        protocol.flush()
+
+    from compression.errors import CompressionError
+    from compression.report import Progress
+    from compression.spec import Spec
+    from jobs.errors import as_json
+
+    def on_progress(progress: Progress) -> None:
+        send(
+            "progress",
+            stage=progress.stage,
+            step=progress.step,
+            total=progress.total,
+            message=progress.message,
+            figures=dict(progress.figures),
+        )
+
+    request = json.loads(sys.stdin.readline())
+    try:
+        from compression.pipeline import compress
+
+        report = compress(
+            spec=Spec.model_validate(request["spec"]),
+            model_dir=Path(request["model_dir"]),
+            dataset_dir=Path(request["dataset_dir"]),
+            run_dir=Path(request["run_dir"]),
+            on_progress=on_progress,
+        )
+    except CompressionError as error:
+        send("failed", **as_json(error))
+        return 1
+    # Any other error is ours: its traceback goes to standard error, whose end the job keeps.
+    send("done", report=report.model_dump(mode="json"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

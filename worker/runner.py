@@ -1,0 +1,471 @@
+"""Claims jobs and runs them: claim, stage in, child process, stage out, record.
+
+There is no Celery in here. A run ends in one of these ways: the job succeeded, failed or
+was cancelled, each as the run's last write; the worker was told to stop and handed the job
+back; or the job was lost to another run, and then nothing is written at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import structlog
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
+
+from compression.runtime_env import cpu_vendor, training_environment
+from jobs import store
+from jobs.artifacts import ObjectStore, run_prefix
+from jobs.db import Database
+from jobs.errors import JobsError, StaleRun, as_json
+from jobs.settings import Settings
+from jobs.states import JobState
+from jobs.store import Claim
+from worker.process import JobProcess, exit_in_words
+from worker.workspace import workspace
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CHILD_COMMAND = (sys.executable, "-m", "worker.child")
+PROGRESS_SECONDS = 1.0
+_POLL_SECONDS = 0.2
+_HEARTBEAT_JOIN_SECONDS = 3.0  # it may be waiting for a silent database
+_MEDIA_TYPES = {
+    ".json": "application/json",
+    ".gz": "application/gzip",
+    ".md": "text/markdown; charset=utf-8",
+    ".txt": "text/plain; charset=utf-8",
+    ".py": "text/x-python; charset=utf-8",
+}
+# A job's process gets these variables of ours and no others: no keys, no addresses.
+_PASSED_ON = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ", "SSL_CERT_FILE")
+_PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "CUDNN_", "FLAGS_")
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+class _Interrupted(Exception):
+    """The run must stop before its end."""
+
+
+class _Lost(_Interrupted):
+    pass
+
+
+class _Cancelled(_Interrupted):
+    pass
+
+
+class _Stopping(_Interrupted):
+    pass
+
+
+class JobFailed(JobsError):
+    """The job's own fault, as its process told it."""
+
+    def __init__(self, error: Mapping[str, Any]) -> None:
+        super().__init__(str(error.get("message", "")), code=str(error.get("code", "failed")))
+        self.error = dict(error)
+
+
+class Runner:
+    """The slots of one worker. Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        objects: ObjectStore,
+        *,
+        worker: str,
+        child_command: Sequence[str] = CHILD_COMMAND,
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._objects = objects
+        self._worker = worker
+        self._child_command = tuple(child_command)
+        self._free = threading.Semaphore(settings.worker_slots)
+        self._stopping = threading.Event()
+        self._threads: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+
+    def offer(self, job_id: str) -> bool:
+        """Starts the job if a slot is free and the job is to be had; returns at once.
+
+        A job that is refused because all slots are busy stays queued in the database:
+        this worker takes it when a slot frees, or another does when it is nudged.
+        """
+        return self._start(lambda: self._claim(job_id))
+
+    def fill(self) -> None:
+        """Takes the oldest queued jobs until all slots are busy or none is queued."""
+        while self._start(self._claim_oldest):
+            pass
+
+    def stop(self) -> None:
+        """Tells the runs to hand their jobs back. Returns at once; safe in signal handlers."""
+        self._stopping.set()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Waits until no run is left. False if `timeout` seconds were not enough."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self._lock:
+                threads = list(self._threads)
+            if not threads:
+                return True
+            for thread in threads:
+                thread.join(None if deadline is None else max(0, deadline - time.monotonic()))
+            if deadline is not None and time.monotonic() >= deadline:
+                with self._lock:
+                    return not self._threads
+
+    # --- slots --------------------------------------------------------------------------
+
+    def _start(self, claim_one: Callable[[], Claim | None]) -> bool:
+        if self._stopping.is_set() or not self._free.acquire(blocking=False):
+            return False
+        try:
+            claim = claim_one()
+        except BaseException:
+            self._free.release()
+            raise
+        if claim is None:
+            self._free.release()
+            return False
+        thread = threading.Thread(target=self._work, args=(claim,), name=claim.run_id)
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+        return True
+
+    def _work(self, claim: Claim | None) -> None:
+        try:
+            while claim is not None:
+                self._run(claim)
+                claim = None if self._stopping.is_set() else self._claim_oldest()
+        except Exception:
+            log.exception("the slot failed")
+        finally:
+            self._free.release()
+        # A job that was offered between our last look and the slot's release was refused.
+        try:
+            self.fill()
+        except SQLAlchemyError:
+            log.exception("the queue could not be looked at")
+        finally:
+            with self._lock:
+                self._threads.discard(threading.current_thread())
+
+    def _claim(self, job_id: str) -> Claim | None:
+        with self._database.transaction() as session:
+            claim = store.claim_job(
+                session,
+                job_id,
+                worker=self._worker,
+                lease_seconds=self._settings.lease_seconds,
+                max_runs=self._settings.max_runs,
+            )
+        if claim is not None:
+            log.info("claimed", job=job_id, run=claim.run_id, fence=claim.fence)
+        return claim
+
+    def _claim_oldest(self) -> Claim | None:
+        while True:
+            with self._database.reading() as session:
+                queued = store.queued_jobs(session, limit=10)
+            if not queued:
+                return None
+            for job_id in queued:
+                if (claim := self._claim(job_id)) is not None:
+                    return claim
+
+    # --- one run ------------------------------------------------------------------------
+
+    def _run(self, claim: Claim) -> None:
+        log_run = log.bind(job=claim.job_id, run=claim.run_id, fence=claim.fence)
+        heartbeat = _Heartbeat(self._settings, self._database, claim)
+        heartbeat.start()
+
+        def check() -> None:
+            if heartbeat.lost:
+                raise _Lost
+            if heartbeat.cancelled:
+                raise _Cancelled
+            if self._stopping.is_set():
+                raise _Stopping
+
+        def last_write(write: Callable[[Session], None]) -> None:
+            self._write(write, heartbeat)
+
+        try:
+            try:
+                with workspace(self._settings.work_dir, claim.run_id) as folder:
+                    report, artifacts = self._compress(claim, folder, check)
+                if heartbeat.cancelled:
+                    raise _Cancelled
+                last_write(lambda session: _succeed(session, claim, report, artifacts))
+                log_run.info("succeeded", artifacts=len(artifacts))
+            except _Cancelled:
+                last_write(lambda s: store.finish_job(s, claim, JobState.CANCELLED))
+                log_run.info("cancelled")
+            except _Stopping:
+                reason = "its worker was told to stop"
+                last_write(lambda s: store.release_job(s, claim, reason=reason))
+                log_run.info("handed back")
+            except (_Lost, StaleRun):
+                raise
+            except Exception as failure:
+                error = _error(failure)
+                if error["code"] == "internal-error":
+                    log_run.exception("the run failed")
+                else:
+                    log_run.warning("failed", code=error["code"], error=error["message"])
+                last_write(lambda s: store.finish_job(s, claim, JobState.FAILED, error=error))
+        except (_Lost, StaleRun):
+            log_run.warning("lost to another run, or to silence: nothing more is written")
+        finally:
+            heartbeat.stop()
+
+    def _compress(
+        self, claim: Claim, folder: Path, check: Callable[[], None]
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The report, and the artifacts that are stored but not yet named by a record."""
+        for part in ("model", "dataset", "run", "scratch"):
+            (folder / part).mkdir()
+        self._stage_in(claim.model_files, folder / "model", check)
+        self._stage_in(claim.dataset_files, folder / "dataset", check)
+        request = {
+            "spec": claim.spec,
+            "model_dir": str(folder / "model"),
+            "dataset_dir": str(folder / "dataset"),
+            "run_dir": str(folder / "run"),
+        }
+        process = JobProcess(
+            self._child_command,
+            request,
+            folder=folder / "scratch",
+            environment=child_environment(folder / "scratch"),
+        )
+        try:
+            report = self._converse(claim, process, check)
+        finally:
+            process.end(grace_seconds=self._settings.stop_grace_seconds)
+        return report, self._stage_out(claim, folder / "run" / "artifacts", check)
+
+    def _stage_in(
+        self, files: Sequence[Mapping[str, Any]], folder: Path, check: Callable[[], None]
+    ) -> None:
+        for file in files:
+            check()
+            name = PurePosixPath(file["name"])
+            if name.is_absolute() or ".." in name.parts:
+                raise ValueError(f"a record names a file outside its folder: {file['name']!r}")
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._objects.get_to_file(file["key"], path, sha256=file["sha256"])
+
+    def _converse(
+        self, claim: Claim, process: JobProcess, check: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Stores the child's progress until it is done; its report. JobFailed if it fails."""
+        wanted = ProgressFilter(PROGRESS_SECONDS)
+        while True:
+            check()
+            try:
+                message = process.message(_POLL_SECONDS)
+            except EOFError:
+                break
+            if message is None:
+                if process.has_exited() and (message := process.message(0)) is None:
+                    break  # what it started may still hold its standard output open
+                if message is None:
+                    continue
+            kind = message.pop("kind")
+            if kind == "progress":
+                if wanted(message):
+                    self._append(claim, kind, message)
+            elif kind == "done":
+                report = message["report"]
+                # It has said all; it may take its time to end, as large processes do.
+                process.end(grace_seconds=self._settings.stop_grace_seconds, ask=False)
+                return dict(report)
+            elif kind == "failed":
+                process.end(grace_seconds=self._settings.stop_grace_seconds, ask=False)
+                raise JobFailed(message)
+        code = process.end(grace_seconds=self._settings.stop_grace_seconds, ask=False)
+        raise JobFailed(
+            {
+                "code": "child-died",
+                "message": f"The job's process {exit_in_words(code)} before it was done.",
+                "pointer": None,
+                "rows": [],
+                "last_lines": process.last_lines(),
+            }
+        )
+
+    def _append(self, claim: Claim, kind: str, data: Mapping[str, Any]) -> None:
+        try:
+            with self._database.transaction() as session:
+                store.append_events(session, claim, [(kind, data)])
+        except SQLAlchemyError as error:  # progress is not worth the run
+            log.warning("an event was not stored", job=claim.job_id, error=str(error))
+
+    def _stage_out(
+        self, claim: Claim, folder: Path, check: Callable[[], None]
+    ) -> list[dict[str, Any]]:
+        artifacts = []
+        for path in sorted(folder.rglob("*")):
+            if not path.is_file() or path.is_symlink():
+                continue
+            check()
+            name = path.relative_to(folder).as_posix()
+            key = run_prefix(claim.job_id, claim.fence) + name
+            with path.open("rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            self._objects.put_file(key, path)
+            artifacts.append(
+                {
+                    "path": name,
+                    "key": key,
+                    "size_bytes": path.stat().st_size,
+                    "sha256": sha256,
+                    "media_type": _MEDIA_TYPES.get(path.suffix, "application/octet-stream"),
+                }
+            )
+        return artifacts
+
+    def _write(self, write: Callable[[Session], None], heartbeat: _Heartbeat) -> None:
+        """A run's last write, tried again until the database takes it or the lease is lost."""
+        while True:
+            if heartbeat.lost:
+                raise _Lost
+            try:
+                with self._database.transaction() as session:
+                    write(session)
+                return
+            except (OperationalError, InterfaceError, PoolTimeout) as error:
+                log.warning("the database does not take the run's end", error=str(error))
+                time.sleep(self._settings.cancel_poll_seconds)
+
+
+class _Heartbeat(threading.Thread):
+    """Renews the lease, and learns that the job was cancelled or lost, whatever else the
+    run is busy with."""
+
+    def __init__(self, settings: Settings, database: Database, claim: Claim) -> None:
+        super().__init__(name=f"heartbeat-{claim.run_id}", daemon=True)
+        self._lease_seconds = settings.lease_seconds
+        # Three tries in a lease, however short it is set.
+        self._pause = min(settings.cancel_poll_seconds, settings.lease_seconds / 3)
+        self._database = database
+        self._claim = claim
+        self._renewed = time.monotonic()
+        self._stale = False
+        self._end = threading.Event()
+        self.cancelled = False
+
+    @property
+    def lost(self) -> bool:
+        """Another run has the job, or may have it: we could not say for a whole lease that
+        we live. Then the child must not run on beside its successor."""
+        return self._stale or time.monotonic() - self._renewed > self._lease_seconds
+
+    def run(self) -> None:
+        while not self._end.wait(self._pause):
+            at = time.monotonic()
+            try:
+                with self._database.transaction() as session:
+                    cancelled = store.renew_lease(
+                        session, self._claim, lease_seconds=self._lease_seconds
+                    )
+                self._renewed = at
+                self.cancelled = cancelled
+            except StaleRun:
+                # Also after the run's own last write, just before `stop`.
+                self._stale = True
+                return
+            except SQLAlchemyError as error:
+                log.warning("the lease was not renewed", job=self._claim.job_id, error=str(error))
+
+    def stop(self) -> None:
+        self._end.set()
+        self.join(_HEARTBEAT_JOIN_SECONDS)
+
+
+class ProgressFilter:
+    """Which progress to store: the first and last of each stage, else one in `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._stage: str | None = None
+        self._stored = 0.0
+
+    def __call__(self, progress: Mapping[str, Any]) -> bool:
+        at = time.monotonic()
+        is_first = progress.get("stage") != self._stage
+        is_last = progress.get("step", 0) >= progress.get("total", 1)
+        if not is_first and not is_last and at - self._stored < self._seconds:
+            return False
+        self._stage = progress.get("stage")
+        self._stored = at
+        return True
+
+
+def child_environment(scratch: Path) -> dict[str, str]:
+    """Of a job's process: no secrets of ours, and all temporary files in its own folder."""
+    passed_on = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)
+    }
+    cpu_count = len(os.sched_getaffinity(0))
+    return (
+        training_environment(cpu_count=cpu_count, vendor=cpu_vendor())
+        | passed_on
+        | {
+            "HOME": str(scratch),
+            "TMPDIR": str(scratch),
+            "XDG_CACHE_HOME": str(scratch),
+            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONSAFEPATH": "1",  # or files in its folder could shadow modules
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+    )
+
+
+def _succeed(
+    session: Session,
+    claim: Claim,
+    report: Mapping[str, Any],
+    artifacts: Sequence[Mapping[str, Any]],
+) -> None:
+    for artifact in artifacts:
+        store.add_artifact(session, claim, **artifact)
+    store.finish_job(session, claim, JobState.SUCCEEDED, report=report)
+
+
+def _error(failure: Exception) -> dict[str, Any]:
+    """What the job keeps of a failure."""
+    if isinstance(failure, JobFailed):
+        return failure.error
+    if isinstance(failure, JobsError):
+        return as_json(failure)
+    return {
+        "code": "internal-error",
+        "message": "The worker failed while it prepared the job or stored its results: "
+        + "".join(traceback.format_exception_only(failure)).strip(),
+        "pointer": None,
+        "rows": [],
+    }
