@@ -1,0 +1,64 @@
+"""`python -m api`: migrates the database, makes the first API key, serves until a signal."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+
+import uvicorn
+
+from api.auth import ensure_first_key
+from api.deps import Services
+from api.main import create_app
+from jobs.db import Database
+from jobs.logs import configure_logging
+from jobs.migrate import upgrade
+from jobs.settings import Settings, get_settings
+
+STOP_SECONDS = 10  # that requests in progress have, after the first signal
+
+
+class Server(uvicorn.Server):
+    """Ends event streams once it is told to stop; Uvicorn alone would wait for their readers."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.app = create_app(settings)
+        super().__init__(
+            uvicorn.Config(
+                self.app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,  # api.middleware writes that line, without keys
+                server_header=False,
+                timeout_graceful_shutdown=STOP_SECONDS,
+            )
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        services: Services = self.app.state.services
+        services.stopping.set()
+        await super().shutdown(sockets)
+
+
+def prepare(settings: Settings) -> None:
+    """The data folder, the newest schema, the first API key. Safe to run many times at once."""
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.database_url)
+    try:
+        upgrade(database)
+        ensure_first_key(database, settings.data_dir)
+    finally:
+        database.close()
+
+
+def main() -> None:
+    settings = get_settings()
+    configure_logging(settings)
+    prepare(settings)
+    with suppress(KeyboardInterrupt):  # which Uvicorn raises again after it has stopped
+        Server(settings).run()
+
+
+if __name__ == "__main__":
+    main()

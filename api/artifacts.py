@@ -1,0 +1,161 @@
+"""Artifacts: their records, and their bytes with Range, a strong ETag and Repr-Digest."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import AsyncIterator
+from pathlib import PurePosixPath
+from typing import Annotated
+from urllib.parse import quote
+
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from api.deps import PrincipalDep, Services, ServicesDep
+from api.errors import ApiError
+from api.schemas import ArtifactOut, Id
+from jobs import records, store
+from jobs.errors import ObjectMissing
+
+router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
+ArtifactId = Annotated[Id, Path(examples=["art_3q2-7wAAQkSgMvUuTqBvxQ"])]
+
+_RANGE = re.compile(r"bytes=\s*([0-9]{0,18})-([0-9]{0,18})\s*", re.IGNORECASE)
+_ETAG_IN_LIST = re.compile(r'\s*(W/)?("[^"]*")\s*(?:,|$)')
+
+
+@router.get("/{artifact_id}", summary="An artifact's record")
+def get_artifact(
+    artifact_id: ArtifactId, services: ServicesDep, principal: PrincipalDep
+) -> ArtifactOut:
+    with services.database.reading() as session:
+        return ArtifactOut.of(
+            store.get_artifact(session, artifact_id, project_id=principal.project_id)
+        )
+
+
+@router.get(
+    "/{artifact_id}/content",
+    summary="An artifact's bytes",
+    description="Streams the file. One `Range` is honoured (206, 416), with `If-Range`; "
+    "`If-None-Match` gives 304. `ETag` is the hex SHA-256, `Repr-Digest` the same as RFC 9530 "
+    "writes it; both are of the whole file.",
+    response_class=Response,
+    responses={
+        200: {"content": {"application/octet-stream": {}}, "description": "The whole file."},
+        206: {"content": {"application/octet-stream": {}}, "description": "The range asked for."},
+        304: {"description": "The file that the client has is this one."},
+    },
+)
+async def get_artifact_content(
+    request: Request, artifact_id: ArtifactId, services: ServicesDep, principal: PrincipalDep
+) -> Response:
+    artifact = await run_in_threadpool(_find, services, artifact_id, principal.project_id)
+    size = artifact.size_bytes
+    etag = f'"{artifact.sha256}"'
+    digest = base64.b64encode(bytes.fromhex(artifact.sha256)).decode()
+    headers = {
+        "ETag": etag,
+        "Repr-Digest": f"sha-256=:{digest}:",
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, no-cache",
+        "Content-Disposition": content_disposition(PurePosixPath(artifact.path).name),
+    }
+    if_match = request.headers.get("if-match")
+    if if_match is not None and not matches(if_match, etag, weak=False):
+        raise ApiError(
+            412,
+            "precondition-failed",
+            "The file is not the one that If-Match names.",
+            headers={"ETag": etag},
+        )
+    if_none_match = request.headers.get("if-none-match")
+    if if_none_match is not None and matches(if_none_match, etag, weak=True):
+        return Response(status_code=304, headers=headers)
+
+    span = None
+    if_range = request.headers.get("if-range")
+    if if_range is None or if_range.strip() == etag:
+        span = parse_range(request.headers.get("range"), size)
+    start, end = span or (0, size)
+    headers["Content-Length"] = str(end - start)
+    if span is not None:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+    body: AsyncIterator[bytes] = _nothing()
+    if not getattr(request.state, "head", False) and end > start:
+        body = await _opened(services.store.read(artifact.key, start, end))
+    return StreamingResponse(
+        body,
+        status_code=206 if span is not None else 200,
+        headers=headers,
+        media_type=artifact.media_type,
+    )
+
+
+def _find(services: Services, artifact_id: str, project_id: str) -> records.Artifact:
+    with services.database.reading() as session:
+        artifact = store.get_artifact(session, artifact_id, project_id=project_id)
+    stored = services.store.size(artifact.key)
+    if stored != artifact.size_bytes:
+        # Before the first byte goes out: afterwards the answer could no longer say so.
+        raise ObjectMissing(f"{artifact.id} has {artifact.size_bytes} bytes, stored are {stored}.")
+    return artifact
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    return
+    yield b""
+
+
+async def _opened(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """`chunks` with its first one already read, so that a missing object is still an answer."""
+    first = await anext(chunks)
+
+    async def all_chunks() -> AsyncIterator[bytes]:
+        yield first
+        async for chunk in chunks:
+            yield chunk
+
+    return all_chunks()
+
+
+def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
+    """The bytes [start, end) that a Range header asks for; None where it is to be ignored
+    (absent, malformed, another unit, several ranges: RFC 9110 14.2 lets a server answer with
+    the whole). ApiError 416 where it lies outside the `size` bytes."""
+    match = _RANGE.fullmatch(header or "")
+    if match is None or (not match[1] and not match[2]):
+        return None
+    if not match[1]:  # the last n bytes
+        start, end = max(0, size - int(match[2])), size
+    else:
+        start = int(match[1])
+        end = min(size, int(match[2]) + 1) if match[2] else size
+        if match[2] and int(match[2]) < start:
+            return None
+    if start >= end:
+        raise ApiError(
+            416,
+            "range-not-satisfiable",
+            f"The file has {size} bytes; the range lies outside it.",
+            headers={"Content-Range": f"bytes */{size}"},
+        )
+    return start, end
+
+
+def matches(header: str, etag: str, *, weak: bool) -> bool:
+    """Whether a list of entity tags (or `*`) names `etag`, by weak or strong comparison."""
+    if header.strip() == "*":
+        return True
+    return any(
+        tag == etag and (weak or not is_weak) for is_weak, tag in _ETAG_IN_LIST.findall(header)
+    )
+
+
+def content_disposition(name: str) -> str:
+    """`attachment` under `name`, in the form of RFC 6266 where it is not plain ASCII."""
+    plain = re.sub(r"[^A-Za-z0-9 ._()+-]", "_", name)
+    extended = "" if plain == name else f"; filename*=UTF-8''{quote(name, safe='')}"
+    return f'attachment; filename="{plain}"{extended}'

@@ -1,0 +1,136 @@
+"""/docs and the OpenAPI document. Swagger UI comes from a package on this host: a service on a
+closed network must not ask its readers' browsers to fetch scripts from elsewhere."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import FileResponse, HTMLResponse, Response
+
+from api.errors import PROBLEM_MEDIA_TYPE, ApiError
+from api.schemas import Problem
+
+VERSION = "0.1.0"
+DESCRIPTION = """Upload a fine-tuned BERT-family model and its dataset, say how wide its
+sub-networks may be or what they must hold, and download verified smaller models with their
+measured accuracy, latency and size.
+
+Every request below `/v1` carries `Authorization: Bearer <API key>`; the first key lies in the
+file `api_key` of the data folder. Errors are problem+json (RFC 9457). Lists are read with
+`?limit=` and `?after=`, the `next` of the page before.
+"""
+
+router = APIRouter(include_in_schema=False)
+_ASSETS = {
+    "swagger-ui-bundle.js": "text/javascript",
+    "swagger-ui.css": "text/css",
+    "favicon.png": "image/png",
+}
+_PROBLEM_CASES = {
+    "400": "The request is malformed.",
+    "401": "The API key is missing or unknown.",
+    "404": "There is no such record.",
+    "409": "The record's state does not allow this.",
+    "413": "The body is too large.",
+    "415": "The body is of a kind that is not read here.",
+    "416": "The range lies outside the file.",
+    "422": "What was sent is understood, and cannot be used.",
+    "503": "Something the service needs is not there.",
+    "507": "No room left to store this.",
+}
+
+
+@router.get("/docs")
+def docs_page(request: Request) -> HTMLResponse:
+    root = request.scope.get("root_path", "")
+    return get_swagger_ui_html(
+        openapi_url=f"{root}/openapi.json",
+        title="Widthwise",
+        swagger_js_url=f"{root}/docs/swagger-ui-bundle.js",
+        swagger_css_url=f"{root}/docs/swagger-ui.css",
+        swagger_favicon_url=f"{root}/docs/favicon.png",
+        swagger_ui_parameters={"persistAuthorization": True, "validatorUrl": None},
+    )
+
+
+@router.get("/docs/{name}")
+def docs_asset(name: str) -> Response:
+    if name not in _ASSETS:
+        raise ApiError(404, "not-found", f"There is nothing at /docs/{name}.")
+    return FileResponse(
+        _asset_folder() / name,
+        media_type=_ASSETS[name],
+        headers={"Cache-Control": "max-age=86400"},
+    )
+
+
+@cache
+def _asset_folder() -> Path:
+    """Where the package keeps Swagger UI; its files are used and its code is not imported."""
+    spec = find_spec("fastapi_offline")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "static"
+
+
+class Application(FastAPI):
+    """FastAPI with this service's title and an OpenAPI document that tells its errors truly."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            title="Widthwise",
+            version=VERSION,
+            description=DESCRIPTION,
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+            **options,
+        )
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            document = super().openapi()
+            _tell_problems(document)
+            self.openapi_schema = document
+        return self.openapi_schema
+
+
+def _tell_problems(document: dict[str, Any]) -> None:
+    """Every operation's errors as problem+json, in place of FastAPI's own 422."""
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas.update(problem.pop("$defs", {}))
+    schemas["Problem"] = problem
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            for status in _statuses(path, method):
+                operation["responses"][status] = {
+                    "description": _PROBLEM_CASES[status],
+                    "content": {
+                        PROBLEM_MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}
+                    },
+                }
+
+
+def _statuses(path: str, method: str) -> list[str]:
+    if not path.startswith("/v1"):
+        return ["503"] if path == "/readyz" else []
+    statuses = ["401", "422"]
+    if "{" in path:
+        statuses.append("404")
+    if method == "post":
+        statuses += ["400", "413"] if "{" not in path else ["409"]
+    if path in ("/v1/models", "/v1/datasets") and method == "post":
+        statuses += ["415", "507"]
+    if path == "/v1/jobs" and method == "post":
+        statuses.append("415")
+    if path.endswith("/content"):
+        statuses.append("416")
+    return sorted(statuses)

@@ -1,0 +1,204 @@
+"""Jobs: planned, created, watched, cancelled. The worker does the rest."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, BackgroundTasks, Body, Query, Response
+from fastapi.responses import JSONResponse
+
+from api.deps import After, JobId, Limit, PrincipalDep, Services, ServicesDep
+from api.errors import ApiError
+from api.schemas import ArtifactOut, JobIn, JobOut, JobSummary, Page, PlanOut, SubnetworksOut
+from compression.errors import CompressionError
+from compression.plan import ModelInfo, Plan, make_plan
+from compression.tables import DatasetProfile
+from jobs import records, store
+from jobs.errors import NotFound
+from jobs.queue import enqueue_job
+from jobs.states import JobState
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+_MODEL, _DATASET = "mdl_3q2-7wAAQkSgMvUuTqBvxQ", "dst_u9kXb1mJT0yq0v2n5Qw8Zg"
+EXAMPLES: dict[str, Any] = {
+    "defaults": {
+        "summary": "Widths 1, 3/4, 1/2 and 1/4 with every default",
+        "value": {"model": _MODEL, "dataset": _DATASET},
+    },
+    "constraints": {
+        "summary": "The smallest loss that is fast enough",
+        "value": {
+            "model": _MODEL,
+            "dataset": _DATASET,
+            "name": "reviews, at most 8 ms",
+            "spec": {
+                "supernet": {"width_mults": [1, "3/4", "1/2", "1/4"]},
+                "constraints": {"max_accuracy_drop": 1.0, "max_latency_ms": 8},
+            },
+        },
+    },
+    "everything": {
+        "summary": "Sentence pairs, a teacher trained first, every stage set",
+        "value": {
+            "model": _MODEL,
+            "dataset": _DATASET,
+            "spec": {
+                "task": {
+                    "text": "question",
+                    "text_pair": "passage",
+                    "label": "answer",
+                    "labels": ["no", "yes"],
+                    "max_seq_len": 128,
+                },
+                "teacher": {"when": "auto", "epochs": 3, "batch_size": 32},
+                "importance": {"split": "train", "rows": 1024},
+                "supernet": {"width_mults": [1, "2/3", "1/3"]},
+                "distillation": {"epochs": 3, "lambda_rep": 0.1, "lambda_logit": 1.0},
+                "latency": {"batch_size": 1, "threads": 1, "rounds": 50},
+                "constraints": {"min_speedup": 2, "max_size_mb": 60},
+                "export": {"formats": ["safetensors", "onnx"]},
+                "device": "cpu",
+                "seed": 0,
+            },
+        },
+    },
+}
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=JobOut,
+    summary="Create a job, or only plan it",
+    description="The spec is held against model and dataset before anything is queued: columns, "
+    "labels, widths against heads and neurons. `?dry_run=true` stops there and answers 200 with "
+    "the plan.",
+    responses={200: {"model": PlanOut, "description": "The plan (`dry_run=true`)."}},
+)
+def create_job(
+    services: ServicesDep,
+    principal: PrincipalDep,
+    body: Annotated[JobIn, Body(openapi_examples=EXAMPLES)],
+    response: Response,
+    background: BackgroundTasks,
+    dry_run: Annotated[bool, Query(description="Answer with the plan; store nothing.")] = False,
+) -> Any:
+    project_id = principal.project_id
+    with services.database.reading() as session:
+        model = _referenced(store.get_model, session, body.model, project_id, "/model")
+        dataset = _referenced(store.get_dataset, session, body.dataset, project_id, "/dataset")
+    plan = _plan(body, model, dataset)
+    if dry_run:
+        return JSONResponse({"plan": plan.model_dump(mode="json")})
+    with services.database.transaction() as session:
+        job = store.create_job(
+            session,
+            project_id=project_id,
+            name=body.name or f"{model.name} on {dataset.name}"[:200],
+            model_id=model.id,
+            dataset_id=dataset.id,
+            spec=body.spec.model_dump(mode="json"),
+            plan=plan.model_dump(mode="json"),
+        )
+    # After the commit, and after the answer: a broker that is down keeps nobody waiting, and
+    # the job, which is stored as queued, waits for the reconciler.
+    background.add_task(enqueue_job, services.celery, job.id)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return JobOut.of(job)
+
+
+def _referenced(get: Any, session: Any, id: str, project_id: str, pointer: str) -> Any:
+    """A record that the body names: where it is absent, the body is wrong and not the path."""
+    try:
+        return get(session, id, project_id=project_id)
+    except NotFound as error:
+        raise ApiError(
+            422,
+            "unknown-reference",
+            error.message,
+            title="The request is not valid",
+            pointer=pointer,
+        ) from None
+
+
+def _plan(body: JobIn, model: records.Model, dataset: records.Dataset) -> Plan:
+    try:
+        return make_plan(
+            body.spec,
+            ModelInfo.model_validate(model.info),
+            DatasetProfile.model_validate(dataset.profile),
+        )
+    except CompressionError as error:
+        if error.pointer is not None and error.pointer.startswith("/"):
+            error.pointer = "/spec" + error.pointer  # the library's is into the spec
+        raise
+
+
+@router.get("", summary="Jobs, newest first")
+def list_jobs(
+    services: ServicesDep,
+    principal: PrincipalDep,
+    after: After = None,
+    limit: Limit = 50,
+    state: Annotated[JobState | None, Query(description="Only those in this state.")] = None,
+) -> Page[JobSummary]:
+    with services.database.reading() as session:
+        found = store.list_jobs(
+            session, project_id=principal.project_id, after=after, limit=limit + 1, state=state
+        )
+    return Page[JobSummary].of(found, limit, JobSummary.of)
+
+
+def _get(services: Services, job_id: str, project_id: str) -> records.Job:
+    with services.database.reading() as session:
+        return store.get_job(session, job_id, project_id=project_id)
+
+
+@router.get("/{job_id}", summary="A job")
+def get_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> JobOut:
+    return JobOut.of(_get(services, job_id, principal.project_id))
+
+
+@router.post(
+    "/{job_id}/cancel",
+    status_code=202,
+    summary="Cancel a job",
+    description="A queued job is cancelled at once; the worker of a running one stops within "
+    "seconds. Asking again changes nothing; 409 if the job has succeeded or failed.",
+)
+def cancel_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> JobOut:
+    with services.database.transaction() as session:
+        return JobOut.of(store.request_cancel(session, job_id, project_id=principal.project_id))
+
+
+@router.get(
+    "/{job_id}/subnetworks",
+    summary="What was measured",
+    description="Each sub-network with its measurements, the teacher's, and which was selected "
+    "and why. Empty until the job has succeeded.",
+)
+def list_subnetworks(
+    job_id: JobId, services: ServicesDep, principal: PrincipalDep
+) -> SubnetworksOut:
+    job = _get(services, job_id, principal.project_id)
+    report = job.report or {}
+    return SubnetworksOut(
+        state=JobState(job.state),
+        teacher=report.get("teacher"),
+        items=report.get("subnetworks", []),
+        selection=report.get("selection"),
+    )
+
+
+@router.get(
+    "/{job_id}/artifacts",
+    summary="A job's artifacts",
+    description="By path, all of them at once: a job has a bounded number.",
+)
+def list_artifacts(
+    job_id: JobId, services: ServicesDep, principal: PrincipalDep
+) -> Page[ArtifactOut]:
+    with services.database.reading() as session:
+        found = store.list_artifacts(session, job_id, project_id=principal.project_id)
+    return Page[ArtifactOut].of(found, len(found), ArtifactOut.of)

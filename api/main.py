@@ -1,0 +1,56 @@
+"""create_app: wiring only."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from api import artifacts, datasets, docs, events, health, models
+from api import jobs as jobs_routes
+from api.auth import Authentication
+from api.deps import Services
+from api.errors import install_error_handlers
+from api.middleware import BodyLimit, CloseUnread, HeadAsGet, RequestLog
+from api.spool import Spool
+from jobs.artifacts import open_store
+from jobs.db import Database
+from jobs.queue import make_celery
+from jobs.settings import Settings
+
+MAX_JSON_BYTES = 1 << 20
+UPLOADS = frozenset({"/v1/models", "/v1/datasets"})
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The ASGI application. Its database must be migrated: see `python -m api`."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        services = Services(
+            settings=settings,
+            database=Database(settings.database_url),
+            store=open_store(settings.store_url),
+            spool=Spool(settings.data_dir / "spool"),
+            celery=make_celery(settings),
+        )
+        app.state.services = services
+        try:
+            yield
+        finally:
+            services.spool.close()
+            services.celery.close()
+            services.database.close()
+
+    app = docs.Application(lifespan=lifespan)
+    for module in (models, datasets, jobs_routes, events, artifacts, health, docs):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, max_bytes=MAX_JSON_BYTES, exempt=UPLOADS)
+    app.add_middleware(Authentication, prefix="/v1")
+    app.add_middleware(HeadAsGet)
+    app.add_middleware(CloseUnread)
+    app.add_middleware(RequestLog)
+    return app

@@ -1,0 +1,149 @@
+"""What every request passes through, outermost first; pure ASGI, so that bodies stream."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import fault
+
+_log = structlog.get_logger("api.request")
+DISCARD_BYTES = 1 << 16  # of a body that nobody wants; cheaper than a new connection
+_LENGTH = re.compile(r"[0-9]{1,18}")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestLog:
+    """One line a request, and the answer to a fault of ours. Headers and query are never logged:
+    keys travel in the first and are, by mistake, put into the second."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        offered = Headers(scope=scope).get("x-request-id", "")
+        request_id = offered if _REQUEST_ID.fullmatch(offered) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        log = _log.bind(
+            request_id=request_id,
+            method=scope["method"],
+            path=scope["path"],
+            client=(scope.get("client") or ("", 0))[0],
+        )
+        started = time.perf_counter()
+        status = 0  # stays 0 where the client left before an answer
+        sent = 0
+
+        async def observed_send(message: Message) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers.setdefault("x-content-type-options", "nosniff")
+            elif message["type"] == "http.response.body":
+                sent += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, observed_send)
+        except Exception:
+            log.exception("request.fault")
+            if status:
+                raise  # too late for an answer; the server cuts the connection, as it must
+            answer = fault(scope)
+            await answer(scope, receive, observed_send)
+        finally:
+            log.info(
+                "request",
+                status=status,
+                bytes=sent,
+                ms=round(1000 * (time.perf_counter() - started), 1),
+            )
+
+
+class HeadAsGet:
+    """HEAD works wherever GET does. `scope["state"]["head"]` tells handlers that would stream."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        scope.setdefault("state", {})["head"] = True
+
+        async def send_headers_only(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self.app({**scope, "method": "GET"}, receive, send_headers_only)
+
+
+class CloseUnread:
+    """Closes the connection after an answer that left much of the request's body unread: the
+    server would go on to read and discard it, without an end if the client wants none."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        chunked = "transfer-encoding" in headers
+        length = headers.get("content-length", "0")
+        unread = int(length) if _LENGTH.fullmatch(length) else 0
+
+        async def counting_receive() -> Message:
+            nonlocal chunked, unread
+            message = await receive()
+            unread -= len(message.get("body", b""))
+            if not message.get("more_body", False):
+                chunked = False
+            return message
+
+        async def closing_send(message: Message) -> None:
+            if message["type"] == "http.response.start" and (chunked or unread > DISCARD_BYTES):
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        await self.app(scope, counting_receive, closing_send)
+
+
+class BodyLimit:
+    """413 for JSON bodies that are too large; uploads have a limit of their own."""
+
+    def __init__(self, app: ASGIApp, *, max_bytes: int, exempt: frozenset[str]) -> None:
+        self.app = app
+        self.max_bytes = max_bytes
+        self.exempt = exempt  # paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].rstrip("/") in self.exempt:
+            await self.app(scope, receive, send)
+            return
+        received = 0
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                # An HTTPException, the one kind that FastAPI lets through while it reads a body.
+                raise HTTPException(413, f"The body may have at most {self.max_bytes} bytes.")
+            return message
+
+        await self.app(scope, limited_receive, send)

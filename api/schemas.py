@@ -1,0 +1,290 @@
+"""What requests and answers look like. Stored documents pass through as they were stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Annotated, Any, Generic, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+from compression.plan import ModelInfo, Plan
+from compression.report import CompressionReport, Selection, SubnetworkReport, TeacherReport
+from compression.spec import Spec
+from compression.tables import DatasetProfile
+from jobs import records
+from jobs.states import JobState
+
+T = TypeVar("T")
+
+
+class _SchemaOf:
+    """Documents a stored JSON document as `model` without validating it again: what an older
+    version stored must stay readable."""
+
+    def __init__(self, model: type[BaseModel]) -> None:
+        self.model = model
+
+    def __get_pydantic_json_schema__(
+        self, _: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return handler(self.model.__pydantic_core_schema__)
+
+
+Document = dict[str, Any]
+StoredSpec = Annotated[Document, _SchemaOf(Spec)]
+StoredPlan = Annotated[Document, _SchemaOf(Plan)]
+StoredReport = Annotated[Document, _SchemaOf(CompressionReport)]
+StoredInfo = Annotated[Document, _SchemaOf(ModelInfo)]
+StoredProfile = Annotated[Document, _SchemaOf(DatasetProfile)]
+StoredSelection = Annotated[Document, _SchemaOf(Selection)]
+StoredSubnetwork = Annotated[Document, _SchemaOf(SubnetworkReport)]
+StoredTeacher = Annotated[Document, _SchemaOf(TeacherReport)]
+# What no record can have as its id is not looked for: PostgreSQL's text takes no NUL.
+Id = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\x00]*$")]
+Name = Annotated[
+    str,
+    StringConstraints(
+        strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$"
+    ),
+]
+
+
+class Out(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class Page(Out, Generic[T]):
+    items: list[T]
+    next: str | None = Field(description="Cursor of the next page; null on the last.")
+
+    @classmethod
+    def of(cls, found: Sequence[Any], limit: int, convert: Callable[[Any], T]) -> Page[T]:
+        """A page from up to `limit` + 1 records: the one too many says that there are more."""
+        shown = found[:limit]
+        return cls(
+            items=[convert(record) for record in shown],
+            next=shown[-1].id if len(found) > limit else None,
+        )
+
+
+class UploadedFileOut(Out):
+    """A file as it was uploaded."""
+
+    name: str
+    size_bytes: int
+    sha256: str = Field(description="Hex, of the bytes as they arrived.")
+
+
+class _UploadOut(Out):
+    id: str
+    name: str
+    size_bytes: int = Field(description="Of all uploaded files.")
+    sha256: str | None = Field(description="Of the upload; null where it had several files.")
+    files: list[UploadedFileOut]
+    warnings: list[str]
+    created_at: datetime
+
+    @staticmethod
+    def _shared(record: records.Model | records.Dataset) -> dict[str, Any]:
+        return {
+            "id": record.id,
+            "name": record.name,
+            "size_bytes": record.size_bytes,
+            "sha256": record.uploads[0]["sha256"] if len(record.uploads) == 1 else None,
+            "files": record.uploads,
+            "warnings": record.warnings,
+            "created_at": record.created_at,
+        }
+
+
+class ModelOut(_UploadOut):
+    info: StoredInfo
+
+    @classmethod
+    def of(cls, record: records.Model) -> Self:
+        return cls(**cls._shared(record), info=record.info)
+
+
+class DatasetOut(_UploadOut):
+    profile: StoredProfile
+
+    @classmethod
+    def of(cls, record: records.Dataset) -> Self:
+        return cls(**cls._shared(record), profile=record.profile)
+
+
+class JobIn(BaseModel):
+    """A job to create. Unknown fields are errors, here and anywhere in the spec."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: Id = Field(description="Id of an uploaded model.")
+    dataset: Id = Field(description="Id of an uploaded dataset.")
+    name: Name | None = Field(None, description="By default the names of model and dataset.")
+    spec: Spec = Field(Spec(), description="What to do; every field has a default.")
+
+
+class JobErrorOut(Out):
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    message: str
+    pointer: str | None = None
+    rows: list[Document] = []
+
+
+class JobSummary(Out):
+    id: str
+    name: str
+    state: JobState
+    model: str
+    dataset: str
+    cancel_requested: bool
+    runs: int = Field(description="Runs that were started and not handed back.")
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    error: JobErrorOut | None = Field(description="Why it failed.")
+    selection: StoredSelection | None = Field(description="What was chosen; null until then.")
+
+    @classmethod
+    def of(cls, record: records.Job) -> Self:
+        return cls(**cls._fields(record))
+
+    @classmethod
+    def _fields(cls, record: records.Job) -> dict[str, Any]:
+        return {
+            "id": record.id,
+            "name": record.name,
+            "state": record.state,
+            "model": record.model_id,
+            "dataset": record.dataset_id,
+            "cancel_requested": record.cancel_requested,
+            "runs": record.attempts,
+            "created_at": record.created_at,
+            "started_at": record.started_at,
+            "finished_at": record.finished_at,
+            "error": record.error,
+            "selection": (record.report or {}).get("selection"),
+        }
+
+
+class JobOut(JobSummary):
+    spec: StoredSpec
+    plan: StoredPlan | None
+    report: StoredReport | None = Field(description="The whole report, once it has succeeded.")
+
+    @classmethod
+    def _fields(cls, record: records.Job) -> dict[str, Any]:
+        return {
+            **super()._fields(record),
+            "spec": record.spec,
+            "plan": record.plan,
+            "report": record.report,
+        }
+
+
+class PlanOut(Out):
+    plan: StoredPlan
+
+
+class EventOut(Out):
+    number: int = Field(description="Counts from 1 in each job, without gaps.")
+    kind: str = Field(
+        description="queued, started, progress, requeued, succeeded, failed or cancelled."
+    )
+    run: int = Field(description="The run that it belongs to; 0 before the first.")
+    data: Document
+    created_at: datetime
+
+    @classmethod
+    def of(cls, record: records.Event) -> Self:
+        return cls(
+            number=record.number,
+            kind=record.kind,
+            run=record.fence,
+            data=record.data,
+            created_at=record.created_at,
+        )
+
+
+class EventPage(Out):
+    items: list[EventOut]
+    next: int = Field(description="Ask again with ?after= this number; unchanged if none came.")
+    ended: bool = Field(description="True once the job's last event is in this page or before it.")
+
+
+class SubnetworksOut(Out):
+    state: JobState
+    teacher: StoredTeacher | None
+    items: list[StoredSubnetwork] = Field(description="Empty until the job has succeeded.")
+    selection: StoredSelection | None
+
+
+class ArtifactOut(Out):
+    id: str
+    job: str
+    path: str = Field(description="<subnetwork>/<format>/<file>, or <subnetwork>/bundle.tar.gz.")
+    size_bytes: int
+    sha256: str
+    media_type: str
+    created_at: datetime
+    content_url: str
+
+    @classmethod
+    def of(cls, record: records.Artifact) -> Self:
+        return cls(
+            id=record.id,
+            job=record.job_id,
+            path=record.path,
+            size_bytes=record.size_bytes,
+            sha256=record.sha256,
+            media_type=record.media_type,
+            created_at=record.created_at,
+            content_url=f"/v1/artifacts/{record.id}/content",
+        )
+
+
+class Fault(Out):
+    detail: str
+    pointer: str | None = Field(None, description="JSON pointer into the request's body.")
+    parameter: str | None = None
+    header: str | None = None
+
+
+class BrokenRow(Out):
+    file: str
+    line: int = Field(description="From 1, the header line included.")
+    message: str
+
+
+class Problem(Out):
+    """RFC 9457."""
+
+    type: str = Field(examples=["urn:widthwise:problem:invalid-request"])
+    title: str
+    status: int
+    detail: str
+    instance: str
+    pointer: str | None = None
+    errors: list[Fault] | None = None
+    rows: list[BrokenRow] | None = None
+    request_id: str | None = None
+
+
+class Health(Out):
+    status: str
+
+
+class Readiness(Out):
+    status: str
+    checks: dict[str, str]

@@ -1,0 +1,212 @@
+"""A real server for the API's tests: Uvicorn in a thread, SQLite, a local store, real sandboxes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+
+from api.__main__ import Server, prepare
+from api.deps import Services
+from jobs import store
+from jobs.artifacts import run_prefix
+from jobs.records import DEFAULT_PROJECT
+from jobs.settings import Settings
+from jobs.states import JobState
+from jobs.store import Claim
+from tests.builders import tiny_bert, tiny_dataset
+
+
+@dataclass
+class Service:
+    """A running API, what it runs on, and a client that has its key."""
+
+    url: str
+    settings: Settings
+    services: Services
+    client: httpx.Client
+    _uploaded: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return (self.settings.data_dir / "api_key").read_text().strip()
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def model_id(self) -> str:
+        """A tiny BERT with two labels, uploaded once."""
+        if "model" not in self._uploaded:
+            with tempfile.TemporaryDirectory() as folder:
+                content = archive(tiny_bert(Path(folder) / "model"))
+            answer = self.client.post("/v1/models?filename=tiny.tar.gz", content=content)
+            assert answer.status_code == 201, answer.text
+            self._uploaded["model"] = answer.json()["id"]
+        return self._uploaded["model"]
+
+    @property
+    def dataset_id(self) -> str:
+        if "dataset" not in self._uploaded:
+            with tempfile.TemporaryDirectory() as folder:
+                files = sorted(tiny_dataset(Path(folder) / "dataset").iterdir())
+                parts = [("file", (path.name, path.read_bytes())) for path in files]
+            answer = self.client.post("/v1/datasets", files=parts)
+            assert answer.status_code == 201, answer.text
+            self._uploaded["dataset"] = answer.json()["id"]
+        return self._uploaded["dataset"]
+
+    def job_body(self, **spec: Any) -> dict[str, Any]:
+        spec = {"task": {"max_seq_len": 32}, **spec}
+        return {"model": self.model_id, "dataset": self.dataset_id, "spec": spec}
+
+    def new_job(self) -> str:
+        answer = self.client.post("/v1/jobs", json=self.job_body())
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    # What a worker would do, through the same store.
+
+    def claim(self, job_id: str) -> Claim:
+        with self.services.database.transaction() as session:
+            claim = store.claim_job(session, job_id, worker="test", lease_seconds=600, max_runs=3)
+        assert claim is not None
+        return claim
+
+    def add_events(self, claim: Claim, *events: tuple[str, dict[str, Any]]) -> None:
+        with self.services.database.transaction() as session:
+            store.append_events(session, claim, events)
+
+    def finish(self, claim: Claim, state: JobState = JobState.SUCCEEDED, **result: Any) -> None:
+        with self.services.database.transaction() as session:
+            store.finish_job(session, claim, state, **result)
+
+    def publish(self, claim: Claim, path: str, content: bytes) -> str:
+        """Stores a file as a run does; the artifact's id."""
+        key = run_prefix(claim.job_id, claim.fence) + path
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            self.services.store.put_file(key, Path(file.name))
+        with self.services.database.transaction() as session:
+            return store.add_artifact(
+                session,
+                claim,
+                path=path,
+                key=key,
+                size_bytes=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+                media_type="application/octet-stream",
+            ).id
+
+    def kept(self) -> dict[str, Any]:
+        """All that uploads leave behind: records, objects, spooled files."""
+        with self.services.database.reading() as session:
+            models = store.list_models(session, project_id=DEFAULT_PROJECT, limit=1000)
+            datasets = store.list_datasets(session, project_id=DEFAULT_PROJECT, limit=1000)
+            records = [model.id for model in models] + [dataset.id for dataset in datasets]
+        return {
+            "records": sorted(records),
+            "objects": sorted(
+                key
+                for prefix in ("models/", "datasets/")
+                for key in self.services.store.keys(prefix)
+            ),
+            "spool": self.spooled(),
+        }
+
+    def spooled(self) -> list[str]:
+        spool = self.services.spool.folder
+        return sorted(  # os.walk takes it that folders vanish under it
+            os.path.relpath(os.path.join(folder, name), spool)
+            for folder, folders, files in os.walk(spool)
+            for name in (*folders, *files)
+            if name != ".lock"
+        )
+
+
+def archive(folder: Path) -> bytes:
+    """The folder as .tar.gz."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        tar.add(folder, arcname=folder.name)
+    return buffer.getvalue()
+
+
+@contextmanager
+def serving(data_dir: Path, **settings: Any) -> Iterator[Service]:
+    """The API as `python -m api` starts it, on a free port."""
+    configured = Settings(data_dir=data_dir, port=0, **settings)
+    prepare(configured)
+    server = Server(configured)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_for(lambda: server.started or not thread.is_alive())
+        assert server.started
+        port = server.servers[0].sockets[0].getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
+        key = (data_dir / "api_key").read_text().strip()
+        headers = {"Authorization": f"Bearer {key}"}
+        with httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as client:
+            yield Service(url, configured, server.app.state.services, client)
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def wait_for(condition: Callable[[], Any], *, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_logs() -> None:
+    """Without the renderer for terminals, which shows the variables of each frame."""
+    structlog.configure(
+        processors=[
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(key_order=["event"]),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with serving(tmp_path_factory.mktemp("api") / "data") as running:
+        yield running
+
+
+@pytest.fixture
+def client(service: Service) -> httpx.Client:
+    return service.client
+
+
+def assert_problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """The answer is RFC 9457's, complete and consistent; its body."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert body["type"] == f"urn:widthwise:problem:{code}"
+    assert body["status"] == status
+    assert body["title"]
+    assert body["detail"]
+    assert body["instance"] == answer.request.url.path
+    return dict(body)

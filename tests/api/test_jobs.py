@@ -1,0 +1,250 @@
+"""Jobs: planned, refused before anything is stored, created, listed, cancelled."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from jobs.states import JobState
+from tests.api.conftest import Service, assert_problem, serving, wait_for
+
+
+def count(service: Service) -> int:
+    seen, after = 0, None
+    while True:
+        query = {"limit": 200} | ({"after": after} if after else {})
+        page = service.client.get("/v1/jobs", params=query).json()
+        seen += len(page["items"])
+        if (after := page["next"]) is None:
+            return seen
+
+
+def test_a_dry_run_answers_with_the_plan_and_stores_nothing(service: Service) -> None:
+    before = count(service)
+    answer = service.client.post("/v1/jobs?dry_run=true", json=service.job_body())
+    assert answer.status_code == 200
+    plan = answer.json()["plan"]
+    assert [network["width_mult"] for network in plan["subnetworks"]] == ["1", "3/4", "1/2", "1/4"]
+    assert [network["heads"] for network in plan["subnetworks"]] == [
+        [4, 4], [3, 3], [2, 2], [1, 1],
+    ]  # fmt: skip
+    parameters = [network["parameters"] for network in plan["subnetworks"]]
+    assert parameters == sorted(parameters, reverse=True)
+    assert plan["labels"] == ["0", "1"]
+    assert not plan["fine_tune"]
+    assert count(service) == before
+
+
+def test_a_job_is_stored_queued_and_nudged(service: Service) -> None:
+    waiting = service.settings.data_dir / "broker" / "waiting"
+    before = set(waiting.iterdir())
+    body = service.job_body(supernet={"width_mults": [0.5, "1"]}) | {"name": "  reviews  "}
+    answer = service.client.post("/v1/jobs", json=body)
+    assert answer.status_code == 202
+    job = answer.json()
+    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert (job["state"], job["name"], job["runs"]) == ("queued", "reviews", 0)
+    assert (job["model"], job["dataset"]) == (service.model_id, service.dataset_id)
+    assert job["spec"]["supernet"]["width_mults"] == ["1/2", "1"]
+    assert job["plan"]["labels"] == ["0", "1"]
+    assert service.client.get(answer.headers["location"]).json() == job
+    wait_for(lambda: set(waiting.iterdir()) - before)
+    (message,) = set(waiting.iterdir()) - before
+    body = json.loads(base64.b64decode(json.loads(message.read_text())["body"]))
+    assert body[0] == [job["id"]]  # the arguments: an id and nothing more
+    events = service.client.get(f"/v1/jobs/{job['id']}/events").json()
+    assert [event["kind"] for event in events["items"]] == ["queued"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "code", "pointer"),
+    [
+        ({"supernet": {"width_mults": [1, "1/7"]}}, "invalid-spec", "/spec/supernet/width_mults/1"),
+        ({"supernet": {"width_mults": ["1/7", 1]}}, "invalid-spec", "/spec/supernet/width_mults/0"),
+        ({"supernet": {"width_mults": ["7/4"]}}, "invalid-request", "/spec/supernet/width_mults/0"),
+        ({"supernet": {"width_mults": ["1/0"]}}, "invalid-request", "/spec/supernet/width_mults/0"),
+        (
+            {"supernet": {"width_mults": ["__import__('os')"]}},
+            "invalid-request",
+            "/spec/supernet/width_mults/0",
+        ),
+        (
+            {"supernet": {"width_mults": [1, "2/2"]}},
+            "invalid-request",
+            "/spec/supernet/width_mults",
+        ),
+        ({"supernet": {"width_mults": []}}, "invalid-request", "/spec/supernet/width_mults"),
+        ({"supernet": {"widths": [1]}}, "invalid-request", "/spec/supernet/widths"),
+        ({"nope": 1}, "invalid-request", "/spec/nope"),
+        ({"task": {"text": "absent"}}, "invalid-spec", "/spec/task/text"),
+        ({"task": {"label": "absent"}}, "invalid-spec", "/spec/task/label"),
+        ({"task": {"labels": ["a", "b"]}}, "invalid-spec", "/spec/task/labels"),
+        ({"task": {"max_seq_len": 128}}, "invalid-spec", "/spec/task/max_seq_len"),
+        ({"seed": -1}, "invalid-request", "/spec/seed"),
+        ({"device": "tpu"}, "invalid-request", "/spec/device"),
+        (
+            {"constraints": {"max_latency_ms": 0}},
+            "invalid-request",
+            "/spec/constraints/max_latency_ms",
+        ),
+        ({"distillation": {"epochs": "three"}}, "invalid-request", "/spec/distillation/epochs"),
+        ({"export": {"formats": ["safetensors"]}}, "invalid-request", "/spec/export/formats"),
+        ([], "invalid-request", "/spec"),
+    ],
+)  # fmt: skip
+def test_a_spec_that_cannot_run_is_refused_at_its_field(
+    service: Service, spec: Any, code: str, pointer: str
+) -> None:
+    before = count(service)
+    body = service.job_body()
+    if isinstance(spec, dict):
+        task = {"max_seq_len": 32} | spec.get("task", {})
+        spec = spec | {"task": task}
+    answer = service.client.post("/v1/jobs", json=body | {"spec": spec})
+    problem = assert_problem(answer, 422, code)
+    assert problem["pointer"] == pointer
+    assert problem["errors"][0]["pointer"] == pointer
+    assert count(service) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "pointer"),
+    [
+        ({"model": "mdl_absent"}, "unknown-reference", "/model"),
+        ({"dataset": "dst_absent"}, "unknown-reference", "/dataset"),
+        ({"model": 5}, "invalid-request", "/model"),
+        ({"model": 65 * "m"}, "invalid-request", "/model"),
+        ({"name": ""}, "invalid-request", "/name"),
+        ({"name": "a\nb"}, "invalid-request", "/name"),
+        ({"name": 201 * "n"}, "invalid-request", "/name"),
+        ({"priority": 1}, "invalid-request", "/priority"),
+    ],
+)
+def test_a_request_that_means_nothing_is_refused_at_its_field(
+    service: Service, change: dict[str, Any], code: str, pointer: str
+) -> None:
+    answer = service.client.post("/v1/jobs", json=service.job_body() | change)
+    assert assert_problem(answer, 422, code)["pointer"] == pointer
+
+
+def test_every_fault_of_a_request_is_named_at_once(service: Service) -> None:
+    answer = service.client.post("/v1/jobs", json={"spec": {"seed": -1, "nope": 1}})
+    problem = assert_problem(answer, 422, "invalid-request")
+    assert {entry["pointer"] for entry in problem["errors"]} == {
+        "/model", "/dataset", "/spec/seed", "/spec/nope",
+    }  # fmt: skip
+
+
+def test_a_dead_broker_does_not_lose_the_job(tmp_path: Any) -> None:
+    with serving(tmp_path / "data", broker_url="redis://127.0.0.1:9/0") as service:
+        job_id = service.new_job()
+        assert service.client.get(f"/v1/jobs/{job_id}").json()["state"] == "queued"
+        problem = assert_problem(service.client.get("/readyz"), 503, "not-ready")
+        assert problem["checks"]["database"] == problem["checks"]["store"] == "ok"
+        assert problem["checks"]["broker"] != "ok"
+        assert "127.0.0.1" not in problem["detail"]
+
+
+def test_pages_hold_every_job_once_newest_first(service: Service) -> None:
+    made = [service.new_job() for _ in range(5)]
+    seen: list[str] = []
+    after = None
+    while True:
+        query = {"limit": 2} | ({"after": after} if after else {})
+        page = service.client.get("/v1/jobs", params=query).json()
+        seen += [item["id"] for item in page["items"]]
+        if len(seen) == 2:
+            service.new_job()  # what comes meanwhile shifts no page
+        after = page["next"]
+        if after is None:
+            break
+    assert seen[:5] == made[::-1]
+    assert len(seen) == len(set(seen))
+
+
+def test_jobs_are_found_by_their_state(service: Service) -> None:
+    cancelled = service.new_job()
+    service.client.post(f"/v1/jobs/{cancelled}/cancel")
+    page = service.client.get("/v1/jobs", params={"state": "cancelled"}).json()
+    assert cancelled in [item["id"] for item in page["items"]]
+    assert {item["state"] for item in page["items"]} == {"cancelled"}
+
+
+def test_a_queued_job_is_cancelled_at_once_and_for_good(service: Service) -> None:
+    job_id = service.new_job()
+    for _ in range(2):
+        answer = service.client.post(f"/v1/jobs/{job_id}/cancel")
+        assert answer.status_code == 202
+        assert answer.json()["state"] == "cancelled"
+        assert answer.json()["finished_at"] is not None
+    events = service.client.get(f"/v1/jobs/{job_id}/events").json()
+    assert [event["kind"] for event in events["items"]] == ["queued", "cancelled"]
+    assert events["ended"]
+
+
+def test_a_running_job_is_asked_to_stop(service: Service) -> None:
+    claim = service.claim(service.new_job())
+    job = service.client.post(f"/v1/jobs/{claim.job_id}/cancel").json()
+    assert (job["state"], job["cancel_requested"]) == ("running", True)
+
+
+def test_a_finished_job_cannot_be_cancelled(service: Service) -> None:
+    claim = service.claim(service.new_job())
+    service.finish(claim, report={"selection": None})
+    answer = service.client.post(f"/v1/jobs/{claim.job_id}/cancel")
+    assert_problem(answer, 409, "job-finished")
+    assert_problem(service.client.post("/v1/jobs/job_absent/cancel"), 404, "not-found")
+
+
+def test_a_failed_job_says_why(service: Service) -> None:
+    claim = service.claim(service.new_job())
+    error = {
+        "code": "export-failed",
+        "message": "Nothing could be published.",
+        "pointer": None,
+        "rows": [],
+        "last_lines": ["one", "two"],
+    }
+    service.finish(claim, JobState.FAILED, error=error)
+    job = service.client.get(f"/v1/jobs/{claim.job_id}").json()
+    assert (job["state"], job["error"]) == ("failed", error)
+    assert job["report"] is None
+
+
+def test_sub_networks_are_empty_until_the_job_has_succeeded(service: Service) -> None:
+    claim = service.claim(service.new_job())
+    path = f"/v1/jobs/{claim.job_id}/subnetworks"
+    assert service.client.get(path).json() == {
+        "state": "running", "teacher": None, "items": [], "selection": None,
+    }  # fmt: skip
+    report = {
+        "teacher": {"accuracy": 0.9},
+        "subnetworks": [{"name": "w1"}, {"name": "w1_2"}],
+        "selection": {"subnetwork": "w1_2", "format": "onnx", "reason": "It is the fastest."},
+    }
+    service.finish(claim, report=report)
+    measured = service.client.get(path).json()
+    assert measured["items"] == report["subnetworks"]
+    assert measured["selection"] == report["selection"]
+    assert service.client.get(f"/v1/jobs/{claim.job_id}").json()["report"] == report
+
+
+def test_uploads_are_listed_and_found(service: Service, client: httpx.Client) -> None:
+    for noun, wanted in (("models", service.model_id), ("datasets", service.dataset_id)):
+        page = client.get(f"/v1/{noun}", params={"limit": 1}).json()
+        assert [item["id"] for item in page["items"]] == [wanted]
+        assert page["next"] is None
+        assert client.get(f"/v1/{noun}/{wanted}").json() == page["items"][0]
+    model = client.get(f"/v1/models/{service.model_id}").json()
+    assert (model["info"]["family"], model["info"]["layers"], model["info"]["heads"]) == (
+        "bert", 2, 4,
+    )  # fmt: skip
+    assert model["info"]["legal_widths"] == ["1", "3/4", "1/2", "1/4"]
+    dataset = client.get(f"/v1/datasets/{service.dataset_id}").json()
+    assert {name: split["rows"] for name, split in dataset["profile"]["splits"].items()} == {
+        "train": 256, "dev": 64, "test": 64,
+    }  # fmt: skip

@@ -1,0 +1,78 @@
+"""The API as a process: what it imports, what it writes, how it stops."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+
+from tests.api.conftest import wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WITHOUT_PADDLE = """
+import sys
+
+class NoPaddle:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0].startswith("paddle"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NoPaddle())
+import api.main, api.__main__
+from jobs.settings import Settings
+api.main.create_app(Settings(data_dir=sys.argv[1]))
+print([name for name in sys.modules if "paddle" in name or name.startswith("worker")])
+"""
+
+
+def test_the_api_imports_without_paddle(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_PADDLE, str(tmp_path / "data")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+    assert not (tmp_path / "data").exists()  # an import, and even an application, has no effect
+
+
+def test_a_process_starts_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    log = tmp_path / "log"
+    settings = {"WIDTHWISE_DATA_DIR": str(data_dir), "WIDTHWISE_PORT": "0"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "api"],
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            stdout=output,
+            stderr=output,
+            umask=0,
+        )
+    try:
+        wait_for(lambda: re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text()), seconds=60)
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())
+        assert found is not None
+        url = found[0]
+        key = (data_dir / "api_key").read_text().strip()
+        headers = {"Authorization": f"Bearer {key}"}
+        with httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
+            assert client.get("/readyz").status_code == 200
+            assert client.get(f"/v1/jobs?oops={key}").status_code == 200
+            assert client.get(f"/v1/{key}").status_code == 404
+        assert (data_dir / "api_key").stat().st_mode & 0o777 == 0o600
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    told = log.read_text()
+    assert str(data_dir / "api_key") in told  # where the key lies
+    assert key not in told  # and never the key itself
+    assert "Traceback" not in told
+    assert list((data_dir / "spool").glob("*/")) == []
