@@ -1,0 +1,224 @@
+"""Accuracy of MiniLM-L6 on SST-2 at each width: cut, reordered, distilled; several seeds.
+
+Reference in the same run: the teacher, and each width cut without reordering.
+The teacher is trained on nine tenths of train; the remaining tenth (the hold-out)
+chooses its epoch. dev and test are only looked at. Source of the data: SST-2
+(Socher et al. 2013), binary sentences as train.tsv, dev.tsv, test.tsv with the
+columns `sentence` and `label`; licence as its README says.
+
+A finished seed is kept as a file and not run again. The last line of standard
+output is one JSON object: means over seeds and 95 % bootstrap intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+from compression.runtime_env import cpu_vendor, training_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTHS = ("1", "3/4", "1/2", "1/4")
+
+
+def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
+    """All figures of one seed, with the rows that each stage got right."""
+    import numpy as np
+
+    from compression.batches import Encoded, sorted_batches
+    from compression.distillation import StepReport, distil
+    from compression.encoder import build_encoder, numpy_weights, with_new_head
+    from compression.evaluate import predict
+    from compression.importance import measure_importance
+    from compression.reorder import descending, reorder
+    from compression.spec import DistillationSpec, FineTuneSpec
+    from compression.supernet import subnetwork_of
+    from compression.tables import read_splits
+    from compression.tasks import TASKS
+    from compression.teachers import read_checkpoint
+    from compression.tokenization import encode, load_tokenizer
+    from compression.training import fine_tune, step_count
+
+    task = TASKS["classification"]
+    checkpoint = read_checkpoint(args.model)
+    tokenizer = load_tokenizer(args.model)
+    splits = {}
+    for name, table in read_splits(args.data / "sst2").items():
+        rows = encode(tokenizer, [str(row["sentence"]) for row in table.rows], None, 128)
+        labels = np.array([int(row["label"] or "") for row in table.rows])
+        splits[name] = Encoded([ids for ids, _ in rows], [types for _, types in rows], labels)
+    train, judged = splits["train"], {name: splits[name] for name in ("dev", "test")}
+
+    started = time.perf_counter()
+    log(seed, f"{len(train)} rows of train")
+    order = np.random.default_rng([seed, 1]).permutation(len(train))
+    holdout, learnt = train.take(order[: len(train) // 10]), train.take(order[len(train) // 10 :])
+    config, weights = with_new_head(checkpoint.config, checkpoint.tensors, num_labels=2, seed=seed)
+    teacher = build_encoder(config, weights)
+    spec = FineTuneSpec(epochs=args.teacher_epochs, max_steps=args.max_steps)
+    epoch_steps = max(1, round(step_count(spec, len(learnt)) / args.teacher_epochs))
+    epochs: list[float] = []
+    best: tuple[float, dict[str, np.ndarray]] = (-1.0, weights)
+
+    def after_step(done: int, total: int, loss: float) -> None:
+        nonlocal best
+        if done % epoch_steps == 0 or done == total:
+            epochs.append(task.metric(predict(teacher, holdout), holdout.labels))
+            log(seed, f"teacher step {done}/{total}, hold-out {epochs[-1]:.4f}")
+            if epochs[-1] > best[0]:
+                best = (epochs[-1], numpy_weights(teacher))
+
+    fine_tune(teacher, learnt, spec, task.label_loss, seed=seed, on_step=after_step)
+    weights = best[1]
+    teacher = build_encoder(config, weights)
+    teacher_seconds = time.perf_counter() - started
+
+    subnetworks = [subnetwork_of(config, Fraction(width)) for width in WIDTHS]
+    correct: dict[str, list[int]] = {}
+
+    def judge(stage: str, encoder: object, chosen: object = subnetworks) -> None:
+        for subnetwork in chosen:  # type: ignore[attr-defined]
+            for split, rows in judged.items():
+                right = predict(encoder, rows, subnetwork=subnetwork).argmax(-1) == rows.labels
+                key = f"{stage} {subnetwork.width_mult if subnetwork else 'teacher'} {split}"
+                correct[key] = right.astype(int).tolist()
+                log(seed, f"{key}: {right.mean():.4f}")
+
+    judge("teacher", teacher, [None])
+    judge("cut", teacher)
+
+    def reordered(rows: Encoded) -> object:
+        scores = measure_importance(
+            teacher,
+            sorted_batches(rows, batch_size=32, pad_id=config.pad_token_id),
+            task.label_loss,
+        )
+        return build_encoder(
+            config,
+            reorder(
+                config,
+                weights,
+                head_orders=[descending(one) for one in scores.heads],
+                neuron_orders=[descending(one) for one in scores.neurons],
+            ),
+        )
+
+    # The product's default: a seeded sample of train. dev, as the tutorial does, to compare.
+    sample = train.take(np.random.default_rng([seed, 2]).permutation(len(train))[:1024])
+    supernet = reordered(sample)
+    judge("reordered", supernet)
+    judge("reordered by dev", reordered(judged["dev"]), subnetworks[-1:])
+
+    seconds: list[float] = []
+
+    def after_distillation(step: StepReport) -> None:
+        seconds.append(step.seconds)
+        if step.done % 25 == 0 or step.done == step.total:
+            log(seed, f"distillation {step.done}/{step.total}, {np.median(seconds):.2f} s a step")
+
+    steps = distil(
+        supernet,  # type: ignore[arg-type]
+        teacher,
+        train,
+        subnetworks,
+        DistillationSpec(epochs=args.distil_epochs, max_steps=args.max_steps),
+        task.logit_loss,
+        seed=seed,
+        on_step=after_distillation,
+    )
+    judge("distilled", supernet)
+    return {
+        "seed": seed,
+        "holdout_accuracy_by_epoch": epochs,
+        "best_epoch": int(np.argmax(epochs)) + 1,
+        "teacher_seconds": round(teacher_seconds, 1),
+        "distillation_steps": steps,
+        "step_seconds": float(np.median(seconds)),
+        "threads": int(os.environ["OMP_NUM_THREADS"]),
+        "correct": correct,
+    }
+
+
+def log(seed: int, text: str) -> None:
+    print(f"[seed {seed}] {time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def summary(results: list[dict[str, object]]) -> dict[str, object]:
+    """Means over seeds with 95 % intervals: rows resampled, the same for every stage (paired)."""
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    keys = list(results[0]["correct"])  # type: ignore[call-overload]
+    rows = {k: np.mean([r["correct"][k] for r in results], axis=0) for k in keys}  # type: ignore[index]
+    draws = {
+        split: generator.integers(0, n, (2000, n))
+        for split, n in (
+            ("dev", len(rows["teacher teacher dev"])),
+            ("test", len(rows["teacher teacher test"])),
+        )
+    }
+    table = {}
+    for key, right in rows.items():
+        split = key.rsplit(" ", 1)[1]
+        against = right - rows[f"teacher teacher {split}"]
+        samples = right[draws[split]].mean(axis=1)
+        differences = 100 * against[draws[split]].mean(axis=1)
+        table[key] = {
+            "accuracy": round(float(right.mean()), 4),
+            "interval": [round(float(q), 4) for q in np.quantile(samples, [0.025, 0.975])],
+            "points_against_teacher": round(100 * float(against.mean()), 2),
+            "points_interval": [
+                round(float(q), 2) for q in np.quantile(differences, [0.025, 0.975])
+            ],
+            "by_seed": [round(float(np.mean(r["correct"][key])), 4) for r in results],  # type: ignore[index]
+        }
+    return {
+        "benchmark": "accuracy",
+        "reference": "the teacher; each width cut without reordering",
+        "seeds": [r["seed"] for r in results],
+        "teacher_holdout_by_epoch": [r["holdout_accuracy_by_epoch"] for r in results],
+        "teacher_best_epoch": [r["best_epoch"] for r in results],
+        "distillation_steps": results[0]["distillation_steps"],
+        "step_seconds": [r["step_seconds"] for r in results],
+        "threads": [r["threads"] for r in results],
+        "ratio": round(
+            table["distilled 1/4 test"]["accuracy"] / table["teacher teacher test"]["accuracy"], 4
+        ),
+        "table": table,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "demo" / "model")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench-accuracy")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--teacher-epochs", type=int, default=4)
+    parser.add_argument("--distil-epochs", type=float, default=3)
+    parser.add_argument("--max-steps", type=int, help="cuts both trainings short, to try it out")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    for path, what in ((args.data / "sst2", "SST-2 (see this file's head)"), (args.model, "model")):
+        if not path.is_dir():
+            sys.exit(f"{path} is not there: name the folder of the {what}")
+    # Before the first import of paddle.
+    os.environ.update(training_environment(cpu_count=args.threads, vendor=cpu_vendor()))
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for seed in args.seeds:
+        path = args.out / f"seed-{seed}.json"
+        if not path.exists():
+            result = run_seed(seed, args)
+            path.write_text(json.dumps(result))
+        results.append(json.loads(path.read_text()))
+    print(json.dumps(summary(results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The repository's own promises: compose file, images, locks, import contracts, the Makefile."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import check_jsonschema
+import jsonschema
+import pytest
+import yaml
+
+from jobs.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCKS = ("api", "worker", "dev", "demo")
+DOCKERFILES = ("api", "worker", "worker-gpu")
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return loaded
+
+
+def test_compose_file_is_valid_against_the_compose_schema(compose: dict[str, Any]) -> None:
+    schema_path = (
+        Path(check_jsonschema.__file__).parent / "builtin_schemas/vendor/compose-spec.json"
+    )
+    validator = jsonschema.Draft202012Validator(json.loads(schema_path.read_text()))
+    assert [error.message for error in validator.iter_errors(compose)] == []
+    # The schema is one that can refuse: an unknown field of a service is an error.
+    compose["services"]["api"]["imagee"] = "x"
+    try:
+        assert list(validator.iter_errors(compose))
+    finally:
+        del compose["services"]["api"]["imagee"]
+
+
+def test_what_the_compose_file_names_exists(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    assert {"api", "worker", "worker-gpu", "redis", "migrations"} <= set(services)
+    for name, service in services.items():
+        for needed in service.get("depends_on", ()):
+            assert needed in services, f"{name} depends on {needed}"
+        for volume in service.get("volumes", ()):
+            assert volume.split(":")[0] in compose["volumes"], f"{name} mounts {volume}"
+        if build := service.get("build"):
+            assert (ROOT / build["context"] / build["dockerfile"]).is_file(), name
+    assert services["worker-gpu"]["profiles"] == ["gpu"]
+
+
+@pytest.mark.parametrize(
+    ("image", "command"),
+    [("api", "api"), ("worker", "worker"), ("worker-gpu", "worker")],
+)
+def test_containers_run_the_commands_of_make_serve(
+    compose: dict[str, Any], image: str, command: str
+) -> None:
+    """tools/serve.py starts `python -m NAME`; images do the same and compose overrides neither."""
+    lines = (ROOT / f"docker/{image}.Dockerfile").read_text().splitlines()
+    (found,) = [line for line in lines if line.startswith("CMD ")]
+    assert json.loads(found.removeprefix("CMD ")) == ["python", "-m", command]
+    assert "command" not in compose["services"][image]
+    assert '[python, "-m", name]' in (ROOT / "tools/serve.py").read_text()
+
+
+@pytest.mark.parametrize("image", DOCKERFILES)
+def test_images_copy_what_exists_and_drop_root(image: str) -> None:
+    lines = (ROOT / f"docker/{image}.Dockerfile").read_text().splitlines()
+    sources = [line.split()[1] for line in lines if re.match(r"COPY (?!--from)", line)]
+    assert sources
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+    assert "USER widthwise" in lines
+    assert lines.index("USER widthwise") < max(
+        number for number, line in enumerate(lines) if line.startswith("CMD ")
+    )
+
+
+def test_the_api_image_has_no_paddle() -> None:
+    assert "worker" not in (ROOT / "docker/api.Dockerfile").read_text()
+    assert not re.search(r"^paddle", (ROOT / "requirements/api.txt").read_text(), re.MULTILINE)
+
+
+def _locked(name: str) -> dict[str, str]:
+    """Project -> version. Every entry must be exact and carry at least one hash."""
+    text = (ROOT / f"requirements/{name}.txt").read_text()
+    entries = re.sub(r"\\\n\s*", " ", re.sub(r"(?m)^\s*#.*\n?", "", text)).splitlines()
+    versions = {}
+    for entry in filter(None, (line.strip() for line in entries)):
+        match = re.fullmatch(r"([\w.-]+)==([\w.+!-]+)((?: +--hash=sha256:[0-9a-f]{64})+)", entry)
+        assert match, f"requirements/{name}.txt: {entry[:80]!r} is not exact with hashes"
+        versions[match[1]] = match[2]
+    return versions
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_locks_are_exact_with_hashes_and_hold_no_address(name: str) -> None:
+    assert _locked(name)
+    text = (ROOT / f"requirements/{name}.txt").read_text()
+    assert not re.search(r"://|index-url|find-links|(?m:^-)", text)
+
+
+def test_locks_agree_on_what_they_share() -> None:
+    """Both environments read the same records and files, and dev is installed into both."""
+    api, worker, dev = (_locked(name) for name in ("api", "worker", "dev"))
+    for first, second in ((api, worker), (dev, worker), (dev, api)):
+        shared = first.keys() & second.keys()
+        assert {name: first[name] for name in shared} == {name: second[name] for name in shared}
+
+
+@pytest.mark.parametrize("name", ["api", "worker", "dev"])
+def test_locks_hold_every_direct_requirement(name: str) -> None:
+    lines = (ROOT / f"requirements/{name}.in").read_text().split()
+    wanted = {re.split(r"[\[<>=]", line)[0].lower().replace("_", "-") for line in lines}
+    assert wanted <= _locked(name).keys()
+
+
+def test_import_contracts_hold_and_can_fail(tmp_path: Path) -> None:
+    """The contracts of pyproject.toml hold; with one forbidden import added they do not."""
+
+    def lint(root: Path) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports_command as c; c()",
+        ]
+        return subprocess.run(
+            [*command, "--no-cache"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            env={"PYTHONPATH": ""},
+        )
+
+    good = lint(ROOT)
+    assert good.returncode == 0, good.stdout + good.stderr
+    for package in ("api", "worker", "jobs", "compression"):
+        target = tmp_path / package
+        target.mkdir()
+        for source in (ROOT / package).rglob("*.py"):
+            copy = target / source.relative_to(ROOT / package)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(source.read_text())
+    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    with (tmp_path / "api/errors.py").open("a") as file:
+        file.write("\nimport compression.encoder\nimport worker.runner\n")
+    with (tmp_path / "compression/spec.py").open("a") as file:
+        file.write("\nimport paddle\n")
+    bad = lint(tmp_path)
+    assert bad.returncode != 0
+    for broken in ("api.errors -> compression.encoder", "api.errors -> worker.runner"):
+        assert broken in bad.stdout, bad.stdout
+    assert "compression.spec -> paddle" in bad.stdout
+
+
+def test_every_module_of_compression_is_in_one_half() -> None:
+    """A new module is either promised to be paddle-free or forbidden to api and jobs."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = {c["id"]: c for c in settings["tool"]["importlinter"]["contracts"]}
+    free = set(contracts["paddle-free"]["source_modules"])
+    for contract in ("paddle-free", "shared-half-only", "child-only"):
+        other = {
+            m for m in contracts[contract]["forbidden_modules"] if m.startswith("compression.")
+        }
+        found = {
+            f"compression.{path.stem}"
+            for path in (ROOT / "compression").iterdir()
+            if (path.suffix == ".py" or (path / "__init__.py").exists())
+            and path.name != "__init__.py"
+        }
+        assert not free & other
+        assert free | other == found, f"contract {contract}"
+
+
+def test_strict_typing_covers_what_the_import_contract_calls_paddle_free() -> None:
+    """One list, written twice because two tools read it: the types and the import contract."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = {c["id"]: c for c in settings["tool"]["importlinter"]["contracts"]}
+    free = {m.replace(".", "/") for m in contracts["paddle-free"]["source_modules"]}
+    typed = {f.removesuffix(".py") for f in settings["tool"]["mypy"]["files"]}
+    assert free <= typed
+    assert {"jobs", "tools"} <= typed
+
+
+@pytest.mark.parametrize("target", ["demo", "serve", "test", "check", "lock", "clean"])
+def test_make_knows_the_documented_targets(target: str) -> None:
+    found = subprocess.run(
+        ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_make_refuses_another_python() -> None:
+    found = subprocess.run(
+        ["make", "PYTHON=false", "python"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode != 0
+    assert "Python 3.11 or 3.12" in found.stderr
+
+
+def test_an_unknown_benchmark_is_named() -> None:
+    found = subprocess.run(
+        ["make", "bench-nothing"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert found.returncode != 0
+    assert "no benchmarks/nothing.py" in found.stderr
+
+
+def test_the_readme_tells_every_setting_and_its_default() -> None:
+    table = re.findall(r"^\| `WIDTHWISE_(\w+)` \| (.+?) \|", (ROOT / "README.md").read_text(), re.M)
+    told = {name.lower(): default for name, default in table}
+    assert told.keys() == Settings.model_fields.keys()
+    for name, field in Settings.model_fields.items():
+        if field.default_factory is None:
+            assert told[name] == str(field.default), name
+
+
+def test_the_readmes_commands_name_what_exists() -> None:
+    """Modules run with -m and files named in the README and CONTRIBUTING are there."""
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text()
+        for module in re.findall(r"python -m ([\w.]+)", text):
+            if module.split(".")[0] in ("api", "worker", "jobs", "compression", "tools"):
+                path = ROOT / module.replace(".", "/")
+                assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+        for path_text in re.findall(
+            r"`((?:api|worker|jobs|compression|tests|tools)/[\w/.]*)`", text
+        ):
+            assert (ROOT / path_text).exists(), f"{document}: {path_text}"
+        for target in re.findall(r"^make ([a-z-]+)", text, re.M):
+            assert re.search(rf"^{target.split('-')[0]}", (ROOT / "Makefile").read_text(), re.M)
