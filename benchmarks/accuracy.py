@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--teacher-epochs", type=int, default=4)
     parser.add_argument("--distil-epochs", type=float, default=3)
     parser.add_argument("--max-steps", type=int, help="cuts both trainings short, to try it out")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     for path, what in ((args.data / "sst2", "SST-2 (see this file's head)"), (args.model, "model")):
         if not path.is_dir():

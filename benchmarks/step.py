@@ -35,7 +35,9 @@ def main() -> None:
         if not path.is_dir():
             sys.exit(f"{path} is not there: name the folder of the {what}")
     # Before the first import of paddle.
-    os.environ.update(training_environment(cpu_count=os.cpu_count() or 1, vendor=cpu_vendor()))
+    os.environ.update(
+        training_environment(cpu_count=len(os.sched_getaffinity(0)), vendor=cpu_vendor())
+    )
 
     import numpy as np
     import paddle
@@ -49,7 +51,7 @@ def main() -> None:
     from compression.tasks import TASKS
     from compression.teachers import read_checkpoint
     from compression.tokenization import encode, load_tokenizer
-    from compression.training import Optimiser
+    from compression.training import Optimizer
 
     checkpoint = read_checkpoint(args.model)
     config, weights = with_new_head(checkpoint.config, checkpoint.tensors, num_labels=2, seed=0)
@@ -75,7 +77,7 @@ def main() -> None:
     teacher.eval()
     supernet.train()
     spec = DistillationSpec()
-    optimiser = Optimiser(supernet, spec, steps=1000)
+    optimizer = Optimizer(supernet, spec, steps=1000)
     subnetworks = [subnetwork_of(config, Fraction(width)) for width in WIDTHS]
     logit_loss = TASKS["classification"].logit_loss
 
@@ -86,7 +88,7 @@ def main() -> None:
         for subnetwork in subnetworks:
             states = supernet.encode(*batch.inputs, subnetwork=subnetwork)
             distillation_loss(states, targets, batch.attention_mask, spec, logit_loss).backward()
-        optimiser.step()
+        optimizer.step()
         return time.perf_counter() - started
 
     ours, reference = [], []

@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--spec: {error}")
 
     # Before paddle is imported; what the user has set stays.
-    wanted = training_environment(cpu_count=os.cpu_count() or 1, vendor=cpu_vendor())
+    wanted = training_environment(cpu_count=len(os.sched_getaffinity(0)), vendor=cpu_vendor())
     os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
     from compression.pipeline import compress
 

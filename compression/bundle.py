@@ -50,7 +50,7 @@ class Provenance(Frozen):
 
 @dataclass(frozen=True)
 class BundleFacts:
-    """What the manifest and the card say. `dataset.labels` is in the order of the outputs."""
+    """What the manifest and the card say. Labels are in the order of the outputs."""
 
     spec: Spec
     dataset: DatasetReport
@@ -107,7 +107,7 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str,
             "kind": facts.spec.task.kind,
             "text": dataset.text,
             "text_pair": dataset.text_pair,
-            "labels": list(dataset.labels),
+            "labels": list(dataset.label_names),
             "max_seq_len": facts.spec.task.max_seq_len,
             "pad_token_id": facts.pad_token_id,
         },
@@ -117,7 +117,7 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str,
         "output": {
             "name": OUTPUT,  # in ONNX; Paddle Inference numbers its one output
             "dtype": "float32",
-            "shape": ["batch", len(dataset.labels)],
+            "shape": ["batch", len(dataset.label_names)],
         },
         "formats": {
             report.format: {
@@ -162,7 +162,7 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str,
 def model_card(facts: BundleFacts) -> str:
     """The card, in Markdown: what it is, from what, how good, how fast, and what it is not."""
     subnetwork, teacher, dataset = facts.subnetwork, facts.teacher, facts.dataset
-    labels = ", ".join(_code(label) for label in dataset.labels)
+    labels = ", ".join(_code(label) for label in dataset.label_names)
     pair = f" and {_code(dataset.text_pair)}" if dataset.text_pair else ""
     made = (
         f"fine-tuned for {teacher.fine_tuned_steps} steps on the dataset first"
@@ -222,8 +222,9 @@ def model_card(facts: BundleFacts) -> str:
         f"Seed: {facts.spec.seed}. The whole specification is in `manifest.json`.",
         *(f"- {_plain(note)}" for note in dataset.notes),
         "## Limits",
-        "- The sub-network was chosen by its accuracy on dev, so that figure flatters it a little. "
-        "Only test, where there is one, was never used to choose.",
+        f"- This sub-network was {'' if subnetwork.selected else 'not '}chosen. The choice is made "
+        "by accuracy on dev, so dev flatters the chosen one a little. Test, where there is one, is "
+        "never used to choose, and only the chosen one is measured on it.",
         "- Point estimates of one run with one seed: a difference of a point may be noise on a "
         "split of this size.",
         "- Accuracy is the share of all rows; it says nothing about single groups of rows. "
@@ -232,10 +233,7 @@ def model_card(facts: BundleFacts) -> str:
         "- Whatever the uploaded model and the dataset got wrong, this model has learnt too. "
         "Their licences apply to it.",
         "## How to run it",
-        '`python predict.py "a text"` needs numpy, tokenizers and onnxruntime (or paddlepaddle '
-        "where the bundle has no ONNX file). `python predict.py --check` compares every file with "
-        "`manifest.json`. For further training, load `safetensors/` with "
-        "the files of `tokenizer/`.",
+        _how_to_run(facts),
     ]
     return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
 
@@ -306,9 +304,24 @@ def _latency_words(formats: Sequence[FormatReport], environment: Mapping[str, st
         f"Latency is that of {latency.rounds} calls on {latency.batch_size} row"
         f"{'' if latency.batch_size == 1 else 's'} of {latency.seq_len} tokens with "
         f"{latency.threads} thread{'' if latency.threads == 1 else 's'}, tokenizing left out, "
-        f"measured by turns with the teacher on this machine: {where}. Other machines "
-        "give other ratios."
+        f"measured on the CPU, by turns with the teacher, on this machine: {where}. Other "
+        "machines give other ratios."
     )
+
+
+def _how_to_run(facts: BundleFacts) -> str:
+    published = {report.format for report in facts.subnetwork.formats if report.published}
+    texts = '"a text" "its pair"' if facts.dataset.text_pair else '"a text"'
+    sentences = []
+    if served := [fmt for fmt in ("onnx", "paddle") if fmt in published]:
+        runtime = {"onnx": "onnxruntime", "paddle": "paddlepaddle"}[served[0]]
+        sentences.append(f"`python predict.py {texts}` needs numpy, tokenizers and {runtime}.")
+    sentences.append("`python predict.py --check` compares every file with `manifest.json`.")
+    if "safetensors" in published:
+        sentences.append(
+            "For further training, load `safetensors/` with the files of `tokenizer/`."
+        )
+    return " ".join(sentences)
 
 
 def _missing_formats(formats: Sequence[FormatReport]) -> list[str]:

@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="first compare every file's SHA-256")
     arguments = parser.parse_args()
     manifest = read_manifest()
-    task, fmt = manifest["task"], choose_format(manifest, arguments.format)
+    task = manifest["task"]
     if arguments.check:
         check(manifest)
     if not arguments.texts and not arguments.check:
@@ -179,6 +179,7 @@ def main() -> None:
     if not arguments.texts:
         print(f"all {len(manifest['files'])} files are as published")
         return
+    fmt = choose_format(manifest, arguments.format)
     step = 2 if task["text_pair"] else 1
     for i, result in enumerate(classify(manifest, fmt, arguments.texts)):
         given = arguments.texts[i * step : (i + 1) * step]

@@ -17,7 +17,7 @@ from compression.batches import Encoded, training_batches
 from compression.encoder import Encoder, EncoderStates
 from compression.spec import DistillationSpec
 from compression.supernet import Subnetwork
-from compression.training import Optimiser, step_count
+from compression.training import Optimizer, finite, step_count
 
 LogitLoss = Callable[..., Tensor]  # (*, student [B, C], teacher [B, C]) -> scalar
 
@@ -74,11 +74,11 @@ def distil(
     """Trains the supernet in place and returns the steps done.
 
     Each batch: the teacher once, without gradients; every sub-network forward and
-    backward; one optimiser step.
+    backward; one optimizer step.
     """
     steps = step_count(spec, len(data))
     paddle.seed(seed)
-    optimiser = Optimiser(supernet, spec, steps=steps)
+    optimizer = Optimizer(supernet, spec, steps=steps)
     batches = training_batches(
         data,
         batch_size=spec.batch_size,
@@ -96,9 +96,9 @@ def distil(
         for subnetwork in subnetworks:
             states = supernet.encode(*batch.inputs, subnetwork=subnetwork)
             loss = distillation_loss(states, targets, batch.attention_mask, spec, logit_loss)
+            losses[subnetwork.name] = finite(float(loss), stage="distillation", step=done)
             loss.backward()
-            losses[subnetwork.name] = float(loss)
-        optimiser.step()
+        optimizer.step()
         on_step(StepReport(done, steps, losses, time.perf_counter() - start))
     supernet.eval()
     return steps

@@ -63,6 +63,12 @@ class DeviceUnavailable(CompressionError):
     code = "device-unavailable"
 
 
+class TrainingDiverged(CompressionError):
+    """A loss was not finite: nothing after it can be trusted."""
+
+    code = "training-diverged"
+
+
 class ExportFailed(CompressionError):
     """A format could not be written, or failed the parity gate."""
 

@@ -44,7 +44,7 @@ from compression.report import LatencyReport
 from compression.spec import Format, LatencySpec
 
 WARM_UP_CALLS = 5  # untimed; oneDNN and ONNX Runtime settle their buffers within the first two
-TIMEOUT_S = 900.0
+TIMEOUT_S = 900.0  # for each answer: how long a whole measurement takes is the spec's choice
 EXIT_S = 10.0
 OnRound = Callable[[int, int], None]
 
@@ -71,7 +71,8 @@ def measure(
     Every call gets the same random token ids, [batch_size, seq_len], under a full
     attention mask; copying them in and the logits out counts. Percentiles are
     nearest-rank: the smallest measured time that at least that share of calls kept.
-    ExportFailed, with its process's last lines, when one cannot be loaded or run.
+    ExportFailed, with its process's last lines, when one cannot be loaded or run, or
+    when a round (or the loading) of one format takes more than `timeout_s`.
     """
     formats = sorted({item.format for item in served.values()})
     seconds: dict[str, list[float]] = {name: [] for name in served}
@@ -162,9 +163,6 @@ class _Driver:
             stderr=self._stderr,
             text=True,
         )
-        self._timer = threading.Timer(self._timeout_s, self._expire)
-        self._timer.daemon = True
-        self._timer.start()
         return self
 
     def __exit__(
@@ -173,7 +171,6 @@ class _Driver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._timer.cancel()
         # Nothing in it is worth saving, and a runtime's shutdown may take seconds.
         self._process.kill()
         self._process.communicate()
@@ -185,12 +182,17 @@ class _Driver:
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Sends one line, waits for one line."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        timer = threading.Timer(self._timeout_s, self._expire)
+        timer.daemon = True
+        timer.start()
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             answer: dict[str, Any] = json.loads(self._process.stdout.readline())
         except (OSError, ValueError) as error:  # a broken pipe, or an empty line at its end
             raise ExportFailed(self._what_happened()) from error
+        finally:
+            timer.cancel()
         return answer
 
     def _expire(self) -> None:

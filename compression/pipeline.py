@@ -23,7 +23,7 @@ from compression.distillation import StepReport, distil
 from compression.encoder import Encoder, build_encoder, numpy_weights, with_new_head
 from compression.errors import DeviceUnavailable
 from compression.evaluate import predict
-from compression.export import export_formats, format_report, verify
+from compression.export import Exported, export_formats, format_report, verify
 from compression.importance import measure_importance
 from compression.plan import Examples, Plan, make_plan, model_info, resolve_rows
 from compression.reorder import descending, reorder
@@ -41,11 +41,11 @@ from compression.report import (
 from compression.runtime_env import cpu_name
 from compression.spec import SERVED_FORMATS, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
-from compression.tables import profile, read_splits
+from compression.tables import LABELLED_SPLITS, Columns, profile, read_splits, shared_rows
 from compression.tasks import TASKS, Task
 from compression.teachers import Checkpoint, read_checkpoint
 from compression.tokenization import encode, load_tokenizer, save_tokenizer
-from compression.training import fine_tune, step_count
+from compression.training import fine_tune
 
 PARITY_ROWS = 64
 PARITY_TOLERANCE = 1e-4  # fp32
@@ -75,7 +75,7 @@ def compress(
 
     with stages("load") as advance:
         job = load(spec, model_dir, dataset_dir)
-        advance(rows={split: len(rows) for split, rows in job.splits.items()})
+        advance(1, 1, rows={split: len(rows) for split, rows in job.splits.items()})
     with stages("teacher") as advance:
         teacher, fine_tuned_steps = make_teacher(job, advance)
         teacher_logits = predict(teacher, job.splits["dev"])
@@ -153,9 +153,11 @@ def compress(
             dataset=DatasetReport(
                 rows={split: len(rows) for split, rows in job.splits.items()},
                 labels=job.plan.labels,
+                label_names=job.plan.label_names,
                 text=job.plan.text,
                 text_pair=job.plan.text_pair,
                 label=job.plan.label,
+                shared_rows=job.shared_rows,
                 notes=job.plan.warnings,
             ),
             teacher=TeacherReport(
@@ -181,7 +183,7 @@ def compress(
             step_seconds=step_seconds,
             stage_seconds=stages.seconds,
             environment=environment(spec),
-            warnings=export_warnings(reports),
+            warnings=export_warnings(reports, teacher_files),
         )
     with stages("bundle") as advance:
         tokenizer_files = save_tokenizer(model_dir, run_dir / "work" / "tokenizer")
@@ -220,6 +222,7 @@ class Job:
     task: Task
     checkpoint: Checkpoint
     splits: Mapping[str, Encoded]
+    shared_rows: Mapping[str, int]
     seq_len: int  # of the latency measurement, tokens
 
 
@@ -278,7 +281,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
         return Encoded([ids for ids, _ in encoded], [types for _, types in encoded], rows.labels)
 
     examples = resolve_rows(spec, plan, tables, spec.seed)
-    splits = {split: tokenised(rows) for split, rows in examples.items()}
+    splits = {split: tokenised(examples[split]) for split in LABELLED_SPLITS if split in examples}
     dev_lengths = [len(ids) for ids in splits["dev"].input_ids]
     return Job(
         spec=spec,
@@ -286,6 +289,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
         task=TASKS[spec.task.kind],
         checkpoint=checkpoint,
         splits=splits,
+        shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
     )
 
@@ -358,7 +362,6 @@ def train_supernet(
         seed=job.spec.seed,
         on_step=on_step,
     )
-    assert steps == step_count(job.spec.distillation, len(job.splits["train"]))
     return steps, statistics.median(seconds)
 
 
@@ -376,7 +379,7 @@ def pass_parity_gate(
     job: Job,
     supernet: Encoder,
     subnetwork: Subnetwork,
-    exported: Mapping[Format, object],
+    exported: Mapping[Format, Exported],
     artifacts: Path,
     work: Path,
 ) -> list[FormatReport]:
@@ -410,7 +413,7 @@ def measure_latency(
     job: Job,
     formats: Mapping[str, Sequence[FormatReport]],
     artifacts: Path,
-    teacher_files: Mapping[Format, object],
+    teacher_files: Mapping[Format, Exported],
     advance: Advance,
 ) -> dict[str, LatencyReport]:
     """Latency of every published served file and of the teacher, by "sub-network/format"."""
@@ -462,13 +465,22 @@ def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) ->
     return report.model_copy(update={"test_accuracy": test_accuracy(job, supernet, subnetwork)})
 
 
-def export_warnings(reports: Sequence[SubnetworkReport]) -> tuple[str, ...]:
-    return tuple(
+def export_warnings(
+    reports: Sequence[SubnetworkReport], teacher_files: Mapping[Format, Exported]
+) -> tuple[str, ...]:
+    unpublished = [
         f"{report.name} in {fmt.format} is not published: {fmt.error}"
         for report in reports
         for fmt in report.formats
         if not fmt.published
-    )
+    ]
+    unmeasured = [
+        f"nothing can be chosen in {fmt}, for want of a speed-up: the teacher could not be "
+        f"written in it: {files.error}"
+        for fmt, files in teacher_files.items()
+        if files.error is not None
+    ]
+    return (*unpublished, *unmeasured)
 
 
 def environment(spec: Spec) -> dict[str, str]:

@@ -496,7 +496,8 @@ def _predicted_seconds(
     flops += (rows["dev"] + rows.get("test", 0)) * (teacher + students)
     served = len([fmt for fmt in spec.export.formats if fmt != "safetensors"])
     timed = cost.flops(full, seq_len) + sum(cost.flops(config, seq_len) for config in subnetworks)
-    flops += spec.latency.rounds * spec.latency.batch_size * served * timed
+    # Each timed call follows an untimed one.
+    flops += 2 * spec.latency.rounds * spec.latency.batch_size * served * timed
     exports = (len(subnetworks) + 1) * len(spec.export.formats)
     seconds = flops / FLOPS_PER_SECOND + START_SECONDS + exports * SECONDS_PER_EXPORT
     return float(f"{seconds:.2g}")  # more digits would claim to know more
@@ -539,10 +540,14 @@ def _warnings(
     absent = [label for label in labels if label not in found]
     if absent:
         yield f"no row of train has the label {_listed(absent)}"
+    if "unlabelled" in dataset.splits:
+        count = dataset.splits["unlabelled"].rows
+        yield f"the {count} rows of unlabelled are not used as yet: distillation reads train alone"
     if spec.importance.split == "dev":
         yield "importance is computed on dev, which also judges the sub-networks: it flatters them"
     if spec.device == "gpu":
         yield "the predicted time is that of two CPU cores"
+        yield "latency and speed-up are measured on the worker's CPU, not on its GPU"
     limit = spec.constraints.max_size_mb
     sizes = [
         size

@@ -43,13 +43,11 @@ STAGES = (
 )
 
 
-class Interval(Frozen):
-    low: float
-    high: float
-
-
 class LatencyReport(Frozen):
-    """Milliseconds a call, on `batch_size` rows of `seq_len` tokens with `threads` threads."""
+    """Milliseconds a call on the CPU, with `threads` threads, whatever trained the model.
+
+    A call is one of `batch_size` rows of `seq_len` tokens.
+    """
 
     p50_ms: float
     p95_ms: float
@@ -140,10 +138,16 @@ class Selection(Frozen):
 
 class DatasetReport(Frozen):
     rows: Mapping[str, int]
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = Field(description="The dataset's values, in the outputs' order.")
+    label_names: tuple[str, ...] = Field(
+        description="What the outputs are called: the model's names where its head was kept."
+    )
     text: str
     text_pair: str | None = None
     label: str
+    shared_rows: Mapping[str, int] = Field(
+        default_factory=dict, description='"train/dev": rows of dev whose text stands in train.'
+    )
     notes: tuple[str, ...] = ()
 
 

@@ -38,7 +38,7 @@ def training_environment(*, cpu_count: int, vendor: str) -> dict[str, str]:
     environment = {
         "OMP_NUM_THREADS": str(max(1, cpu_count)),
         "MKL_NUM_THREADS": str(max(1, cpu_count)),
-        "PIP_NO_INDEX": "1",  # paddle2onnx's optimiser would otherwise run pip install
+        "PIP_NO_INDEX": "1",  # paddle2onnx's optimizer would otherwise run pip install
         "GLOG_minloglevel": "2",
     }
     if vendor == "AuthenticAMD":

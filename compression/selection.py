@@ -35,8 +35,10 @@ class _Bound:
         limit = self.limit
         match self.name:
             case "max_accuracy_drop":
+                # 100 * (0.86 - 0.85) is a little more than 1, and must hold a bound of 1.
+                over = round(candidate.accuracy_drop - limit, 9)
                 # Bounds near 0 are common here, so a point is the smallest unit.
-                return (candidate.accuracy_drop - limit) / max(abs(limit), 1.0)
+                return over / max(abs(limit), 1.0)
             case "max_latency_ms":
                 return candidate.latency_ms / limit - 1.0
             case "min_speedup":

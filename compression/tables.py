@@ -648,7 +648,7 @@ def profile(splits: Mapping[str, Table]) -> DatasetProfile:
     texts = (guess.text, guess.text_pair)
     candidates = tuple(name for name in label_candidates(profiles) if name not in texts)
     _refuse_unlabelled(profiles, candidates, guess)
-    shared = _shared_rows(splits, guess)
+    shared = shared_rows(splits, guess)
     return DatasetProfile(
         splits=profiles,
         text=guess.text,
@@ -818,7 +818,8 @@ def _refuse_unlabelled(
     )
 
 
-def _shared_rows(splits: Mapping[str, Table], columns: Columns) -> dict[str, int]:
+def shared_rows(splits: Mapping[str, Table], columns: Columns) -> dict[str, int]:
+    """ "train/dev": how many rows of dev have a text (and pair) that stands in train, and so on."""
     if columns.text is None:
         return {}
     names = [name for name in (columns.text, columns.text_pair) if name is not None]

@@ -1,4 +1,4 @@
-"""The optimiser and schedule of both trainings, and the fine-tuning that makes a teacher."""
+"""The optimizer and schedule of both trainings, and the fine-tuning that makes a teacher."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from paddle import Tensor, nn
 
 from compression.batches import Batch, Encoded, training_batches
 from compression.encoder import Encoder
+from compression.errors import TrainingDiverged
 from compression.spec import FineTuneSpec
 
 
@@ -34,12 +35,21 @@ class Schedule(Protocol):
 
 
 def step_count(schedule: Schedule, rows: int) -> int:
-    """Optimiser steps: epochs over the rows, at most max_steps, at least one."""
+    """Optimizer steps: epochs over the rows, at most max_steps, at least one."""
     steps = math.ceil(schedule.epochs * math.ceil(rows / schedule.batch_size))
     return max(1, min(steps, schedule.max_steps or steps))
 
 
-class Optimiser:
+def finite(loss: float, *, stage: str, step: int) -> float:
+    """The loss. TrainingDiverged, naming the step, where it is not a finite number."""
+    if not math.isfinite(loss):
+        raise TrainingDiverged(
+            f"the loss of {stage} is {loss} at step {step}: lower its learning_rate"
+        )
+    return loss
+
+
+class Optimizer:
     """AdamW with linear warm-up, linear decay to 0 and clipping by global norm.
 
     Biases and norms are not decayed, as in BERT.
@@ -86,15 +96,16 @@ def fine_tune(
     """Trains the encoder in place on labels; on_step(done, total, loss). Returns the steps."""
     steps = step_count(spec, len(data))
     paddle.seed(seed)
-    optimiser = Optimiser(encoder, spec, steps=steps)
+    optimizer = Optimizer(encoder, spec, steps=steps)
     batches: Iterable[Batch] = training_batches(
         data, batch_size=spec.batch_size, steps=steps, seed=seed, pad_id=encoder.config.pad_token_id
     )
     encoder.train()
     for done, batch in enumerate(batches, start=1):
         value = loss(encoder(*batch.inputs), batch.labels)
+        scalar = finite(float(value), stage="fine-tuning", step=done)
         value.backward()
-        optimiser.step()
-        on_step(done, steps, float(value))
+        optimizer.step()
+        on_step(done, steps, scalar)
     encoder.eval()
     return steps

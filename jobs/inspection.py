@@ -31,7 +31,7 @@ from jobs.errors import UploadRejected, as_json
 from jobs.sandbox import Limits, run_sandboxed
 from jobs.settings import Settings, get_settings
 
-_MAX_JSON_FILES_WARNED = 10
+_MAX_PARAMETERS_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,8 @@ def _inspect_model(folder: Path, out_dir: Path) -> dict[str, Any]:
     if checkpoint.ignored:
         warnings.append(
             "Left out, because no encoder needs them: "
-            + ", ".join(checkpoint.ignored[:_MAX_JSON_FILES_WARNED])
-            + (" and others." if len(checkpoint.ignored) > _MAX_JSON_FILES_WARNED else ".")
+            + ", ".join(checkpoint.ignored[:_MAX_PARAMETERS_NAMED])
+            + (" and others." if len(checkpoint.ignored) > _MAX_PARAMETERS_NAMED else ".")
         )
     info = model_info(checkpoint)
     return {"info": info.model_dump(mode="json"), "warnings": warnings}

@@ -181,14 +181,19 @@ class Runner:
         return claim
 
     def _claim_oldest(self) -> Claim | None:
+        # Others' claims make room for younger jobs; one that stays queued and is still refused
+        # (its runs are used up under our setting) must not keep us asking for ever.
+        refused: set[str] = set()
         while True:
             with self._database.reading() as session:
-                queued = store.queued_jobs(session, limit=10)
-            if not queued:
+                queued = store.queued_jobs(session, limit=len(refused) + 10)
+            new = [job_id for job_id in queued if job_id not in refused]
+            if not new:
                 return None
-            for job_id in queued:
+            for job_id in new:
                 if (claim := self._claim(job_id)) is not None:
                     return claim
+            refused.update(new)
 
     # --- one run ------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ def fresh_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment, with paddle kept quiet and pip kept from the network."""
     return {
         **os.environ,
-        # paddle2onnx's optimiser would otherwise run pip install.
+        # paddle2onnx's optimizer would otherwise run pip install.
         "PIP_NO_INDEX": "1",
         "GLOG_minloglevel": "2",
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -18,7 +18,6 @@ class Task:
     label_loss: Callable[[Tensor, Tensor], Tensor]
     logit_loss: Callable[..., Tensor]
     metric: Callable[[np.ndarray, np.ndarray], float]
-    metric_name: str
 
 
 TASKS = {
@@ -26,6 +25,5 @@ TASKS = {
         label_loss=classification.label_loss,
         logit_loss=classification.logit_loss,
         metric=classification.accuracy,
-        metric_name="accuracy",
     ),
 }

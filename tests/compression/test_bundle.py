@@ -91,7 +91,11 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     facts = BundleFacts(
         spec=Spec.model_validate({"task": {"max_seq_len": MAX_SEQ_LEN}, "seed": 7}),
         dataset=DatasetReport(
-            rows={"train": 40, "dev": 10}, labels=LABELS, text="sentence", label="label"
+            rows={"train": 40, "dev": 10},
+            labels=LABELS,
+            label_names=LABELS,
+            text="sentence",
+            label="label",
         ),
         teacher=TeacherReport(family="bert", fine_tuned_steps=12, parameters=4321, accuracy=0.8555),
         subnetwork=SubnetworkReport(
@@ -341,7 +345,10 @@ def test_the_card_says_what_was_measured_and_what_was_not(case: Case) -> None:
         "3.0e-07 over 64 rows",
         case.facts.provenance.model["model.safetensors"],
         "ab" * 32,
-        "chosen by its accuracy on dev",
+        "This sub-network was not chosen.",
+        "measured on the CPU",
+        '`python predict.py "a text"` needs numpy, tokenizers and onnxruntime.',
+        "load `safetensors/`",
         "Seed: 7",
         "fine-tuned for 12 steps",
     ):
@@ -351,6 +358,27 @@ def test_the_card_says_what_was_measured_and_what_was_not(case: Case) -> None:
 def test_the_card_says_which_format_was_left_out(case: Case) -> None:
     card = model_card(without(case.facts, "onnx", error="logits differ by 0.2"))
     assert "ONNX was left out: logits differ by 0.2" in card
+
+
+def test_the_card_promises_only_what_the_bundle_holds(case: Case) -> None:
+    facts = without(without(case.facts, "onnx", error="drift"), "safetensors", error="drift")
+    dataset = facts.dataset.model_copy(update={"text_pair": "answer"})
+    subnetwork = facts.subnetwork.model_copy(update={"selected": True})
+    card = model_card(replace(facts, dataset=dataset, subnetwork=subnetwork))
+    assert "This sub-network was chosen." in card
+    assert 'predict.py "a text" "its pair"` needs numpy, tokenizers and paddlepaddle.' in card
+    assert "onnxruntime" not in card
+    assert "safetensors/" not in card
+
+
+def test_weights_without_a_served_file_can_be_checked(case: Case, tmp_path: Path) -> None:
+    facts = without(without(case.facts, "onnx", error="drift"), "paddle", error="drift")
+    assert "needs numpy" not in model_card(facts)
+    folder = case.unpack(tmp_path, facts)
+    assert "as published" in predict(folder, "--check").stdout
+    refused = predict(folder, "music")
+    assert refused.returncode == 1
+    assert "no model that can be served" in refused.stderr
 
 
 def test_what_a_user_wrote_cannot_break_the_card(case: Case) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import subprocess
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -108,6 +109,24 @@ def test_a_measurement_that_takes_too_long_is_ended(served: dict[str, Served]) -
     with pytest.raises(ExportFailed, match=r"measuring onnx took longer than 0\.05 seconds"):
         measure(served, SPEC, seq_len=9, vocab_size=50, timeout_s=0.05)
     assert children_measuring() == []
+
+
+def test_the_time_limit_is_one_for_each_answer(
+    served: dict[str, Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large spec may take hours in all; only a round that takes too long is a fault."""
+    started: list[threading.Timer] = []
+
+    class Recorded(threading.Timer):
+        def start(self) -> None:
+            assert all(other.finished.is_set() for other in started)
+            started.append(self)
+            super().start()
+
+    monkeypatch.setattr(threading, "Timer", Recorded)
+    measure({"w1": served["w1/onnx"]}, SPEC, seq_len=9, vocab_size=50, timeout_s=300)
+    assert [timer.interval for timer in started] == [300] * (1 + SPEC.rounds)
+    assert all(timer.finished.is_set() for timer in started)
 
 
 def test_onnx_is_measured_without_paddle_in_the_process(served: dict[str, Served]) -> None:

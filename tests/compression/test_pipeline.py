@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from compression import batches, evaluate, pipeline
 from compression.__main__ import main
-from compression.batches import pad
-from compression.encoder import build_encoder
+from compression.batches import Encoded, pad
+from compression.encoder import Encoder, build_encoder
 from compression.errors import DeviceUnavailable, InvalidSpec
+from compression.export import Parity, verify
 from compression.pipeline import compress
 from compression.report import STAGES, CompressionReport, Progress
-from compression.spec import Spec
+from compression.spec import Format, Spec
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer
 from tests.builders import tiny_bert, tiny_dataset
@@ -91,8 +96,6 @@ def test_the_narrow_network_is_smaller_and_reads_back(finished: dict[str, Any]) 
     session = onnx.InferenceSession(
         str(folder.parent / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"]
     )
-    from compression.batches import Encoded
-
     data = Encoded([r[0] for r in rows], [r[1] for r in rows], np.zeros(2, np.int64))
     arrays = pad(data, range(2), pad_id=0)
     np.testing.assert_allclose(
@@ -124,6 +127,82 @@ def test_constraints_that_nothing_meets_end_without_a_selection(tmp_path: Path) 
     assert [c.subnetwork for c in report.selection.nearest] == ["w1_2"]
     assert report.selection.nearest[0].misses
     assert not any(network.selected for network in report.subnetworks)
+
+
+def test_pairs_without_dev_test_or_width_1_and_a_format_that_drifts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ('a "quoted" | `x`\\', "\u00fcn\u00ef\u2028<b>")
+    model = tiny_bert(tmp_path / "model", num_labels=2, labels=names, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 100}, labels=names, pair=True)
+    ranked: list[Encoded] = []
+    judged: list[Encoded] = []
+
+    def sorted_rows(data: Encoded, **options: Any) -> Any:
+        ranked.append(data)
+        return batches.sorted_batches(data, **options)
+
+    def logits_of(encoder: Encoder, data: Encoded, **options: Any) -> Any:
+        judged.append(data)
+        return evaluate.predict(encoder, data, **options)
+
+    def gate(fmt: Format, folder: Path, **options: Any) -> Parity:
+        if "w1_4" in folder.parts:
+            return Parity(0.5, "logits differ from the supernet's by 0.5")
+        return verify(fmt, folder, **options)
+
+    monkeypatch.setattr(pipeline, "sorted_batches", sorted_rows)
+    monkeypatch.setattr(pipeline, "predict", logits_of)
+    monkeypatch.setattr(pipeline, "verify", gate)
+    spec = small_spec(
+        supernet={"width_mults": ["1/4", "1/2"]},
+        distillation={"max_steps": 2},
+        importance={"rows": 1000},
+        export={"formats": ["onnx"]},
+        task={"max_seq_len": 12},
+    )
+    report = compress(spec, model, dataset, tmp_path / "run")
+
+    assert report.dataset.rows == {"train": 90, "dev": 10}
+    (sample,) = ranked
+    assert len(sample) == 90
+    texts = {tuple(ids) for ids in judged[0].input_ids}
+    assert len(judged[0]) == 10
+    assert texts.isdisjoint(tuple(ids) for ids in sample.input_ids)
+
+    half, quarter = report.subnetworks
+    assert (half.name, half.formats[0].parity_rows, half.test_accuracy) == ("w1_2", 10, None)
+    assert (report.selection.subnetwork, report.selection.format) == ("w1_2", "onnx")
+    assert not quarter.formats[0].published
+    assert quarter.formats[0].latency is None
+    assert report.warnings == (
+        "w1_4 in onnx is not published: logits differ from the supernet's by 0.5",
+    )
+    artifacts = tmp_path / "run" / "artifacts"
+    assert [path.name for path in artifacts.rglob("*") if path.is_file()] == [
+        "bundle.tar.gz",
+        "model.onnx",
+    ]
+
+    with tarfile.open(artifacts / "w1_2" / "bundle.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    pair = ["a very good film", "the plot was dull and slow and cold"]
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "w1_2" / "predict.py"), "--json", *pair],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    ((ids, types),) = encode(load_tokenizer(model), pair[:1], pair[1:], 12)
+    assert (len(ids), max(types)) == (12, 1)
+    onnx = pytest.importorskip("onnxruntime")
+    session = onnx.InferenceSession(str(artifacts / "w1_2" / "onnx" / "model.onnx"))
+    row = Encoded([ids], [types], np.zeros(1, np.int64))
+    exponents = np.exp(session.run(None, pad(row, [0], pad_id=0))[0][0])
+    assert json.loads(done.stdout)["probabilities"] == pytest.approx(
+        dict(zip(names, exponents / exponents.sum(), strict=True)), abs=1e-5
+    )
 
 
 def test_a_gpu_is_refused_clearly_where_there_is_none(tmp_path: Path) -> None:

@@ -361,11 +361,18 @@ def test_when_to_fine_tune() -> None:
         ({"constraints": {"max_size_mb": 0.001}}, "max_size_mb"),
         ({"importance": {"split": "dev"}}, "flatters"),
         ({"device": "gpu"}, "two CPU cores"),
+        ({"device": "gpu"}, "measured on the worker's CPU"),
     ],
 )
 def test_what_a_user_should_know(spec: dict[str, Any], says: str) -> None:
     assert not any(says in warning for warning in plan_of(train=TRAIN, dev=DEV).warnings)
     assert any(says in warning for warning in plan_of(spec, train=TRAIN, dev=DEV).warnings)
+
+
+def test_rows_that_nothing_reads_are_named() -> None:
+    texts = Table(("text",), [{"text": "x"}, {"text": "y"}], [1, 2])
+    warnings = plan_of(train=TRAIN, dev=DEV, unlabelled=texts).warnings
+    assert any("the 2 rows of unlabelled are not used" in warning for warning in warnings)
 
 
 def test_a_small_dev_is_warned_of() -> None:

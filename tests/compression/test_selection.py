@@ -66,6 +66,13 @@ def test_every_constraint_is_held(constraints: dict[str, float], name: str) -> N
     assert chosen(*FOUR, **constraints) == name
 
 
+@pytest.mark.parametrize("right", range(2, 201))
+def test_a_drop_of_exactly_the_bound_holds_it(right: int) -> None:
+    drop = 100 * (right / 200 - (right - 2) / 200)  # a point, give or take a rounding error
+    assert chosen(candidate("w1", drop=drop, ms=5.0), max_accuracy_drop=1.0) == "w1"
+    assert chosen(candidate("w1", drop=drop, ms=5.0), max_accuracy_drop=0.99) is None
+
+
 def test_without_constraints_the_fastest_that_loses_at_most_a_point() -> None:
     selection = select(FOUR, ConstraintSpec())
     assert selection.subnetwork == "w1_2"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import paddle
+import pytest
 
 from compression.batches import Encoded
 from compression.encoder import numpy_weights
+from compression.errors import TrainingDiverged
 from compression.evaluate import predict
 from compression.spec import DistillationSpec, FineTuneSpec
 from compression.tasks import TASKS
-from compression.training import Optimiser, fine_tune, step_count
+from compression.training import Optimizer, fine_tune, step_count
 from tests.encoders import random_rows, tiny_encoder
 
 TASK = TASKS["classification"]
@@ -26,23 +28,23 @@ def test_step_count() -> None:
 def test_the_rate_warms_up_and_decays_to_zero() -> None:
     encoder = tiny_encoder()
     spec = FineTuneSpec(learning_rate=1.0 - 1e-9, warmup_fraction=0.2)
-    optimiser = Optimiser(encoder, spec, steps=10)
+    optimizer = Optimizer(encoder, spec, steps=10)
     rates = []
     for _ in range(10):
-        rates.append(optimiser.rate.get_lr())
-        optimiser.rate.step()
+        rates.append(optimizer.rate.get_lr())
+        optimizer.rate.step()
     np.testing.assert_allclose(rates, [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
-    assert optimiser.rate.get_lr() == 0
+    assert optimizer.rate.get_lr() == 0
 
 
 def test_biases_and_norms_are_not_decayed() -> None:
     encoder = tiny_encoder()
     before = numpy_weights(encoder)
     spec = FineTuneSpec(learning_rate=0.1, weight_decay=0.5, warmup_fraction=0)
-    optimiser = Optimiser(encoder, spec, steps=2)
+    optimizer = Optimizer(encoder, spec, steps=2)
     for parameter in encoder.parameters():  # zero gradients: decay alone moves a weight
         (parameter * 0.0).sum().backward()
-    optimiser.step()
+    optimizer.step()
     after = numpy_weights(encoder)
     for name, value in after.items():
         decayed = not name.endswith(".bias") and ".norm." not in name
@@ -73,6 +75,22 @@ def test_fine_tuning_learns_a_rule_and_repeats_itself() -> None:
         ends.append(numpy_weights(encoder))
     for name in ends[0]:
         np.testing.assert_array_equal(ends[0][name], ends[1][name])
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step() -> None:
+    encoder, data = tiny_encoder(), random_rows(64)
+    done: list[int] = []
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        done.append(step)
+        if step == 2:
+            encoder.classifier.weight.set_value(np.full((24, 3), np.nan, np.float32))
+
+    with pytest.raises(TrainingDiverged, match="nan at step 3: lower its learning_rate"):
+        fine_tune(
+            encoder, data, FineTuneSpec(batch_size=8), TASK.label_loss, seed=0, on_step=on_step
+        )
+    assert done == [1, 2]
 
 
 def test_predict_keeps_row_order_and_mode() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from compression.runtime_env import cpu_vendor, training_environment
 from jobs import store
 from jobs.artifacts import ObjectStore, run_prefix
 from jobs.db import Database
@@ -139,7 +141,7 @@ def test_the_real_child_says_what_is_wrong(
     wait_for_state(database, job_id, "failed")
     error = error_of(database, job_id)
     assert error["code"] == "child-died"
-    assert any("do" in line or "spec" in line.lower() for line in error["last_lines"])
+    assert any("Extra inputs are not permitted" in line for line in error["last_lines"])
 
 
 @ON_SQLITE
@@ -216,6 +218,24 @@ def test_a_busy_worker_refuses_and_takes_the_oldest_when_its_slot_frees(
         wait_for_state(database, job_id, "succeeded")
     finished = [job_of(database, job_id).started_at for job_id in (first, older, newer)]
     assert finished == sorted(finished, key=str)
+
+
+@ON_SQLITE
+def test_a_job_that_cannot_be_claimed_does_not_keep_a_worker_busy(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    """Its runs are used up, as when the setting was lowered while it was queued."""
+    used_up = [submit(database, objects, "progress") for _ in range(11)]
+    with database.transaction() as session:
+        for job_id in used_up:
+            store.get_job(session, job_id, project_id=DEFAULT_PROJECT).attempts = 3
+    younger = submit(database, objects, "progress")
+    filling = threading.Thread(target=make_runner(worker_slots=2).fill, daemon=True)
+    filling.start()
+    wait_for_state(database, younger, "succeeded")
+    filling.join(10)
+    assert not filling.is_alive()
+    assert {job_of(database, job_id).state for job_id in used_up} == {JobState.QUEUED}
 
 
 @ON_SQLITE
@@ -306,6 +326,10 @@ def test_the_child_gets_no_secrets(
     assert Path(environment["TMPDIR"]).is_relative_to(settings.work_dir)
     assert Path(environment["HOME"]).is_relative_to(settings.work_dir)
     assert environment["PIP_NO_INDEX"] == "1"
+    # What makes paddle fast has to be there before the process starts.
+    fast = training_environment(cpu_count=len(os.sched_getaffinity(0)), vendor=cpu_vendor())
+    assert fast["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+    assert fast.items() <= environment.items()
 
 
 def test_reconciling_requeues_nudges_and_cleans(
