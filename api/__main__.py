@@ -43,7 +43,7 @@ class Server(uvicorn.Server):
 
 def prepare(settings: Settings) -> None:
     """The data folder, the newest schema, the first API key. Safe to run many times at once."""
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # models and rows lie in it
     database = Database(settings.database_url)
     try:
         upgrade(database)

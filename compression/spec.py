@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -51,6 +52,18 @@ WidthMult = Annotated[
         {"anyOf": [{"type": "string"}, {"type": "number"}], "examples": ["3/4", 0.5, 1]}
     ),
 ]
+
+
+def _unicode(value: str) -> str:
+    """JSON can spell half a surrogate pair, which no file and no answer can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("this holds half a surrogate pair: not Unicode text") from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 Format = Literal["safetensors", "paddle", "onnx"]
 SERVED_FORMATS: tuple[Format, ...] = ("paddle", "onnx")  # those that a runtime serves
 
@@ -61,14 +74,20 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class TaskSpec(Frozen):
+class _Asked(Frozen):
+    """Base of the spec's models: infinity, which JSON cannot say, is no number to ask for."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class TaskSpec(_Asked):
     """What the model predicts, and which columns hold it. Columns not named are guessed."""
 
     kind: Literal["classification"] = "classification"
-    text: str | None = Field(None, description="Column of the (first) sentence.")
-    text_pair: str | None = Field(None, description="Column of the second sentence, for pairs.")
-    label: str | None = Field(None, description="Column of the label.")
-    labels: tuple[str, ...] | None = Field(
+    text: Text | None = Field(None, description="Column of the (first) sentence.")
+    text_pair: Text | None = Field(None, description="Column of the second sentence, for pairs.")
+    label: Text | None = Field(None, description="Column of the label.")
+    labels: tuple[Text, ...] | None = Field(
         None,
         description="Label values in the order of the classifier's outputs. Needed where the "
         "dataset's labels are neither the model's label names nor their numbers.",
@@ -76,7 +95,7 @@ class TaskSpec(Frozen):
     max_seq_len: int = Field(128, ge=8, le=512, description="Tokens; longer rows are cut.")
 
 
-class FineTuneSpec(Frozen):
+class FineTuneSpec(_Asked):
     """Training of the teacher on the dataset's labels, before compression.
 
     `when`: "auto" fine-tunes only where the model has no classifier head; "always"
@@ -93,7 +112,7 @@ class FineTuneSpec(Frozen):
     max_grad_norm: float = Field(1.0, gt=0)
 
 
-class ImportanceSpec(Frozen):
+class ImportanceSpec(_Asked):
     """Rows on which head and neuron importance are computed (DynaBERT, section 2.1)."""
 
     split: Literal["train", "dev"] = "train"
@@ -101,7 +120,7 @@ class ImportanceSpec(Frozen):
     batch_size: int = Field(32, ge=1, le=1024)
 
 
-class SupernetSpec(Frozen):
+class SupernetSpec(_Asked):
     width_mults: tuple[WidthMult, ...] = Field(
         (Fraction(1), Fraction(3, 4), Fraction(1, 2), Fraction(1, 4)),
         min_length=1,
@@ -117,7 +136,7 @@ class SupernetSpec(Frozen):
         return value
 
 
-class DistillationSpec(Frozen):
+class DistillationSpec(_Asked):
     """DynaBERT's width stage; the loss weights are named as in the paper (equation 3)."""
 
     epochs: float = Field(3.0, gt=0, le=100)
@@ -137,7 +156,7 @@ class DistillationSpec(Frozen):
         return self
 
 
-class LatencySpec(Frozen):
+class LatencySpec(_Asked):
     """How latency is measured on the worker's own device."""
 
     batch_size: int = Field(1, ge=1, le=256)
@@ -148,7 +167,7 @@ class LatencySpec(Frozen):
     rounds: int = Field(50, ge=5, le=10000, description="Timed calls of each candidate.")
 
 
-class ConstraintSpec(Frozen):
+class ConstraintSpec(_Asked):
     """What the selected sub-network must hold. Absent fields constrain nothing."""
 
     max_accuracy_drop: float | None = Field(
@@ -164,7 +183,7 @@ class ConstraintSpec(Frozen):
     max_size_mb: float | None = Field(None, gt=0, description="10^6 bytes of the served file.")
 
 
-class ExportSpec(Frozen):
+class ExportSpec(_Asked):
     formats: tuple[Format, ...] = Field(("safetensors", "paddle", "onnx"), min_length=1)
 
     @field_validator("formats")
@@ -179,7 +198,7 @@ class ExportSpec(Frozen):
         return value
 
 
-class Spec(Frozen):
+class Spec(_Asked):
     """One compression job. Every field has a default; `{}` is a complete spec."""
 
     task: TaskSpec = TaskSpec()

@@ -23,7 +23,13 @@ from pydantic import ValidationError
 
 from compression.plan import ModelInfo, model_info
 from compression.tables import DatasetProfile, profile, read_splits, write_clean
-from compression.teachers import CONFIG_FILES, PICKLE_FILES, WEIGHTS_FILE, check_checkpoint
+from compression.teachers import (
+    CONFIG_FILES,
+    PICKLE_FILES,
+    WEIGHTS_FILE,
+    EncoderConfig,
+    check_checkpoint,
+)
 from compression.teachers.fields import read_json_object
 from compression.tokenization import TOKENIZER_FILES, VOCABULARY_FILE, encode, load_tokenizer
 from jobs import archives, pickles
@@ -32,6 +38,8 @@ from jobs.sandbox import Limits, run_sandboxed
 from jobs.settings import Settings, get_settings
 
 _MAX_PARAMETERS_NAMED = 10
+# Words, and a character that hardly any vocabulary has: the unknown token is tried too.
+_TRIAL_TEXT = "a first text, in words \ua66e"
 
 
 @dataclass(frozen=True)
@@ -198,7 +206,7 @@ def _inspect_model(folder: Path, out_dir: Path) -> dict[str, Any]:
                 read_json_object(folder / name)
             shutil.copyfile(folder / name, out_dir / name)
     checkpoint = check_checkpoint(out_dir)
-    _try_tokenizer(out_dir)
+    _try_tokenizer(out_dir, checkpoint.config)
     if checkpoint.ignored:
         warnings.append(
             "Left out, because no encoder needs them: "
@@ -209,17 +217,36 @@ def _inspect_model(folder: Path, out_dir: Path) -> dict[str, Any]:
     return {"info": info.model_dump(mode="json"), "warnings": warnings}
 
 
-def _try_tokenizer(folder: Path) -> None:
-    """A tokenizer that cannot tokenize is found here and not by a job's child."""
+def _try_tokenizer(folder: Path, config: EncoderConfig) -> None:
+    """A tokenizer that cannot tokenize is found here and not by a job's child.
+
+    What a tokenizer.json puts around a text comes with ids of its own, beside the vocabulary:
+    an id without an embedding reads past the table's end on some devices.
+    """
     tokenizer = load_tokenizer(folder)
     try:
-        rows = encode(tokenizer, ["a first text, in words"], ["a second"], 16)
+        alone = encode(tokenizer, [_TRIAL_TEXT], None, 64)[0]
+        pair = encode(tokenizer, [_TRIAL_TEXT], ["a second"], 64)[0]
     except Exception as error:  # the library raises nothing more exact
         raise UploadRejected(
             f"The tokenizer fails on a plain text: {str(error)[:200]}", code="invalid-model"
         ) from error
-    if not rows[0][0]:
+    if not alone[0]:
         raise UploadRejected("The tokenizer makes no tokens of a text.", code="invalid-model")
+    # A model of one token type is never given pairs.
+    for ids, types in (alone, pair) if config.type_vocab_size > 1 else (alone,):
+        if max(ids) >= config.vocab_size:
+            raise UploadRejected(
+                f"The tokenizer gives the token id {max(ids)}, but the model embeds only "
+                f"{config.vocab_size} tokens.",
+                code="invalid-model",
+            )
+        if max(types) >= config.type_vocab_size:
+            raise UploadRejected(
+                f"The tokenizer gives the token type {max(types)}, but the model has only "
+                f"{config.type_vocab_size}.",
+                code="invalid-model",
+            )
 
 
 def _inspect_dataset(folder: Path, out_dir: Path) -> dict[str, Any]:

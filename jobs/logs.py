@@ -14,6 +14,7 @@ from jobs.settings import Settings
 
 _API_KEY = re.compile(r"\bwwk_[\w-]+")
 _URL_PASSWORD = re.compile(r"(://[^\s:/@]*):[^\s@]+@")
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # all but the line feed
 
 
 def redact(text: str) -> str:
@@ -21,10 +22,16 @@ def redact(text: str) -> str:
     return _URL_PASSWORD.sub(r"\1:***@", _API_KEY.sub("wwk_***", text))
 
 
+def _without_control(text: str) -> str:
+    """`text` with control characters spelt out: what a request's path or an uploaded file says
+    must not move a terminal's cursor. Line feeds stay, for tracebacks."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
 def _redact_values(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     for key, value in event.items():
         if isinstance(value, str):
-            event[key] = redact(value)
+            event[key] = _without_control(redact(value))
         elif isinstance(value, BaseException):
             event[key] = redact(repr(value))
     return event

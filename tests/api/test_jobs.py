@@ -111,6 +111,17 @@ def test_a_spec_that_cannot_run_is_refused_at_its_field(
     assert count(service) == before
 
 
+def test_half_a_surrogate_pair_is_refused_at_its_field(service: Service) -> None:
+    spec = {"teacher": {"when": "always"}, "task": {"labels": ["0", "1", "\ud800"]}}
+    answer = service.client.post(
+        "/v1/jobs?dry_run=true",
+        content=json.dumps(service.job_body(**spec)),  # in ASCII, as JSON may spell it
+        headers={"Content-Type": "application/json"},
+    )
+    problem = assert_problem(answer, 422, "invalid-request")
+    assert problem["pointer"] == "/spec/task/labels/2"
+
+
 @pytest.mark.parametrize(
     ("change", "code", "pointer"),
     [

@@ -68,6 +68,7 @@ def test_a_process_starts_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
             assert client.get(f"/v1/jobs?oops={key}").status_code == 200
             assert client.get(f"/v1/{key}").status_code == 404
         assert (data_dir / "api_key").stat().st_mode & 0o777 == 0o600
+        assert data_dir.stat().st_mode & 0o777 == 0o700
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)

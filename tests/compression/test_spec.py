@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -161,6 +161,10 @@ def test_unknown_fields_are_refused_everywhere(section: str | None) -> None:
         {"distillation": {"epochs": 0}},
         {"distillation": {"epochs": float("inf")}},
         {"distillation": {"learning_rate": float("nan")}},
+        {"distillation": {"lambda_rep": float("inf")}},
+        {"constraints": {"max_latency_ms": float("inf")}},
+        {"task": {"label": "\ud800"}},
+        {"task": {"labels": ["0", "1", "\ud800"]}},
         {"teacher": {"when": "sometimes"}},
         {"task": {"kind": "regression"}},
         {"task": {"max_seq_len": 513}},
@@ -213,12 +217,14 @@ def specs(draw: st.DrawFn) -> Spec:
     )
 
 
+@settings(deadline=None)
 @given(specs())
 def test_a_spec_survives_json_and_yaml(spec: Spec) -> None:
     plain = spec.model_dump(mode="json")
     assert Spec.model_validate(json.loads(json.dumps(plain))) == spec
     assert Spec.model_validate_json(spec.model_dump_json()) == spec
-    assert Spec.model_validate(yaml.safe_load(yaml.safe_dump(plain, allow_unicode=True))) == spec
+    # Not allow_unicode: PyYAML then writes U+0085 in a way that it reads back as a blank.
+    assert Spec.model_validate(yaml.safe_load(yaml.safe_dump(plain))) == spec
 
 
 def test_yaml_as_a_user_writes_it() -> None:

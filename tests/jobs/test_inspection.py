@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,6 +156,17 @@ def _wider_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def _fast_tokenizer(edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """The folder's tokenizer as a tokenizer.json that was edited by hand."""
+
+    def write(folder: Path) -> None:
+        tokenizer = json.loads(load_tokenizer(folder).to_str())
+        edit(tokenizer)
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -167,6 +179,23 @@ def _wider_config(folder: Path) -> None:
         (lambda folder: (folder / "vocab.txt").unlink(), "neither tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), r"tokenizer\.json"),
         (lambda folder: (folder / "tokenizer_config.json").write_text("["), "not JSON"),
+        (
+            _fast_tokenizer(
+                lambda t: t["post_processor"]["special_tokens"]["[CLS]"].update(ids=[10**6])
+            ),
+            "token id 1000000, but the model embeds only 51",
+        ),
+        (
+            _fast_tokenizer(
+                lambda t: t["post_processor"]["single"][0]["SpecialToken"].update(type_id=9)
+            ),
+            "token type 9, but the model has only 2",
+        ),
+        (
+            _fast_tokenizer(lambda t: t["post_processor"]["pair"][3]["Sequence"].update(type_id=2)),
+            "token type 2, but the model has only 2",
+        ),
+        (_fast_tokenizer(lambda t: t["model"].update(unk_token="[NONE]")), "fails on a plain"),
     ],
 )
 def test_models_that_do_not_hold_together_are_refused(

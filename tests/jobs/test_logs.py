@@ -22,6 +22,7 @@ try:
 except ValueError:
     log.exception("broken")
 log.debug("unseen")
+log.info("request", path="/\\x1b[31m\\x00")
 """
 
 
@@ -46,10 +47,21 @@ def test_console_lines_hold_no_secrets() -> None:
     assert "unseen" not in run.stderr
 
 
+def test_a_path_cannot_speak_to_the_terminal() -> None:
+    run = run_program("console")
+    assert "path=/\\x1b[31m\\x00" in run.stderr
+    assert not set(run.stderr) & set("\x1b\x00")
+
+
 def test_json_lines_hold_no_secrets() -> None:
     run = run_program("json")
     lines = [json.loads(line) for line in run.stderr.splitlines()]
-    assert [line["event"].split(":")[0] for line in lines] == ["hello", "failed", "broken"]
+    assert [line["event"].split(":")[0] for line in lines] == [
+        "hello",
+        "failed",
+        "broken",
+        "request",
+    ]
     assert "ValueError" in lines[2]["exception"]
 
 
