@@ -35,6 +35,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     from compression.encoder import build_encoder, numpy_weights, with_new_head
     from compression.evaluate import predict
     from compression.importance import measure_importance
+    from compression.pipeline import learning_config
     from compression.reorder import descending, reorder
     from compression.spec import DistillationSpec, FineTuneSpec
     from compression.supernet import subnetwork_of
@@ -92,6 +93,8 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     judge("teacher", teacher, [None])
     judge("cut", teacher)
 
+    distillation = DistillationSpec(epochs=args.distil_epochs, max_steps=args.max_steps)
+
     def reordered(rows: Encoded) -> object:
         scores = measure_importance(
             teacher,
@@ -99,7 +102,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
             task.label_loss,
         )
         return build_encoder(
-            config,
+            learning_config(config, distillation),
             reorder(
                 config,
                 weights,
@@ -126,7 +129,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
         teacher,
         train,
         subnetworks,
-        DistillationSpec(epochs=args.distil_epochs, max_steps=args.max_steps),
+        distillation,
         task.logit_loss,
         seed=seed,
         on_step=after_distillation,

@@ -39,11 +39,12 @@ from compression.report import (
     TeacherReport,
 )
 from compression.runtime_env import cpu_name
-from compression.spec import SERVED_FORMATS, Format, Spec
+from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.tables import LABELLED_SPLITS, Columns, profile, read_splits, shared_rows
 from compression.tasks import TASKS, Task
 from compression.teachers import Checkpoint, read_checkpoint
+from compression.teachers.config import EncoderConfig
 from compression.tokenization import encode, load_tokenizer, save_tokenizer
 from compression.training import fine_tune
 
@@ -86,7 +87,7 @@ def compress(
     with stages("reorder") as advance:
         weights = numpy_weights(teacher)
         supernet = build_encoder(
-            teacher.config,
+            learning_config(teacher.config, spec.distillation),
             reorder(teacher.config, weights, head_orders=head_orders, neuron_orders=neuron_orders),
         )
         reorder_max_abs = float(np.abs(predict(supernet, job.splits["dev"]) - teacher_logits).max())
@@ -103,9 +104,10 @@ def compress(
             accuracies.append(job.task.metric(logits, job.splits["dev"].labels))
             advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracies[-1])
     with stages("export") as advance:
+        weights = numpy_weights(supernet)
         exported = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
-            small = extract(supernet, subnetwork)
+            small = extract(teacher.config, weights, subnetwork)
             exported[subnetwork.name] = export_formats(
                 spec.export.formats,
                 small,
@@ -365,11 +367,20 @@ def train_supernet(
     return steps, statistics.median(seconds)
 
 
-def extract(supernet: Encoder, subnetwork: Subnetwork) -> Encoder:
-    """The physically smaller network, in evaluation mode."""
-    config = dataclasses.replace(supernet.config, heads=subnetwork.heads, ffn=subnetwork.ffn)
+def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:
+    """The supernet's config: the teacher's, with the dropout that it is to learn with."""
+    if spec.dropout is None:
+        return config
+    return dataclasses.replace(config, hidden_dropout=spec.dropout, attention_dropout=spec.dropout)
+
+
+def extract(
+    config: EncoderConfig, weights: Mapping[str, np.ndarray], subnetwork: Subnetwork
+) -> Encoder:
+    """The physically smaller network, in evaluation mode; its config keeps the model's dropout."""
     small = build_encoder(
-        config, extract_weights(supernet.config, numpy_weights(supernet), subnetwork)
+        dataclasses.replace(config, heads=subnetwork.heads, ffn=subnetwork.ffn),
+        extract_weights(config, weights, subnetwork),
     )
     small.eval()
     return small

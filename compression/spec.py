@@ -146,6 +146,9 @@ class DistillationSpec(_Asked):
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
+    dropout: float | None = Field(
+        0.0, ge=0, lt=1, description="Of the supernet while it learns; null: the model's own."
+    )
     lambda_rep: float = Field(0.1, ge=0)
     lambda_logit: float = Field(1.0, ge=0)
 

@@ -18,13 +18,13 @@ from compression.batches import Encoded, pad
 from compression.encoder import Encoder, build_encoder
 from compression.errors import DeviceUnavailable, InvalidSpec
 from compression.export import Parity, verify
-from compression.pipeline import compress
+from compression.pipeline import compress, learning_config
 from compression.report import STAGES, CompressionReport, Progress
-from compression.spec import Format, Spec
+from compression.spec import DistillationSpec, Format, Spec
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer
 from tests.builders import tiny_bert, tiny_dataset
-from tests.encoders import as_tensors
+from tests.encoders import as_tensors, random_weights, tiny_config
 
 
 def small_spec(**changes: Any) -> Spec:
@@ -89,6 +89,8 @@ def test_the_narrow_network_is_smaller_and_reads_back(finished: dict[str, Any]) 
     folder = finished["root"] / "run" / "artifacts" / "w1_2" / "safetensors"
     checkpoint = read_checkpoint(folder)
     assert checkpoint.config.heads == half.heads
+    # The supernet learns without dropout; what is handed out keeps the model's own.
+    assert checkpoint.config.hidden_dropout == 0.1
     encoder = build_encoder(checkpoint.config, checkpoint.tensors)
     encoder.eval()
     rows = encode(load_tokenizer(finished["model"]), ["good film", "a bad one"], None, 32)
@@ -101,6 +103,18 @@ def test_the_narrow_network_is_smaller_and_reads_back(finished: dict[str, Any]) 
     np.testing.assert_allclose(
         session.run(None, arrays)[0], encoder(*as_tensors(arrays)).numpy(), atol=1e-4
     )
+
+
+def test_the_supernet_learns_with_the_specs_dropout() -> None:
+    config = tiny_config()
+    assert learning_config(config, DistillationSpec()).hidden_dropout == 0
+    assert learning_config(config, DistillationSpec()).attention_dropout == 0
+    assert learning_config(config, DistillationSpec(dropout=None)) == config
+    learnt = build_encoder(
+        learning_config(config, DistillationSpec(dropout=0.3)), random_weights(config)
+    )
+    assert learnt.layers[0].attention.attention_dropout.p == 0.3
+    assert learnt.layers[1].ffn.dropout.p == 0.3
 
 
 def test_exactly_one_subnetwork_is_selected_and_judged_on_test(finished: dict[str, Any]) -> None:
