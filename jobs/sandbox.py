@@ -269,16 +269,16 @@ def _leave_network() -> bool:
 
 def _bound_resources(limits: Limits) -> None:
     cpu = max(1, round(limits.seconds))
-    for kind, amount in (
-        (resource.RLIMIT_AS, limits.memory_bytes),
-        (resource.RLIMIT_CPU, cpu),
-        (resource.RLIMIT_FSIZE, limits.output_bytes),
-        (resource.RLIMIT_NOFILE, 256),
-        (resource.RLIMIT_CORE, 0),
+    for kind, amount, beyond in (
+        (resource.RLIMIT_AS, limits.memory_bytes, 0),
+        (resource.RLIMIT_CPU, cpu, 1),  # SIGXCPU first: SIGKILL would not say why
+        (resource.RLIMIT_FSIZE, limits.output_bytes, 0),
+        (resource.RLIMIT_NOFILE, 256, 0),
+        (resource.RLIMIT_CORE, 0, 0),
     ):
         _, hard = resource.getrlimit(kind)
-        bound = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-        resource.setrlimit(kind, (bound, bound))
+        most = amount + beyond if hard == resource.RLIM_INFINITY else min(amount + beyond, hard)
+        resource.setrlimit(kind, (min(amount, most), most))
 
 
 # Landlock (docs.kernel.org/userspace-api/landlock.html); its calls have the same numbers on

@@ -120,7 +120,7 @@ def verify(
     """
     try:
         answer = run_fresh(
-            "compression.export.verify",
+            "compression.export.parity",
             ["--format", fmt, "--folder", folder, "--batch", batch, "--reference", reference],
             timeout_s=timeout_s,
         )

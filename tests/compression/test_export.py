@@ -32,7 +32,7 @@ from compression.export import (
 from compression.export import onnx as onnx_format
 from compression.export.base import ExportSource
 from compression.export.fresh import run_fresh
-from compression.export.verify import largest_difference
+from compression.export.parity import largest_difference
 from compression.spec import Format
 from compression.supernet import extract_weights, subnetwork_of
 from compression.teachers import read_checkpoint
@@ -94,7 +94,7 @@ def test_onnx_is_checked_without_paddle_in_the_process(case: Case) -> None:
         "--reference": case.reference,
     }
     answer = run_fresh(
-        "compression.export.verify",
+        "compression.export.parity",
         ["--format", "onnx", *(part for pair in files.items() for part in pair)],
         timeout_s=120,
     )
@@ -191,7 +191,7 @@ def test_a_damaged_file_is_refused_with_the_process_last_words(
     max_abs, error = gate(case, fmt, folder)
     assert max_abs is None
     assert error is not None
-    assert error.startswith("compression.export.verify ended with status 1: ")
+    assert error.startswith("compression.export.parity ended with status 1: ")
     assert "Error" in error or "Invalid" in error
 
 
@@ -227,7 +227,7 @@ def test_a_verification_that_hangs_is_ended(case: Case) -> None:
         tolerance=TOLERANCE,
         timeout_s=0.05,
     )
-    assert parity == (None, "compression.export.verify took longer than 0.05 seconds")
+    assert parity == (None, "compression.export.parity took longer than 0.05 seconds")
 
 
 def test_a_format_that_fails_leaves_no_files_and_does_not_stop_the_others(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +244,16 @@ def test_an_illegal_width_ends_before_anything_is_trained(tmp_path: Path) -> Non
     assert {p.stage for p in seen} == {"load"}
 
 
+@pytest.fixture
+def restored_environment() -> Iterator[None]:
+    """The command line chooses variables for its own process; here that is everybody's."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.usefixtures("restored_environment")
 def test_the_command_line_does_the_same_job(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""The parity gate's fresh process: `python -m compression.export.verify`.
+"""The parity gate's fresh process: `python -m compression.export.parity`.
 
 Prints one JSON object: max_abs, rows, error, and which libraries the process
 holds, the proof that an ONNX file was run without paddle.
