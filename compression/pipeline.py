@@ -41,7 +41,7 @@ from compression.report import (
 from compression.runtime_env import cpu_name
 from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
-from compression.tables import LABELLED_SPLITS, Columns, profile, read_splits, shared_rows
+from compression.tables import Columns, profile, read_splits, shared_rows
 from compression.tasks import Task, make_task
 from compression.teachers import Checkpoint, read_checkpoint
 from compression.teachers.config import EncoderConfig
@@ -98,6 +98,8 @@ def compress(
         distillation_steps, step_seconds = train_supernet(
             job, supernet, teacher, subnetworks, advance
         )
+    with stages("final") as advance:
+        final_steps = fine_tune_subnetworks(job, supernet, subnetworks, advance)
     with stages("evaluate") as advance:
         metrics = []
         for i, subnetwork in enumerate(subnetworks, start=1):
@@ -163,8 +165,9 @@ def compress(
                 text=job.plan.text,
                 text_pair=job.plan.text_pair,
                 label=job.plan.label,
+                cut_rows={split: rows.cut for split, rows in job.splits.items() if rows.cut},
                 shared_rows=job.shared_rows,
-                notes=job.plan.warnings,
+                notes=(*job.plan.warnings, *cut_notes(job)),
             ),
             teacher=TeacherReport(
                 family=teacher.config.family,
@@ -187,6 +190,7 @@ def compress(
             subnetworks=tuple(reports),
             selection=chosen,
             distillation_steps=distillation_steps,
+            final_steps=final_steps,
             step_seconds=step_seconds,
             stage_seconds=stages.seconds,
             environment=environment(spec),
@@ -285,9 +289,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
     task = make_task(spec.task, plan.labels)
     examples = resolve_rows(spec, plan, tables, spec.seed)
     splits = {
-        split: task.encode(tokenizer, examples[split], spec.task.max_seq_len)
-        for split in LABELLED_SPLITS
-        if split in examples
+        split: task.encode(tokenizer, examples[split], spec.task.max_seq_len) for split in examples
     }
     dev_lengths = [len(ids) for ids in splits["dev"].input_ids]
     return Job(
@@ -356,7 +358,13 @@ def train_supernet(
     subnetworks: Sequence[Subnetwork],
     advance: Advance,
 ) -> tuple[int, float]:
-    """Distils the supernet in place; returns its steps and a step's median seconds."""
+    """Distils the supernet in place; returns its steps and a step's median seconds.
+
+    The teacher's answers are all that is learnt, so rows without labels serve as well.
+    """
+    rows = job.splits["train"]
+    if "unlabelled" in job.splits:
+        rows = rows.joined(job.splits["unlabelled"])
     seconds: list[float] = []
 
     def on_step(step: StepReport) -> None:
@@ -366,7 +374,7 @@ def train_supernet(
     steps = distil(
         supernet,
         teacher,
-        job.splits["train"],
+        rows,
         subnetworks,
         job.spec.distillation,
         job.task.logit_loss,
@@ -374,6 +382,23 @@ def train_supernet(
         on_step=on_step,
     )
     return steps, statistics.median(seconds)
+
+
+def fine_tune_subnetworks(
+    job: Job, supernet: Encoder, subnetworks: Sequence[Subnetwork], advance: Advance
+) -> int:
+    """The optional last training, on train's labels; returns its steps."""
+    if job.spec.final.when == "never":
+        return 0
+    return fine_tune(
+        supernet,
+        job.splits["train"],
+        job.spec.final,
+        job.task.label_loss,
+        subnetworks=subnetworks,
+        seed=job.spec.seed,
+        on_step=lambda done, total, loss: advance(done, total, loss=loss),
+    )
 
 
 def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:
@@ -483,6 +508,15 @@ def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) ->
         return report
     subnetwork = subnetwork_of(supernet.config, report.width_mult)
     return report.model_copy(update={"test_accuracy": test_accuracy(job, supernet, subnetwork)})
+
+
+def cut_notes(job: Job) -> tuple[str, ...]:
+    return tuple(
+        f"{rows.cut} of {len(rows)} rows of {split} are longer than {job.spec.task.max_seq_len} "
+        "tokens and were cut"
+        for split, rows in job.splits.items()
+        if rows.cut
+    )
 
 
 def export_warnings(
