@@ -14,15 +14,14 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from compression.batches import Encoded, make_batch, training_rows
+from compression.batches import Batch, Encoded, make_batch, training_rows
 from compression.encoder import Encoder, EncoderStates
 from compression.noise import Noise
 from compression.parallel import Replicas
 from compression.spec import DistillationSpec
 from compression.supernet import Subnetwork
+from compression.tasks.base import Count, Task
 from compression.training import Optimizer, finite, step_count
-
-LogitLoss = Callable[..., Tensor]  # (*, student [B, C], teacher [B, C]) -> scalar
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,18 @@ class StepReport:
 
 
 def representation_loss(
-    *, student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor
+    *,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    attention_mask: Tensor,
+    total: Count | None = None,
 ) -> Tensor:
-    """Sum over states of the mean squared difference over real tokens; states [B, T, H]."""
+    """Sum over states of the mean squared difference over real tokens; states [B, T, H].
+
+    `total` are the tokens to divide by, where this is a part of a larger batch.
+    """
     mask = attention_mask.astype("float32").unsqueeze(-1)  # [B, T, 1]
-    units = mask.sum() * student[0].shape[-1]
+    units = (mask.sum() if total is None else total) * student[0].shape[-1]
     return sum(
         ((own - other).square() * mask).sum() / units
         for own, other in zip(student, teacher, strict=True)
@@ -50,17 +56,47 @@ def representation_loss(
 def distillation_loss(
     student: EncoderStates,
     teacher: EncoderStates,
-    attention_mask: Tensor,
+    batch: Batch,
     spec: DistillationSpec,
-    logit_loss: LogitLoss,
+    task: Task,
+    *,
+    totals: Totals | None = None,
 ) -> Tensor:
-    """lambda_rep * representation loss + lambda_logit * logit loss of one sub-network."""
-    loss = spec.lambda_logit * logit_loss(student=student.logits, teacher=teacher.logits)
+    """lambda_rep * representation loss + lambda_logit * logit loss of one sub-network.
+
+    `totals` are those of the whole, where the batch is a share of a larger one.
+    """
+    mask = batch.attention_mask
+    loss = spec.lambda_logit * task.logit_loss(
+        student=student.logits,
+        teacher=teacher.logits,
+        batch=batch,
+        total=totals and totals.units,
+    )
     if spec.lambda_rep:
         loss = loss + spec.lambda_rep * representation_loss(
-            student=student.hidden, teacher=teacher.hidden, attention_mask=attention_mask
+            student=student.hidden,
+            teacher=teacher.hidden,
+            attention_mask=paddle.ones_like(mask) if spec.padded_mean else mask,
+            total=totals and totals.tokens,
         )
     return loss
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the losses of a batch's shares divide by; shares are padded to `length` tokens."""
+
+    units: Count  # of the task's logit loss
+    tokens: int
+    length: int | None
+
+    @classmethod
+    def of(cls, batch: Batch, task: Task, spec: DistillationSpec) -> Totals:
+        rows, length = batch.attention_mask.shape
+        if spec.padded_mean:
+            return cls(task.count(batch), rows * length, length)
+        return cls(task.count(batch), int(batch.attention_mask.sum()), None)
 
 
 def distil(
@@ -69,7 +105,7 @@ def distil(
     data: Encoded,
     subnetworks: Sequence[Subnetwork],
     spec: DistillationSpec,
-    logit_loss: LogitLoss,
+    task: Task,
     *,
     seed: int,
     on_step: Callable[[StepReport], None],
@@ -84,7 +120,7 @@ def distil(
     optimizer = Optimizer(supernet, spec, steps=steps)
     batches = training_rows(data, batch_size=spec.batch_size, steps=steps, seed=seed)
     with Replicas(supernet, replicas) as parallel:
-        gradients = SupernetGradients(parallel, teacher, data, subnetworks, spec, logit_loss, seed)
+        gradients = SupernetGradients(parallel, teacher, data, subnetworks, spec, task, seed)
         for done, rows in enumerate(batches, start=1):
             start = time.perf_counter()
             losses = gradients(rows, step=done)
@@ -108,36 +144,28 @@ class SupernetGradients:
     data: Encoded
     subnetworks: Sequence[Subnetwork]
     spec: DistillationSpec
-    logit_loss: LogitLoss
+    task: Task
     seed: int
 
     def __call__(self, rows: np.ndarray, *, step: int) -> dict[str, float]:
         """The losses of a batch by sub-network; the gradients are left in the supernet."""
-        tokens = int(self.data.lengths[rows].sum())
+        pad_id = self.teacher.config.pad_token_id
+        totals = Totals.of(make_batch(self.data, rows, pad_id=pad_id), self.task, self.spec)
 
         def share(member: Encoder, part: np.ndarray) -> list[float]:
-            return self._share(member, part, rows=len(rows), tokens=tokens, step=step)
+            batch = make_batch(self.data, part, pad_id=pad_id, length=totals.length)
+            return self._share(member, batch, totals, step=step)
 
         losses = self.replicas.map(share, rows)
         self.replicas.gather_gradients()
-        totals = [sum(parts) for parts in zip(*losses, strict=True)]
-        return {each.name: loss for each, loss in zip(self.subnetworks, totals, strict=True)}
+        sums = [sum(parts) for parts in zip(*losses, strict=True)]
+        return {each.name: loss for each, loss in zip(self.subnetworks, sums, strict=True)}
 
-    def _share(
-        self, supernet: Encoder, part: np.ndarray, *, rows: int, tokens: int, step: int
-    ) -> list[float]:
-        """Each sub-network's loss on some rows of a batch of `rows` rows and `tokens` tokens."""
-        batch = make_batch(self.data, part, pad_id=supernet.config.pad_token_id)
-        # Means over a share count as much as the share is of the batch.
-        spec = self.spec.model_copy(
-            update={
-                "lambda_rep": self.spec.lambda_rep * int(self.data.lengths[part].sum()) / tokens,
-                "lambda_logit": self.spec.lambda_logit * len(part) / rows,
-            }
-        )
+    def _share(self, supernet: Encoder, batch: Batch, totals: Totals, *, step: int) -> list[float]:
+        """Each sub-network's part of the loss, from a share of the batch."""
         with paddle.no_grad():
             targets = self.teacher.encode(*batch.inputs)
-        noise = Noise([self.seed, step, int(part[0])])
+        noise = Noise([self.seed, step, int(batch.rows[0])])
         embedded = supernet.embeddings(batch.input_ids, batch.token_type_ids, noise=noise)
         shared = embedded.detach()
         shared.stop_gradient = False
@@ -146,7 +174,7 @@ class SupernetGradients:
             states = supernet.encode_embedded(
                 shared, batch.attention_mask, subnetwork=subnetwork, noise=noise
             )
-            loss = distillation_loss(states, targets, batch.attention_mask, spec, self.logit_loss)
+            loss = distillation_loss(states, targets, batch, self.spec, self.task, totals=totals)
             loss.backward()
             losses.append(float(loss))
         embedded.backward(shared.grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import shutil
 import statistics
@@ -22,10 +23,10 @@ from compression.bundle import BundleFacts, Provenance, input_digests, write_bun
 from compression.distillation import StepReport, distil
 from compression.encoder import Encoder, build_encoder, numpy_weights, with_new_head
 from compression.errors import DeviceUnavailable
-from compression.evaluate import predict
+from compression.evaluate import largest_difference, padded_logits, predict
 from compression.export import Exported, export_formats, format_report, verify
 from compression.importance import measure_importance
-from compression.plan import Examples, Plan, make_plan, model_info, resolve_rows
+from compression.plan import Plan, make_plan, model_info, resolve_rows
 from compression.reorder import descending, reorder
 from compression.report import (
     STAGES,
@@ -38,14 +39,14 @@ from compression.report import (
     SubnetworkReport,
     TeacherReport,
 )
-from compression.runtime_env import cpu_name
+from compression.runtime_env import core_count, cpu_name, replica_count
 from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
-from compression.tables import LABELLED_SPLITS, Columns, profile, read_splits, shared_rows
-from compression.tasks import TASKS, Task
+from compression.tables import Columns, profile, read_splits, shared_rows
+from compression.tasks import Task, make_task
 from compression.teachers import Checkpoint, read_checkpoint
 from compression.teachers.config import EncoderConfig
-from compression.tokenization import encode, load_tokenizer, save_tokenizer
+from compression.tokenization import load_tokenizer, save_tokenizer
 from compression.training import fine_tune
 
 PARITY_ROWS = 64
@@ -79,8 +80,9 @@ def compress(
         advance(1, 1, rows={split: len(rows) for split, rows in job.splits.items()})
     with stages("teacher") as advance:
         teacher, fine_tuned_steps = make_teacher(job, advance)
-        teacher_logits = predict(teacher, job.splits["dev"])
-        teacher_accuracy = job.task.metric(teacher_logits, job.splits["dev"].labels)
+        teacher_logits = predict(teacher, job.splits["dev"], threads=job.replicas)
+        teacher_metrics = job.task.metrics(teacher_logits, job.splits["dev"])
+        teacher_accuracy = teacher_metrics[job.task.main_metric]
         advance(1, 1, accuracy=teacher_accuracy)
     with stages("importance") as advance:
         head_orders, neuron_orders = rank_units(job, teacher, advance)
@@ -90,19 +92,25 @@ def compress(
             learning_config(teacher.config, spec.distillation),
             reorder(teacher.config, weights, head_orders=head_orders, neuron_orders=neuron_orders),
         )
-        reorder_max_abs = float(np.abs(predict(supernet, job.splits["dev"]) - teacher_logits).max())
+        reordered = predict(supernet, job.splits["dev"], threads=job.replicas)
+        reorder_max_abs = largest_difference(reordered, teacher_logits)
         advance(1, 1, max_abs=reorder_max_abs)
     subnetworks = [subnetwork_of(supernet.config, each.width_mult) for each in job.plan.subnetworks]
     with stages("distil") as advance:
         distillation_steps, step_seconds = train_supernet(
             job, supernet, teacher, subnetworks, advance
         )
+    with stages("final") as advance:
+        final_steps = fine_tune_subnetworks(job, supernet, subnetworks, advance)
     with stages("evaluate") as advance:
-        accuracies = []
+        metrics = []
         for i, subnetwork in enumerate(subnetworks, start=1):
-            logits = predict(supernet, job.splits["dev"], subnetwork=subnetwork)
-            accuracies.append(job.task.metric(logits, job.splits["dev"].labels))
-            advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracies[-1])
+            logits = predict(
+                supernet, job.splits["dev"], subnetwork=subnetwork, threads=job.replicas
+            )
+            metrics.append(job.task.metrics(logits, job.splits["dev"]))
+            accuracy = metrics[-1][job.task.main_metric]
+            advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
     with stages("export") as advance:
         weights = numpy_weights(supernet)
         exported = {}
@@ -137,11 +145,12 @@ def compress(
                 ffn=subnetwork.ffn,
                 parameters=cost.parameters(config),
                 flops=cost.flops(config, job.seq_len),
-                accuracy=accuracy,
-                accuracy_drop=100 * (teacher_accuracy - accuracy),
+                accuracy=own_metrics[job.task.main_metric],
+                accuracy_drop=100 * (teacher_accuracy - own_metrics[job.task.main_metric]),
+                metrics=own_metrics,
                 formats=with_latency(subnetwork.name, formats[subnetwork.name], measured),
             )
-            for subnetwork, accuracy in zip(subnetworks, accuracies, strict=True)
+            for subnetwork, own_metrics in zip(subnetworks, metrics, strict=True)
             for config in [supernet.config.narrowed(subnetwork.width_mult)]
         ]
         chosen = selection.select(selection.candidates(reports), spec.constraints)
@@ -152,6 +161,7 @@ def compress(
         advance(1, 1, chosen.reason, subnetwork=chosen.subnetwork, format=chosen.format)
         report = CompressionReport(
             spec=spec,
+            main_metric=job.task.main_metric,
             dataset=DatasetReport(
                 rows={split: len(rows) for split, rows in job.splits.items()},
                 labels=job.plan.labels,
@@ -159,14 +169,16 @@ def compress(
                 text=job.plan.text,
                 text_pair=job.plan.text_pair,
                 label=job.plan.label,
+                cut_rows={split: rows.cut for split, rows in job.splits.items() if rows.cut},
                 shared_rows=job.shared_rows,
-                notes=job.plan.warnings,
+                notes=(*job.plan.warnings, *cut_notes(job)),
             ),
             teacher=TeacherReport(
                 family=teacher.config.family,
                 fine_tuned_steps=fine_tuned_steps,
                 parameters=cost.parameters(teacher.config),
                 accuracy=teacher_accuracy,
+                metrics=teacher_metrics,
                 test_accuracy=test_accuracy(job, teacher, None),
                 formats=tuple(
                     FormatReport(
@@ -182,6 +194,7 @@ def compress(
             subnetworks=tuple(reports),
             selection=chosen,
             distillation_steps=distillation_steps,
+            final_steps=final_steps,
             step_seconds=step_seconds,
             stage_seconds=stages.seconds,
             environment=environment(spec),
@@ -226,6 +239,7 @@ class Job:
     splits: Mapping[str, Encoded]
     shared_rows: Mapping[str, int]
     seq_len: int  # of the latency measurement, tokens
+    replicas: int  # threads that share a batch in training, and the batches elsewhere
 
 
 @dataclass
@@ -277,22 +291,21 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
     tokenizer = load_tokenizer(model_dir)
     tables = read_splits(dataset_dir)
     plan = make_plan(spec, model_info(checkpoint), profile(tables))
-
-    def tokenised(rows: Examples) -> Encoded:
-        encoded = encode(tokenizer, rows.texts, rows.pairs, spec.task.max_seq_len)
-        return Encoded([ids for ids, _ in encoded], [types for _, types in encoded], rows.labels)
-
+    task = make_task(spec.task, plan.labels)
     examples = resolve_rows(spec, plan, tables, spec.seed)
-    splits = {split: tokenised(examples[split]) for split in LABELLED_SPLITS if split in examples}
+    splits = {
+        split: task.encode(tokenizer, examples[split], spec.task.max_seq_len) for split in examples
+    }
     dev_lengths = [len(ids) for ids in splits["dev"].input_ids]
     return Job(
         spec=spec,
         plan=plan,
-        task=TASKS[spec.task.kind],
+        task=task,
         checkpoint=checkpoint,
         splits=splits,
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
+        replicas=replica_count(os.environ, cores=core_count()) if spec.device == "cpu" else 1,
     )
 
 
@@ -301,18 +314,22 @@ def make_teacher(job: Job, advance: Advance) -> tuple[Encoder, int]:
     config, tensors = job.checkpoint.config, job.checkpoint.tensors
     if not job.plan.fine_tune:
         teacher = build_encoder(config, tensors)
-        teacher.eval()
         return teacher, 0
     config, tensors = with_new_head(
-        config, tensors, num_labels=len(job.plan.labels), seed=job.spec.seed
+        config,
+        tensors,
+        num_labels=len(job.plan.label_names),
+        head=job.spec.task.head,
+        seed=job.spec.seed,
     )
     teacher = build_encoder(config, tensors)
     steps = fine_tune(
         teacher,
         job.splits["train"],
         job.spec.teacher,
-        job.task.label_loss,
+        job.task,
         seed=job.spec.seed,
+        replicas=job.replicas,
         on_step=lambda done, total, loss: advance(done, total, loss=loss),
     )
     return teacher, steps
@@ -332,7 +349,8 @@ def rank_units(
         teacher,
         sample,
         sorted_rows(sample, batch_size=spec.batch_size),
-        job.task.label_loss,
+        job.task,
+        replicas=job.replicas,
         on_batch=lambda done: advance(done, total),
     )
     return (
@@ -348,7 +366,13 @@ def train_supernet(
     subnetworks: Sequence[Subnetwork],
     advance: Advance,
 ) -> tuple[int, float]:
-    """Distils the supernet in place; returns its steps and a step's median seconds."""
+    """Distils the supernet in place; returns its steps and a step's median seconds.
+
+    The teacher's answers are all that is learnt, so rows without labels serve as well.
+    """
+    rows = job.splits["train"]
+    if "unlabelled" in job.splits:
+        rows = rows.joined(job.splits["unlabelled"])
     seconds: list[float] = []
 
     def on_step(step: StepReport) -> None:
@@ -358,14 +382,33 @@ def train_supernet(
     steps = distil(
         supernet,
         teacher,
-        job.splits["train"],
+        rows,
         subnetworks,
         job.spec.distillation,
-        job.task.logit_loss,
+        job.task,
         seed=job.spec.seed,
+        replicas=job.replicas,
         on_step=on_step,
     )
     return steps, statistics.median(seconds)
+
+
+def fine_tune_subnetworks(
+    job: Job, supernet: Encoder, subnetworks: Sequence[Subnetwork], advance: Advance
+) -> int:
+    """The optional last training, on train's labels; returns its steps."""
+    if job.spec.final.when == "never":
+        return 0
+    return fine_tune(
+        supernet,
+        job.splits["train"],
+        job.spec.final,
+        job.task,
+        subnetworks=subnetworks,
+        seed=job.spec.seed,
+        replicas=job.replicas,
+        on_step=lambda done, total, loss: advance(done, total, loss=loss),
+    )
 
 
 def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:
@@ -378,13 +421,11 @@ def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderCon
 def extract(
     config: EncoderConfig, weights: Mapping[str, np.ndarray], subnetwork: Subnetwork
 ) -> Encoder:
-    """The physically smaller network, in evaluation mode; its config keeps the model's dropout."""
-    small = build_encoder(
+    """The physically smaller network; its config keeps the model's dropout."""
+    return build_encoder(
         dataclasses.replace(config, heads=subnetwork.heads, ffn=subnetwork.ffn),
         extract_weights(config, weights, subnetwork),
     )
-    small.eval()
-    return small
 
 
 def pass_parity_gate(
@@ -401,7 +442,7 @@ def pass_parity_gate(
     folder.mkdir(parents=True)
     batch, reference = folder / "batch.npz", folder / "reference.npz"
     np.savez(batch, **pad(rows, range(len(rows)), pad_id=supernet.config.pad_token_id))
-    np.savez(reference, logits=predict(supernet, rows, subnetwork=subnetwork))
+    np.savez(reference, logits=padded_logits(predict(supernet, rows, subnetwork=subnetwork)))
     reports = []
     for fmt, files in exported.items():
         parity = None
@@ -466,7 +507,7 @@ def test_accuracy(job: Job, encoder: Encoder, subnetwork: Subnetwork | None) -> 
     rows = job.splits.get("test")
     if rows is None:
         return None
-    return job.task.metric(predict(encoder, rows, subnetwork=subnetwork), rows.labels)
+    return job.task.score(predict(encoder, rows, subnetwork=subnetwork, threads=job.replicas), rows)
 
 
 def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) -> SubnetworkReport:
@@ -475,6 +516,15 @@ def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) ->
         return report
     subnetwork = subnetwork_of(supernet.config, report.width_mult)
     return report.model_copy(update={"test_accuracy": test_accuracy(job, supernet, subnetwork)})
+
+
+def cut_notes(job: Job) -> tuple[str, ...]:
+    return tuple(
+        f"{rows.cut} of {len(rows)} rows of {split} are longer than {job.spec.task.max_seq_len} "
+        "tokens and were cut"
+        for split, rows in job.splits.items()
+        if rows.cut
+    )
 
 
 def export_warnings(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -13,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -65,6 +67,7 @@ def _unicode(value: str) -> str:
 
 Text = Annotated[str, AfterValidator(_unicode)]
 Format = Literal["safetensors", "paddle", "onnx"]
+Head = Literal["sequence", "token"]  # classifies the pooled first token, or every token
 SERVED_FORMATS: tuple[Format, ...] = ("paddle", "onnx")  # those that a runtime serves
 
 
@@ -80,10 +83,32 @@ class _Asked(Frozen):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
+class TaskKind(NamedTuple):
+    """`head`: what the classifier reads. `metrics`: what is reported, the default main one first.
+
+    Every metric is better when larger and lies in [-1, 1]; a point is a hundredth of it.
+    """
+
+    head: Head
+    metrics: tuple[str, ...]
+
+
+TASK_KINDS: Mapping[str, TaskKind] = {
+    "classification": TaskKind("sequence", ("accuracy", "f1", "matthews")),
+    "multi_label": TaskKind("sequence", ("micro_f1", "macro_f1", "exact_match")),
+    "regression": TaskKind("sequence", ("pearson", "spearman")),
+}
+
+
 class TaskSpec(_Asked):
     """What the model predicts, and which columns hold it. Columns not named are guessed."""
 
-    kind: Literal["classification"] = "classification"
+    kind: Literal["classification", "multi_label", "regression"] = "classification"
+    metric: Text | None = Field(
+        None,
+        description="The main metric, which the accuracy drop is measured in; by default the "
+        "first of the task's.",
+    )
     text: Text | None = Field(None, description="Column of the (first) sentence.")
     text_pair: Text | None = Field(None, description="Column of the second sentence, for pairs.")
     label: Text | None = Field(None, description="Column of the label.")
@@ -92,7 +117,28 @@ class TaskSpec(_Asked):
         description="Label values in the order of the classifier's outputs. Needed where the "
         "dataset's labels are neither the model's label names nor their numbers.",
     )
+    separator: Text = Field(
+        ",",
+        min_length=1,
+        description="Between the labels of one row, where a multi-label column holds texts.",
+    )
     max_seq_len: int = Field(128, ge=8, le=512, description="Tokens; longer rows are cut.")
+
+    @property
+    def main_metric(self) -> str:
+        return self.metric or TASK_KINDS[self.kind].metrics[0]
+
+    @property
+    def head(self) -> Head:
+        return TASK_KINDS[self.kind].head
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, value: str | None, info: ValidationInfo) -> str | None:
+        kind = info.data.get("kind")  # absent where it was refused itself
+        if value is not None and kind is not None and value not in TASK_KINDS[kind].metrics:
+            raise ValueError(f"a {kind} task has the metrics {', '.join(TASK_KINDS[kind].metrics)}")
+        return value
 
 
 class FineTuneSpec(_Asked):
@@ -151,12 +197,33 @@ class DistillationSpec(_Asked):
     )
     lambda_rep: float = Field(0.1, ge=0)
     lambda_logit: float = Field(1.0, ge=0)
+    padded_mean: bool = Field(
+        False,
+        description="The mean of lambda_rep is over padding too, as PaddleSlim takes it: for "
+        "comparisons with it alone, because a row's loss then depends on its batch-mates.",
+    )
 
     @model_validator(mode="after")
     def _some_loss(self) -> DistillationSpec:
         if self.lambda_rep == 0 and self.lambda_logit == 0:
             raise ValueError("lambda_rep and lambda_logit are both 0: nothing would be learnt")
         return self
+
+
+class FinalSpec(_Asked):
+    """DynaBERT's optional last stage: all sub-networks are fine-tuned on train's labels.
+
+    One optimizer step after all widths, as in distillation, and with its dropout.
+    """
+
+    when: Literal["never", "always"] = "never"
+    epochs: float = Field(1.0, gt=0, le=100)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1, le=1024)
+    learning_rate: float = Field(2e-5, gt=0, lt=1)
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
 
 
 class LatencySpec(_Asked):
@@ -209,6 +276,7 @@ class Spec(_Asked):
     importance: ImportanceSpec = ImportanceSpec()
     supernet: SupernetSpec = SupernetSpec()
     distillation: DistillationSpec = DistillationSpec()
+    final: FinalSpec = FinalSpec()
     latency: LatencySpec = LatencySpec()
     constraints: ConstraintSpec = ConstraintSpec()
     export: ExportSpec = ExportSpec()

@@ -1,21 +1,22 @@
-"""The optimizer and schedule of both trainings, and the fine-tuning that makes a teacher."""
+"""The optimizer and schedule of every training, and fine-tuning on labels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 import paddle
-from paddle import Tensor, nn
+from paddle import nn
 
 from compression.batches import Encoded, make_batch, training_rows
 from compression.encoder import Encoder
 from compression.errors import TrainingDiverged
 from compression.noise import Noise
 from compression.parallel import Replicas
-from compression.spec import FineTuneSpec
+from compression.supernet import Subnetwork
+from compression.tasks.base import Count, Task
 
 
 class Schedule(Protocol):
@@ -90,35 +91,44 @@ class Optimizer:
 def fine_tune(
     encoder: Encoder,
     data: Encoded,
-    spec: FineTuneSpec,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    spec: Schedule,
+    task: Task,
     *,
+    subnetworks: Sequence[Subnetwork | None] = (None,),
     seed: int,
     on_step: Callable[[int, int, float], None],
     replicas: int = 1,
 ) -> int:
-    """Trains the encoder in place on labels; on_step(done, total, loss). Returns the steps.
+    """Trains the encoder in place on labels and returns the steps.
 
-    `replicas` threads share each batch.
+    `None` is the whole network. Of several sub-networks each batch takes the sum of the
+    losses, one after the other, and then one optimizer step: DynaBERT's (arXiv:2004.04037)
+    final fine-tuning. on_step(done, total, mean loss of the sub-networks). `replicas`
+    threads share each batch.
     """
     steps = step_count(spec, len(data))
+    pad_id = encoder.config.pad_token_id
     optimizer = Optimizer(encoder, spec, steps=steps)
     batches = training_rows(data, batch_size=spec.batch_size, steps=steps, seed=seed)
     with Replicas(encoder, replicas) as parallel:
         for done, rows in enumerate(batches, start=1):
+            total = task.count(make_batch(data, rows, pad_id=pad_id))
 
             def share(
-                member: Encoder, part: np.ndarray, rows: np.ndarray = rows, done: int = done
+                member: Encoder, part: np.ndarray, total: Count = total, done: int = done
             ) -> float:
-                batch = make_batch(data, part, pad_id=encoder.config.pad_token_id)
-                noise = Noise([seed, int(part[0]), done])
-                logits = member.encode(*batch.inputs, noise=noise).logits
-                value = loss(logits, batch.labels) * (len(part) / len(rows))
-                value.backward()
-                return float(value)
+                batch = make_batch(data, part, pad_id=pad_id)
+                noise = Noise([seed, done, int(part[0])])
+                losses = 0.0
+                for subnetwork in subnetworks:
+                    states = member.encode(*batch.inputs, subnetwork=subnetwork, noise=noise)
+                    loss = task.label_loss(states.logits, batch, total=total)
+                    loss.backward()
+                    losses += float(loss)
+                return losses
 
-            scalar = finite(sum(parallel.map(share, rows)), stage="fine-tuning", step=done)
+            loss = finite(sum(parallel.map(share, rows)), stage="fine-tuning", step=done)
             parallel.gather_gradients()
             optimizer.step()
-            on_step(done, steps, scalar)
+            on_step(done, steps, loss / len(subnetworks))
     return steps

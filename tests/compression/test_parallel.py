@@ -12,11 +12,10 @@ from compression.encoder import Encoder, numpy_weights
 from compression.parallel import Replicas, shares
 from compression.spec import DistillationSpec, FineTuneSpec
 from compression.supernet import subnetwork_of
-from compression.tasks import TASKS
 from compression.training import Optimizer, fine_tune
-from tests.encoders import gradients, random_rows, tiny_encoder
+from tests.encoders import CLASSIFICATION, gradients, random_rows, tiny_encoder
 
-TASK = TASKS["classification"]
+TASK = CLASSIFICATION
 ROWS = np.arange(10)
 
 
@@ -32,7 +31,7 @@ def step_gradients(count: int, *, step: int = 1) -> tuple[dict[str, float], dict
             random_rows(10),
             subnetworks,
             DistillationSpec(),
-            TASK.logit_loss,
+            TASK,
             seed=3,
         )
         return compute(ROWS, step=step), gradients(supernet)
@@ -91,7 +90,7 @@ def test_a_training_with_dropout_and_replicas_repeats_itself() -> None:
             encoder,
             random_rows(20),
             FineTuneSpec(batch_size=7, epochs=2),
-            TASK.label_loss,
+            TASK,
             seed=1,
             on_step=lambda done, total, loss: None,
             replicas=3,

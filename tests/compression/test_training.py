@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import paddle
 import pytest
 
-from compression.batches import Encoded
+from compression.batches import Encoded, make_batch, training_rows
 from compression.encoder import numpy_weights
 from compression.errors import TrainingDiverged
 from compression.evaluate import predict
 from compression.spec import DistillationSpec, FineTuneSpec
-from compression.tasks import TASKS
+from compression.supernet import subnetwork_of
 from compression.training import Optimizer, fine_tune, step_count
-from tests.encoders import random_rows, tiny_encoder
+from tests.encoders import CLASSIFICATION, random_rows, tiny_encoder
 
-TASK = TASKS["classification"]
+TASK = CLASSIFICATION
 
 
 def test_step_count() -> None:
@@ -61,20 +63,51 @@ def test_fine_tuning_learns_a_rule_and_repeats_itself() -> None:
     ends = []
     for _ in range(2):
         encoder = tiny_encoder(num_labels=2, hidden_dropout=0.05)
-        before = TASK.metric(predict(encoder, data), data.labels)
+        before = TASK.score(predict(encoder, data), data)
         seen: list[int] = []
 
         def on_step(done: int, total: int, loss: float, seen: list[int] = seen) -> None:
             assert total == 72
             seen.append(done)
 
-        steps = fine_tune(encoder, data, spec, TASK.label_loss, seed=5, on_step=on_step)
+        steps = fine_tune(encoder, data, spec, TASK, seed=5, on_step=on_step)
         assert steps == 72
         assert seen == list(range(1, 73))
-        assert TASK.metric(predict(encoder, data), data.labels) > max(0.85, before)
+        assert TASK.score(predict(encoder, data), data) > max(0.85, before)
         ends.append(numpy_weights(encoder))
     for name in ends[0]:
         np.testing.assert_array_equal(ends[0][name], ends[1][name])
+
+
+def test_subnetworks_are_fine_tuned_together_with_one_step_a_batch() -> None:
+    data, spec = random_rows(16), FineTuneSpec(max_steps=1, batch_size=16)
+    calm = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    tuned, by_hand = tiny_encoder(**calm), tiny_encoder(**calm)
+    subnetworks = [subnetwork_of(tuned.config, Fraction(w)) for w in ("1", "1/2")]
+    seen: list[float] = []
+    steps = fine_tune(
+        tuned,
+        data,
+        spec,
+        TASK,
+        subnetworks=subnetworks,
+        seed=0,
+        on_step=lambda done, total, loss: seen.append(loss),
+    )
+    (rows,) = training_rows(data, batch_size=16, steps=1, seed=0)
+    batch = make_batch(data, rows, pad_id=0)
+    optimizer = Optimizer(by_hand, spec, steps=1)
+    losses = [
+        TASK.label_loss(by_hand(*batch.inputs, subnetwork=each), batch) for each in subnetworks
+    ]
+    sum(losses).backward()
+    optimizer.step()
+    assert (steps, len(seen)) == (1, 1)
+    assert seen[0] == pytest.approx(sum(map(float, losses)) / 2, rel=1e-5)
+    after, before = numpy_weights(tuned), numpy_weights(tiny_encoder(**calm))
+    for name, value in numpy_weights(by_hand).items():
+        np.testing.assert_allclose(after[name], value, atol=1e-6, err_msg=name)
+    assert any(not np.array_equal(after[name], before[name]) for name in before)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step() -> None:
@@ -87,9 +120,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step() -> No
             encoder.classifier.weight.set_value(np.full((24, 3), np.nan, np.float32))
 
     with pytest.raises(TrainingDiverged, match="nan at step 3: lower its learning_rate"):
-        fine_tune(
-            encoder, data, FineTuneSpec(batch_size=8), TASK.label_loss, seed=0, on_step=on_step
-        )
+        fine_tune(encoder, data, FineTuneSpec(batch_size=8), TASK, seed=0, on_step=on_step)
     assert done == [1, 2]
 
 
