@@ -69,6 +69,18 @@ class TrainingDiverged(CompressionError):
     code = "training-diverged"
 
 
+class OutOfMemory(CompressionError):
+    """The host's or the device's memory is too small for the spec; `pointer` says what to lower."""
+
+    code = "out-of-memory"
+
+
+class CheckpointRefused(CompressionError):
+    """A checkpoint of another spec, model or dataset: going on from it would mix two jobs."""
+
+    code = "checkpoint-refused"
+
+
 class ExportFailed(CompressionError):
     """A format could not be written, or failed the parity gate."""
 
