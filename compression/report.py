@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -151,6 +151,21 @@ class DatasetReport(Frozen):
     notes: tuple[str, ...] = ()
 
 
+class TrainingReport(Frozen):
+    """How one training went; the weights are those after `best_step`."""
+
+    steps: int = Field(description="Optimizer steps done, in all runs of the job together.")
+    planned_steps: int
+    best_step: int
+    ended: Literal["complete", "plateau", "time"] = Field(
+        description='"plateau": no gain for the spec\'s patience; "time": its share of max_minutes.'
+    )
+    step_seconds: float = Field(description="Median of a step, of the last thousand.")
+    micro_batch: int | None = Field(
+        description="Rows computed at once; null where the whole batch was."
+    )
+
+
 class CompressionReport(Frozen):
     spec: Spec
     dataset: DatasetReport
@@ -161,5 +176,8 @@ class CompressionReport(Frozen):
     distillation_steps: int
     step_seconds: float = Field(description="Median seconds of a distillation step.")
     stage_seconds: Mapping[str, float]
+    trainings: Mapping[str, TrainingReport] = Field(
+        default_factory=dict, description='By stage: "teacher" where it was fine-tuned, "distil".'
+    )
     environment: Mapping[str, str] = Field(description="Device and library versions measured on.")
     warnings: tuple[str, ...] = ()

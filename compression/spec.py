@@ -95,7 +95,28 @@ class TaskSpec(_Asked):
     max_seq_len: int = Field(128, ge=8, le=512, description="Tokens; longer rows are cut.")
 
 
-class FineTuneSpec(_Asked):
+class _Training(_Asked):
+    """What both trainings share beside their schedules."""
+
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluations without gain after which the training stops; it is judged by the "
+        "loss on a seeded tenth of train (1,024 rows at most), which is then not trained on, and "
+        "the best weights are kept. null: trains to its end on all rows.",
+    )
+    evaluate_every: int | None = Field(
+        None, ge=1, description="Steps between evaluations for patience; null: an epoch."
+    )
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        "auto",
+        description="Rows computed at once; gradients are summed to the whole batch's, within "
+        'rounding. "auto": the whole batch, halved each time the memory is too small. null: the '
+        "whole batch, and an error where it does not fit.",
+    )
+
+
+class FineTuneSpec(_Training):
     """Training of the teacher on the dataset's labels, before compression.
 
     `when`: "auto" fine-tunes only where the model has no classifier head; "always"
@@ -136,7 +157,7 @@ class SupernetSpec(_Asked):
         return value
 
 
-class DistillationSpec(_Asked):
+class DistillationSpec(_Training):
     """DynaBERT's width stage; the loss weights are named as in the paper (equation 3)."""
 
     epochs: float = Field(3.0, gt=0, le=100)
@@ -213,4 +234,10 @@ class Spec(_Asked):
     constraints: ConstraintSpec = ConstraintSpec()
     export: ExportSpec = ExportSpec()
     device: Literal["cpu", "gpu"] = "cpu"
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Of the whole job, all its runs together. Training stops early enough to "
+        "evaluate, export and measure what was learnt by then.",
+    )
     seed: int = Field(0, ge=0, lt=2**31)
