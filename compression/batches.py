@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,19 @@ class Batch:
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.input_ids, self.token_type_ids, self.attention_mask
+
+    def parts(self, rows: int | None) -> Iterator[Batch]:
+        """The batch in parts of at most `rows` rows, as padded as the whole; None: in one."""
+        if rows is None or rows >= len(self.rows):
+            yield self
+            return
+        for start in range(0, len(self.rows), rows):
+            yield Batch(
+                **{
+                    each.name: getattr(self, each.name)[start : start + rows]
+                    for each in dataclasses.fields(self)
+                }
+            )
 
 
 def pad(
@@ -95,14 +109,16 @@ def epoch_order(
 
 
 def training_batches(
-    data: Encoded, *, batch_size: int, steps: int, seed: int, pad_id: int
+    data: Encoded, *, batch_size: int, steps: int, seed: int, pad_id: int, start: int = 0
 ) -> Iterator[Batch]:
-    """`steps` batches, epoch after epoch; the same seed gives the same batches."""
+    """Batches `start` to before `steps`, epoch after epoch; a seed gives the same ones always."""
     lengths = np.array([len(row) for row in data.input_ids])
-    epoch = done = 0
+    each_epoch = -(-len(data) // batch_size)
+    epoch, done = start // each_epoch, start
     while True:
         generator = np.random.default_rng([seed, epoch])
-        for rows in epoch_order(lengths, batch_size=batch_size, generator=generator):
+        order = epoch_order(lengths, batch_size=batch_size, generator=generator)
+        for rows in order[done - epoch * each_epoch :]:
             if done == steps:
                 return
             yield make_batch(data, rows, pad_id=pad_id)

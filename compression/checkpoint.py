@@ -28,6 +28,8 @@ from compression.errors import CheckpointRefused
 from compression.runtime_env import cpu_name
 
 KEPT = 2
+# Measured; see DECISIONS.md, "A resumed job on another kind of host".
+HOST_BOUND = "the same bits cannot be promised; TODO"
 FOLDER = "checkpoints"
 _NAME = re.compile(r"(\d{6})\.([0-9a-f]{64})\.safetensors")
 _PARTIAL = "partial"
@@ -253,7 +255,7 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"*.{_PARTIAL}"):
             leftover.unlink()
-        path, snapshot, self.damaged = newest_snapshot(folder)
+        path, snapshot, damaged = newest_snapshot(folder)
         if snapshot is not None:
             _refuse_another_job(snapshot.identity, identity, folder)
         files = _files(folder)
@@ -268,7 +270,13 @@ class Checkpoints:
         self._started = self._written = time.monotonic()
         self.newest = path
         self.resumed = next(reversed(self._stages), None)
-        self.host_differences = host_differences(snapshot.host, host) if snapshot else ()
+        self.warnings = damaged
+        differences = host_differences(snapshot.host, host) if snapshot else ()
+        if differences:
+            self.warnings += (
+                f"an earlier run of the job was on another kind of host ({'; '.join(differences)})"
+                f": {HOST_BOUND}",
+            )
 
     def __getitem__(self, stage: str) -> StageState | None:
         """None where no checkpoint knows of the stage."""

@@ -6,30 +6,20 @@ hidden size, C classes.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import paddle
 from paddle import Tensor
 
-from compression.batches import Encoded, training_batches
+from compression.batches import Batch, Encoded, sorted_batches
 from compression.encoder import Encoder, EncoderStates
+from compression.report import TrainingReport
 from compression.spec import DistillationSpec
 from compression.supernet import Subnetwork
-from compression.training import Optimizer, finite, step_count
+from compression.training import Step, Surroundings, train
 
+DISTILLATION = Surroundings("distil", "distillation")  # with nothing to go on from, and no limit
 LogitLoss = Callable[..., Tensor]  # (*, student [B, C], teacher [B, C]) -> scalar
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One step's losses by sub-network name (weighted sums) and its duration."""
-
-    done: int
-    total: int
-    losses: dict[str, float]
-    seconds: float
 
 
 def representation_loss(
@@ -50,11 +40,20 @@ def distillation_loss(
     attention_mask: Tensor,
     spec: DistillationSpec,
     logit_loss: LogitLoss,
+    *,
+    share_of: Batch | None = None,
 ) -> Tensor:
-    """lambda_rep * representation loss + lambda_logit * logit loss of one sub-network."""
-    loss = spec.lambda_logit * logit_loss(student=student.logits, teacher=teacher.logits)
+    """lambda_rep * representation loss + lambda_logit * logit loss of one sub-network.
+
+    Of a part of a batch, with `share_of` that batch: the part's share, so that the parts' add up.
+    """
+    tokens = rows = 1.0
+    if share_of is not None:
+        tokens = float(attention_mask.sum()) / float(share_of.attention_mask.sum())
+        rows = attention_mask.shape[0] / len(share_of.rows)
+    loss = spec.lambda_logit * rows * logit_loss(student=student.logits, teacher=teacher.logits)
     if spec.lambda_rep:
-        loss = loss + spec.lambda_rep * representation_loss(
+        loss = loss + spec.lambda_rep * tokens * representation_loss(
             student=student.hidden, teacher=teacher.hidden, attention_mask=attention_mask
         )
     return loss
@@ -67,38 +66,57 @@ def distil(
     subnetworks: Sequence[Subnetwork],
     spec: DistillationSpec,
     logit_loss: LogitLoss,
+    surroundings: Surroundings = DISTILLATION,
     *,
     seed: int,
-    on_step: Callable[[StepReport], None],
-) -> int:
-    """Trains the supernet in place and returns the steps done.
+    on_step: Callable[[Step], None],
+) -> TrainingReport:
+    """Trains the supernet in place.
 
     Each batch: the teacher once, without gradients; every sub-network forward and
     backward; one optimizer step.
     """
-    steps = step_count(spec, len(data))
-    paddle.seed(seed)
-    optimizer = Optimizer(supernet, spec, steps=steps)
-    batches = training_batches(
-        data,
-        batch_size=spec.batch_size,
-        steps=steps,
-        seed=seed,
-        pad_id=supernet.config.pad_token_id,
-    )
     teacher.eval()
-    supernet.train()
-    for done, batch in enumerate(batches, start=1):
-        start = time.perf_counter()
+
+    def losses(batch: Batch, part: Batch) -> Iterator[tuple[str, Tensor]]:
         with paddle.no_grad():
-            targets = teacher.encode(*batch.inputs)
-        losses = {}
+            targets = teacher.encode(*part.inputs)
         for subnetwork in subnetworks:
-            states = supernet.encode(*batch.inputs, subnetwork=subnetwork)
-            loss = distillation_loss(states, targets, batch.attention_mask, spec, logit_loss)
-            losses[subnetwork.name] = finite(float(loss), stage="distillation", step=done)
-            loss.backward()
-        optimizer.step()
-        on_step(StepReport(done, steps, losses, time.perf_counter() - start))
-    supernet.eval()
-    return steps
+            states = supernet.encode(*part.inputs, subnetwork=subnetwork)
+            yield (
+                subnetwork.name,
+                distillation_loss(
+                    states, targets, part.attention_mask, spec, logit_loss, share_of=batch
+                ),
+            )
+
+    def gradients(batch: Batch, micro_batch: int | None) -> dict[str, float]:
+        totals = {subnetwork.name: 0.0 for subnetwork in subnetworks}
+        for part in batch.parts(micro_batch):
+            for name, loss in losses(batch, part):
+                totals[name] += float(loss)
+                loss.backward()
+        return totals
+
+    @paddle.no_grad()
+    def held_out_loss(judging: Encoded) -> float:
+        """The mean over rows, of the sum over sub-networks."""
+        batches = sorted_batches(
+            judging, batch_size=spec.batch_size, pad_id=supernet.config.pad_token_id
+        )
+        return sum(
+            float(loss) * len(batch.rows) / len(judging)
+            for batch in batches
+            for _, loss in losses(batch, batch)
+        )
+
+    return train(
+        supernet,
+        data,
+        spec,
+        surroundings,
+        seed=seed,
+        gradients=gradients,
+        held_out_loss=held_out_loss,
+        on_step=on_step,
+    )

@@ -29,6 +29,10 @@ class CompressionError(Exception):
         self.pointer = pointer
 
 
+class Interrupted(Exception):
+    """The job was told to stop and has: no error, it goes on from its last checkpoint."""
+
+
 class InvalidSpec(CompressionError):
     """The spec contradicts itself, the model or the dataset."""
 

@@ -175,7 +175,9 @@ class CompressionReport(Frozen):
     selection: Selection
     distillation_steps: int
     step_seconds: float = Field(description="Median seconds of a distillation step.")
-    stage_seconds: Mapping[str, float]
+    stage_seconds: Mapping[str, float] = Field(
+        description="In the job's last run: a stage that a checkpoint spared it takes no time."
+    )
     trainings: Mapping[str, TrainingReport] = Field(
         default_factory=dict, description='By stage: "teacher" where it was fine-tuned, "distil".'
     )

@@ -1,18 +1,39 @@
-"""The optimizer and schedule of both trainings, and the fine-tuning that makes a teacher."""
+"""What both trainings share: optimizer, schedule, and the loop with what a long job needs.
+
+A training says how a batch's gradients are computed; the loop does the rest. Everything random
+in step n comes from the seed and n alone (paddle 3.3.1 does not give out the state of its CPU
+generator), so a training goes on from a checkpoint with the bits of one that never stopped.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Protocol
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from compression.batches import Batch, Encoded, training_batches
-from compression.encoder import Encoder
-from compression.errors import TrainingDiverged
+from compression.batches import Batch, Encoded, sorted_batches, training_batches
+from compression.checkpoint import Checkpoints, StageState
+from compression.encoder import Encoder, load_weights, numpy_weights
+from compression.errors import Interrupted, OutOfMemory, TrainingDiverged
+from compression.report import TrainingReport
 from compression.spec import FineTuneSpec
+
+HELD_OUT_SHARE = 10  # one row in ten of train judges a training that has a patience
+HELD_OUT_ROWS = 1024  # at most
+TIMED_STEPS = 1000  # the newest ones, of which a step's median time is told
+SHOWN_ROWS = 10
+
+ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")  # of AdamW
+
+Ended = Literal["complete", "plateau", "time"]
 
 
 class Schedule(Protocol):
@@ -32,21 +53,18 @@ class Schedule(Protocol):
     def weight_decay(self) -> float: ...
     @property
     def max_grad_norm(self) -> float: ...
+    @property
+    def patience(self) -> int | None: ...
+    @property
+    def evaluate_every(self) -> int | None: ...
+    @property
+    def micro_batch(self) -> int | Literal["auto"] | None: ...
 
 
 def step_count(schedule: Schedule, rows: int) -> int:
     """Optimizer steps: epochs over the rows, at most max_steps, at least one."""
     steps = math.ceil(schedule.epochs * math.ceil(rows / schedule.batch_size))
     return max(1, min(steps, schedule.max_steps or steps))
-
-
-def finite(loss: float, *, stage: str, step: int) -> float:
-    """The loss. TrainingDiverged, naming the step, where it is not a finite number."""
-    if not math.isfinite(loss):
-        raise TrainingDiverged(
-            f"the loss of {stage} is {loss} at step {step}: lower its learning_rate"
-        )
-    return loss
 
 
 class Optimizer:
@@ -68,6 +86,7 @@ class Optimizer:
             for name, parameter in model.named_parameters()
             if not name.endswith(".bias") and ".norm." not in name
         }
+        self.named = dict(model.named_parameters())
         self.rate = paddle.optimizer.lr.LambdaDecay(schedule.learning_rate, factor)
         self.optimizer = paddle.optimizer.AdamW(
             self.rate,
@@ -83,29 +102,331 @@ class Optimizer:
         self.rate.step()
         self.optimizer.clear_grad()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Its moments and their powers, "<parameter>.<accumulator>"; none before the first step."""
+        held = self.optimizer.state_dict()
+        return {
+            f"{name}.{accumulator}": held[key]
+            for name, parameter in self.named.items()
+            for accumulator in ACCUMULATORS
+            if (key := f"{parameter.name}_{accumulator}_0") in held
+        }
+
+    def restore(self, tensors: Mapping[str, np.ndarray], *, step: int) -> None:
+        """As it was after `step` steps; the inverse of `tensors`."""
+        # Paddle names parameters by a counter of the process; ours are the same in any.
+        self.optimizer.set_state_dict(
+            {
+                f"{parameter.name}_{accumulator}_0": paddle.to_tensor(tensors[key])
+                for name, parameter in self.named.items()
+                for accumulator in ACCUMULATORS
+                if (key := f"{name}.{accumulator}") in tensors
+            }
+        )
+        self.rate.step(step)
+
+
+# --- the loop -------------------------------------------------------------------------------
+
+
+class Gradients(Protocol):
+    """Adds one batch's gradients to the model's, and returns its losses by name.
+
+    At most `micro_batch` rows are computed at once; None is the whole batch.
+    """
+
+    def __call__(self, batch: Batch, micro_batch: int | None) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a training is given by the job that it is a stage of.
+
+    `section` is where the spec speaks of it. `deadline` is in seconds of the job
+    (`Checkpoints.seconds`); `stop` is asked after each step whether to write a checkpoint and end.
+    """
+
+    stage: str
+    section: str
+    checkpoints: Checkpoints | None = None
+    deadline: float | None = None
+    stop: Callable[[], bool] = lambda: False
+
+    @property
+    def state(self) -> StageState | None:
+        """Where an earlier run of the job left the stage."""
+        return self.checkpoints[self.stage] if self.checkpoints else None
+
+    @property
+    def is_late(self) -> bool:
+        if self.checkpoints is None or self.deadline is None:
+            return False
+        return self.checkpoints.seconds >= self.deadline
+
+    @property
+    def newest(self) -> str:
+        """The last good checkpoint, in words."""
+        newest = self.checkpoints.newest if self.checkpoints else None
+        return "there is no checkpoint" if newest is None else f"the checkpoint is {newest.name}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's losses by name, and its duration in seconds."""
+
+    done: int
+    total: int
+    losses: Mapping[str, float]
+    seconds: float
+
+
+def held_out(count: int, schedule: Schedule, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the rows to train on, and of those that judge it: none without a patience."""
+    if schedule.patience is None or count < 2:
+        return np.arange(count), np.arange(0)
+    order = np.random.default_rng([seed, 3]).permutation(count)
+    judging = max(1, min(count // HELD_OUT_SHARE, HELD_OUT_ROWS))
+    return np.sort(order[judging:]), np.sort(order[:judging])
+
+
+def train(
+    model: Encoder,
+    data: Encoded,
+    schedule: Schedule,
+    surroundings: Surroundings,
+    *,
+    seed: int,
+    gradients: Gradients,
+    held_out_loss: Callable[[Encoded], float],
+    on_step: Callable[[Step], None],
+) -> TrainingReport:
+    """Trains the model in place, from the stage's checkpoint where there is one.
+
+    `held_out_loss` judges the model on rows that it is not trained on, where there is a
+    patience; the best weights are then what is left. TrainingDiverged where a loss is not
+    finite, OutOfMemory where the memory is too small and the spec leaves no smaller micro-batch,
+    Interrupted when told to stop.
+    """
+    rows, judging = held_out(len(data), schedule, seed=seed)
+    steps = step_count(schedule, len(rows))
+    every = schedule.evaluate_every or math.ceil(len(rows) / schedule.batch_size)
+    optimizer = Optimizer(model, schedule, steps=steps)
+    run = _Run.restored(surroundings.state, model, optimizer, schedule)
+    batches = training_batches(
+        data.take(rows),
+        batch_size=schedule.batch_size,
+        steps=steps,
+        seed=seed,
+        pad_id=model.config.pad_token_id,
+        start=run.step,
+    )
+    model.train()
+    for batch in batches:
+        started = time.perf_counter()
+        losses = run.losses(gradients, batch, model, schedule, surroundings, seed=seed)
+        _require_finite(losses, rows[batch.rows], surroundings, step=run.step + 1)
+        optimizer.step()
+        run.step += 1
+        run.seconds.append(time.perf_counter() - started)
+        on_step(Step(run.step, steps, losses, run.seconds[-1]))
+        is_late, is_last = surroundings.is_late, run.step == steps
+        if len(judging) and (is_late or is_last or run.step % every == 0):
+            model.eval()
+            run.judge(held_out_loss(data.take(judging)), model)
+            model.train()
+        if run.without_gain >= (schedule.patience or math.inf):
+            run.ended = "plateau"
+            break
+        if is_late and not is_last:
+            run.ended = "time"
+            break
+        _save(surroundings, lambda: run.state(model, optimizer))
+    model.eval()
+    if run.best is not None:
+        load_weights(model, run.best)
+    return TrainingReport(
+        steps=run.step,
+        planned_steps=steps,
+        best_step=run.step if run.best is None else run.best_step,
+        ended=run.ended,
+        step_seconds=statistics.median(run.seconds),
+        micro_batch=run.micro_batch,
+    )
+
+
+@dataclass
+class _Run:
+    """What changes from step to step, beside the weights and the optimizer."""
+
+    step: int
+    micro_batch: int | None
+    seconds: deque[float]
+    best: Mapping[str, np.ndarray] | None = None
+    best_loss: float = math.inf
+    best_step: int = 0
+    without_gain: int = 0
+    ended: Ended = "complete"
+
+    @classmethod
+    def restored(
+        cls,
+        state: StageState | None,
+        model: Encoder,
+        optimizer: Optimizer,
+        schedule: Schedule,
+    ) -> _Run:
+        """At the checkpoint's step, with model and optimizer as they were; else at the start."""
+        size = schedule.micro_batch
+        run = cls(0, size if isinstance(size, int) else None, deque(maxlen=TIMED_STEPS))
+        if state is None:
+            return run
+        load_weights(model, _below(state.tensors, "weights/"))
+        optimizer.restore(_below(state.tensors, "optimizer/"), step=state.step)
+        figures = dict(state.figures)
+        run.seconds.extend(figures.pop("seconds"))
+        run.step = state.step
+        run.best = _below(state.tensors, "best/") or None
+        for name, value in figures.items():
+            setattr(run, name, value)
+        return run
+
+    def state(self, model: Encoder, optimizer: Optimizer) -> StageState:
+        tensors: dict[str, Any] = _under("weights/", model.state_dict())
+        tensors |= _under("optimizer/", optimizer.tensors())
+        tensors |= _under("best/", self.best or {})
+        names = ("micro_batch", "best_loss", "best_step", "without_gain")
+        figures = {name: getattr(self, name) for name in names}
+        return StageState(self.step, False, {**figures, "seconds": list(self.seconds)}, tensors)
+
+    def losses(
+        self,
+        gradients: Gradients,
+        batch: Batch,
+        model: Encoder,
+        schedule: Schedule,
+        surroundings: Surroundings,
+        *,
+        seed: int,
+    ) -> Mapping[str, float]:
+        """Of the next step, whose gradients are then the model's.
+
+        Where the memory is too small the micro-batch is halved, if the spec allows it.
+        """
+        step, rows = self.step + 1, len(batch.rows)
+        while True:
+            # A hash of both: neighbouring steps have unrelated masks.
+            paddle.seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+            try:
+                return gradients(batch, self.micro_batch)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                size = min(self.micro_batch or rows, rows)
+                if schedule.micro_batch != "auto" or size == 1:
+                    raise OutOfMemory(
+                        f"the memory is too small for {size} rows at once (step {step}, stage "
+                        f"{surroundings.stage}): lower {surroundings.section}.micro_batch or "
+                        "task.max_seq_len",
+                        pointer=f"/{surroundings.section}/micro_batch",
+                    ) from error
+            # Here the error is gone, and with it the frames that held the failed step's tensors.
+            self.micro_batch = size // 2
+            model.clear_gradients()
+
+    def judge(self, loss: float, model: Encoder) -> None:
+        if loss < self.best_loss:
+            self.best, self.best_loss, self.best_step = numpy_weights(model), loss, self.step
+            self.without_gain = 0
+        else:
+            self.without_gain += 1
+
+
+def _under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def _below(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _save(surroundings: Surroundings, state: Callable[[], StageState]) -> None:
+    """A checkpoint where one is due or the job is to stop, which then raises Interrupted."""
+    stop, checkpoints = surroundings.stop(), surroundings.checkpoints
+    if checkpoints is not None and (stop or checkpoints.is_due):
+        checkpoints.save(surroundings.stage, state())
+    if stop:
+        raise Interrupted(f"stopped in stage {surroundings.stage}; {surroundings.newest}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Paddle's allocators raise MemoryError; some operators wrap it in a RuntimeError."""
+    return isinstance(error, MemoryError) or "ResourceExhausted" in str(error)
+
+
+def _require_finite(
+    losses: Mapping[str, float], rows: np.ndarray, surroundings: Surroundings, *, step: int
+) -> None:
+    """TrainingDiverged, with all that is needed to look into it."""
+    for name, loss in losses.items():
+        if math.isfinite(loss):
+            continue
+        shown = ", ".join(str(row) for row in np.sort(rows)[:SHOWN_ROWS])
+        more = ", ..." if len(rows) > SHOWN_ROWS else ""
+        raise TrainingDiverged(
+            f"the loss of {name} is {loss} at step {step}: lower {surroundings.section}."
+            f"learning_rate, or look at the batch's {len(rows)} rows of train (counted "
+            f"from 0): {shown}{more}; {surroundings.newest}",
+            pointer=f"/{surroundings.section}/learning_rate",
+        )
+
+
+# --- fine-tuning ----------------------------------------------------------------------------
+
+
+FINE_TUNING = Surroundings("teacher", "teacher")  # with nothing to go on from, and no limit
+
 
 def fine_tune(
     encoder: Encoder,
     data: Encoded,
     spec: FineTuneSpec,
     loss: Callable[[Tensor, Tensor], Tensor],
+    surroundings: Surroundings = FINE_TUNING,
     *,
     seed: int,
-    on_step: Callable[[int, int, float], None],
-) -> int:
-    """Trains the encoder in place on labels; on_step(done, total, loss). Returns the steps."""
-    steps = step_count(spec, len(data))
-    paddle.seed(seed)
-    optimizer = Optimizer(encoder, spec, steps=steps)
-    batches: Iterable[Batch] = training_batches(
-        data, batch_size=spec.batch_size, steps=steps, seed=seed, pad_id=encoder.config.pad_token_id
+    on_step: Callable[[Step], None],
+) -> TrainingReport:
+    """Trains the encoder in place on labels."""
+
+    def gradients(batch: Batch, micro_batch: int | None) -> dict[str, float]:
+        total = 0.0
+        for part in batch.parts(micro_batch):
+            value = loss(encoder(*part.inputs), part.labels) * (len(part.rows) / len(batch.rows))
+            value.backward()
+            total += float(value)
+        return {"fine-tuning": total}
+
+    @paddle.no_grad()
+    def held_out_loss(judging: Encoded) -> float:
+        batches = sorted_batches(
+            judging, batch_size=spec.batch_size, pad_id=encoder.config.pad_token_id
+        )
+        return sum(
+            float(loss(encoder(*batch.inputs), batch.labels)) * len(batch.rows) / len(judging)
+            for batch in batches
+        )
+
+    return train(
+        encoder,
+        data,
+        spec,
+        surroundings,
+        seed=seed,
+        gradients=gradients,
+        held_out_loss=held_out_loss,
+        on_step=on_step,
     )
-    encoder.train()
-    for done, batch in enumerate(batches, start=1):
-        value = loss(encoder(*batch.inputs), batch.labels)
-        scalar = finite(float(value), stage="fine-tuning", step=done)
-        value.backward()
-        optimizer.step()
-        on_step(done, steps, scalar)
-    encoder.eval()
-    return steps

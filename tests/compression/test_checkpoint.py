@@ -96,7 +96,7 @@ def test_a_damaged_newest_one_falls_back_to_the_one_before(tmp_path: Path, damag
     again = open_folder(tmp_path)
     found = again["distil"]
     assert found is not None and found.step == 1
-    (sentence,) = again.damaged
+    (sentence,) = again.warnings
     assert "000002 is damaged" in sentence and "digest" in sentence
     again.save("distil", state(3))
     assert sorted(path.name[:6] for path in tmp_path.iterdir()) == ["000002", "000003"]
@@ -109,7 +109,7 @@ def test_without_a_good_one_the_job_starts_anew_and_says_so(tmp_path: Path) -> N
     checkpoints.newest.write_bytes(b"")
     again = open_folder(tmp_path)
     assert again.resumed is None
-    assert len(again.damaged) == 1
+    assert len(again.warnings) == 1
 
 
 def test_another_jobs_checkpoint_is_refused_and_what_differs_named(tmp_path: Path) -> None:
@@ -147,4 +147,5 @@ def test_a_host_is_told_from_another_by_what_changes_the_bits(tmp_path: Path) ->
     assert resumed_variables(tmp_path) == {"OMP_NUM_THREADS": "2"}
     open_folder(tmp_path, host={**HOST, "cpu": "another"}).save("distil", state(2))
     assert resumed_variables(tmp_path) == {}
-    assert open_folder(tmp_path).host_differences == (f"cpu was another, is {HOST['cpu']}",)
+    (warning,) = open_folder(tmp_path).warnings
+    assert f"another kind of host (cpu was another, is {HOST['cpu']})" in warning

@@ -97,7 +97,7 @@ def test_distillation_brings_every_width_nearer_and_leaves_the_teacher() -> None
 
     start = [distance(0), distance(1)]
     seen = []
-    steps = distil(
+    report = distil(
         supernet,
         teacher,
         data,
@@ -107,7 +107,7 @@ def test_distillation_brings_every_width_nearer_and_leaves_the_teacher() -> None
         seed=0,
         on_step=seen.append,
     )
-    assert steps == len(seen) == 60
+    assert report.steps == len(seen) == 60
     assert set(seen[0].losses) == {"w1_2", "w1_4"}
     assert distance(0) < 0.7 * start[0]
     assert distance(1) < 0.7 * start[1]

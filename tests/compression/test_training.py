@@ -12,7 +12,7 @@ from compression.errors import TrainingDiverged
 from compression.evaluate import predict
 from compression.spec import DistillationSpec, FineTuneSpec
 from compression.tasks import TASKS
-from compression.training import Optimizer, fine_tune, step_count
+from compression.training import Optimizer, Step, fine_tune, step_count
 from tests.encoders import random_rows, tiny_encoder
 
 TASK = TASKS["classification"]
@@ -64,12 +64,12 @@ def test_fine_tuning_learns_a_rule_and_repeats_itself() -> None:
         before = TASK.metric(predict(encoder, data), data.labels)
         seen: list[int] = []
 
-        def on_step(done: int, total: int, loss: float, seen: list[int] = seen) -> None:
-            assert total == 72
-            seen.append(done)
+        def on_step(step: Step, seen: list[int] = seen) -> None:
+            assert step.total == 72
+            seen.append(step.done)
 
-        steps = fine_tune(encoder, data, spec, TASK.label_loss, seed=5, on_step=on_step)
-        assert steps == 72
+        report = fine_tune(encoder, data, spec, TASK.label_loss, seed=5, on_step=on_step)
+        assert (report.steps, report.ended) == (72, "complete")
         assert seen == list(range(1, 73))
         assert TASK.metric(predict(encoder, data), data.labels) > max(0.85, before)
         ends.append(numpy_weights(encoder))
@@ -81,12 +81,12 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step() -> No
     encoder, data = tiny_encoder(), random_rows(64)
     done: list[int] = []
 
-    def on_step(step: int, total: int, loss: float) -> None:
-        done.append(step)
-        if step == 2:
+    def on_step(step: Step) -> None:
+        done.append(step.done)
+        if step.done == 2:
             encoder.classifier.weight.set_value(np.full((24, 3), np.nan, np.float32))
 
-    with pytest.raises(TrainingDiverged, match="nan at step 3: lower its learning_rate"):
+    with pytest.raises(TrainingDiverged, match=r"nan at step 3: lower teacher\.learning_rate"):
         fine_tune(
             encoder, data, FineTuneSpec(batch_size=8), TASK.label_loss, seed=0, on_step=on_step
         )
