@@ -32,6 +32,28 @@ def test_the_seed_alone_decides_the_batches() -> None:
     assert rows(3)[:5] != rows(3)[5:10]  # the next epoch has an order of its own
 
 
+def test_batches_go_on_from_any_step() -> None:
+    data = random_rows(37)
+
+    def rows(start: int) -> list[list[int]]:
+        batches = training_batches(data, batch_size=8, steps=13, seed=3, pad_id=0, start=start)
+        return [batch.rows.tolist() for batch in batches]
+
+    for start in (1, 4, 5, 6, 10, 12, 13):  # 5 batches an epoch
+        assert rows(start) == rows(0)[start:]
+
+
+def test_the_parts_of_a_batch_hold_its_rows_in_order() -> None:
+    (batch,) = sorted_batches(random_rows(7), batch_size=7, pad_id=0)
+    assert list(batch.parts(None)) == list(batch.parts(7)) == [batch]
+    parts = list(batch.parts(3))
+    assert [len(part.rows) for part in parts] == [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate([part.rows for part in parts]), batch.rows)
+    for name in ("input_ids", "token_type_ids", "attention_mask", "labels"):
+        together = np.concatenate([getattr(part, name).numpy() for part in parts])
+        np.testing.assert_array_equal(together, getattr(batch, name).numpy())
+
+
 def test_sorted_batches_hold_every_row_once() -> None:
     data = random_rows(13)
     batches = list(sorted_batches(data, batch_size=4, pad_id=0))

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import paddle
 import pytest
 
-from compression.batches import Encoded
+from compression.batches import Encoded, training_batches
 from compression.encoder import numpy_weights
-from compression.errors import TrainingDiverged
+from compression.errors import OutOfMemory, TrainingDiverged
 from compression.evaluate import predict
+from compression.report import TrainingReport
 from compression.spec import DistillationSpec, FineTuneSpec
 from compression.tasks import TASKS
-from compression.training import Optimizer, Step, fine_tune, step_count
+from compression.training import (
+    Optimizer,
+    Step,
+    Surroundings,
+    fine_tune,
+    held_out,
+    step_count,
+)
+from tests.compression.training_process import checkpoints_in
 from tests.encoders import random_rows, tiny_encoder
 
 TASK = TASKS["classification"]
@@ -91,6 +104,136 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step() -> No
             encoder, data, FineTuneSpec(batch_size=8), TASK.label_loss, seed=0, on_step=on_step
         )
     assert done == [1, 2]
+
+
+def test_the_error_of_a_broken_loss_names_rows_and_checkpoint(tmp_path: Path) -> None:
+    encoder, data = tiny_encoder(), random_rows(64)
+    checkpoints = checkpoints_in(tmp_path)
+
+    def on_step(step: Step) -> None:
+        if step.done == 2:
+            encoder.classifier.weight.set_value(np.full((24, 3), np.nan, np.float32))
+
+    spec = FineTuneSpec(batch_size=12, patience=1)
+    with pytest.raises(TrainingDiverged) as error:
+        fine_tune(
+            encoder,
+            data,
+            spec,
+            TASK.label_loss,
+            Surroundings("teacher", "teacher", checkpoints),
+            seed=0,
+            on_step=on_step,
+        )
+    kept, _ = held_out(64, spec, seed=0)
+    third = list(training_batches(data.take(kept), batch_size=12, steps=3, seed=0, pad_id=0))[2]
+    rows = ", ".join(str(row) for row in np.sort(kept[third.rows])[:10])
+    assert f"the batch's 12 rows of train (counted from 0): {rows}, ...; " in error.value.message
+    assert checkpoints.newest is not None and checkpoints.newest.name in error.value.message
+    assert error.value.pointer == "/teacher/learning_rate"
+
+
+def test_a_patience_keeps_rows_back_and_the_best_weights() -> None:
+    data = random_rows(60)
+    seen: list[int] = []
+    kept = []
+
+    def on_step(step: Step) -> None:
+        seen.append(step.done)
+        if step.done == 8:  # from the second evaluation on, far from any good
+            kept.append(numpy_weights(encoder))
+        if step.done == 9:
+            encoder.classifier.weight.set_value(np.full((24, 3), 50, np.float32))
+
+    encoder = tiny_encoder()
+    spec = FineTuneSpec(batch_size=9, epochs=20, patience=2, evaluate_every=4, learning_rate=1e-3)
+    report = fine_tune(encoder, data, spec, TASK.label_loss, seed=0, on_step=on_step)
+    rows, judging = held_out(60, spec, seed=0)
+    assert (len(rows), len(judging)) == (54, 6)
+    assert set(rows) | set(judging) == set(range(60))
+    assert (report.ended, report.planned_steps) == ("plateau", 120)
+    assert report.best_step in (4, 8)
+    assert report.steps == seen[-1] == report.best_step + 8
+    if report.best_step == 8:
+        for name, value in numpy_weights(encoder).items():
+            np.testing.assert_array_equal(value, kept[0][name])
+    assert not encoder.training
+
+
+def test_a_deadline_ends_a_training_with_the_best_so_far(tmp_path: Path) -> None:
+    def ended(**surroundings: Any) -> TrainingReport:
+        checkpoints = checkpoints_in(tmp_path / "none", every_seconds=1000)
+        return fine_tune(
+            tiny_encoder(),
+            random_rows(60),
+            FineTuneSpec(batch_size=8, patience=5),
+            TASK.label_loss,
+            Surroundings("teacher", "teacher", checkpoints, **surroundings),
+            seed=0,
+            on_step=lambda step: None,
+        )
+
+    report = ended(deadline=0.0)
+    assert (report.steps, report.best_step, report.ended) == (1, 1, "time")
+    assert report.planned_steps == 21
+    assert ended(deadline=1000.0).ended == "complete"
+
+
+def too_much_for(rows: int) -> Callable[..., paddle.Tensor]:
+    """The task's loss where paddle's allocator really fails for more than `rows` rows."""
+
+    def loss(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+        if logits.shape[0] > rows:
+            paddle.zeros([1 << 40, 1 << 10])
+        return TASK.label_loss(logits, labels)
+
+    return loss
+
+
+def test_a_memory_that_is_too_small_halves_the_micro_batch_and_changes_nothing_else() -> None:
+    def trained(loss: Callable[..., paddle.Tensor], **changes: Any) -> Any:
+        encoder = tiny_encoder(hidden_dropout=0.0, attention_dropout=0.0)
+        spec = FineTuneSpec(batch_size=16, epochs=2, learning_rate=1e-3, **changes)
+        losses: list[float] = []
+        report = fine_tune(
+            encoder,
+            random_rows(40),
+            spec,
+            loss,
+            seed=3,
+            on_step=lambda step: losses.extend(step.losses.values()),
+        )
+        return report.micro_batch, losses, numpy_weights(encoder)
+
+    size, losses, whole = trained(TASK.label_loss)
+    assert size is None
+    for found in (trained(too_much_for(5)), trained(TASK.label_loss, micro_batch=4)):
+        assert found[0] == 4
+        np.testing.assert_allclose(found[1], losses, rtol=1e-4)
+        for name, value in found[2].items():
+            # A key's bias moves no attention weight: its gradient is rounding, and AdamW scales
+            # that up to full steps.
+            if not name.endswith("key.bias"):
+                np.testing.assert_allclose(value, whole[name], atol=2e-5, err_msg=name)
+    for changes, rows in (({"micro_batch": None}, 16), ({"micro_batch": 8}, 8), ({}, 1)):
+        with pytest.raises(OutOfMemory, match=f"too small for {rows} rows at once") as error:
+            trained(too_much_for(0), **changes)
+        assert error.value.pointer == "/teacher/micro_batch"
+
+
+def test_another_error_is_not_taken_for_a_small_memory() -> None:
+    def broken(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        fine_tune(
+            tiny_encoder(),
+            random_rows(8),
+            FineTuneSpec(),
+            broken,
+            seed=0,
+            on_step=lambda step: None,
+        )
 
 
 def test_predict_keeps_row_order_and_mode() -> None:
