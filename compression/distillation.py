@@ -16,18 +16,25 @@ from compression.encoder import Encoder, EncoderStates
 from compression.report import TrainingReport
 from compression.spec import DistillationSpec
 from compression.supernet import Subnetwork
+from compression.tasks.base import Count, Task
 from compression.training import Step, Surroundings, train
 
 DISTILLATION = Surroundings("distil", "distillation")  # with nothing to go on from, and no limit
-LogitLoss = Callable[..., Tensor]  # (*, student [B, C], teacher [B, C]) -> scalar
 
 
 def representation_loss(
-    *, student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor
+    *,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    attention_mask: Tensor,
+    total: Count | None = None,
 ) -> Tensor:
-    """Sum over states of the mean squared difference over real tokens; states [B, T, H]."""
+    """Sum over states of the mean squared difference over real tokens; states [B, T, H].
+
+    `total` are the tokens to divide by, where this is a part of a larger batch.
+    """
     mask = attention_mask.astype("float32").unsqueeze(-1)  # [B, T, 1]
-    units = mask.sum() * student[0].shape[-1]
+    units = (mask.sum() if total is None else total) * student[0].shape[-1]
     return sum(
         ((own - other).square() * mask).sum() / units
         for own, other in zip(student, teacher, strict=True)
@@ -37,9 +44,9 @@ def representation_loss(
 def distillation_loss(
     student: EncoderStates,
     teacher: EncoderStates,
-    attention_mask: Tensor,
+    batch: Batch,
     spec: DistillationSpec,
-    logit_loss: LogitLoss,
+    task: Task,
     *,
     share_of: Batch | None = None,
 ) -> Tensor:
@@ -47,14 +54,16 @@ def distillation_loss(
 
     Of a part of a batch, with `share_of` that batch: the part's share, so that the parts' add up.
     """
-    tokens = rows = 1.0
-    if share_of is not None:
-        tokens = float(attention_mask.sum()) / float(share_of.attention_mask.sum())
-        rows = attention_mask.shape[0] / len(share_of.rows)
-    loss = spec.lambda_logit * rows * logit_loss(student=student.logits, teacher=teacher.logits)
+    whole = batch if share_of is None else share_of
+    loss = spec.lambda_logit * task.logit_loss(
+        student=student.logits, teacher=teacher.logits, batch=batch, total=task.count(whole)
+    )
     if spec.lambda_rep:
-        loss = loss + spec.lambda_rep * tokens * representation_loss(
-            student=student.hidden, teacher=teacher.hidden, attention_mask=attention_mask
+        loss = loss + spec.lambda_rep * representation_loss(
+            student=student.hidden,
+            teacher=teacher.hidden,
+            attention_mask=batch.attention_mask,
+            total=whole.attention_mask.astype("float32").sum(),
         )
     return loss
 
@@ -65,7 +74,7 @@ def distil(
     data: Encoded,
     subnetworks: Sequence[Subnetwork],
     spec: DistillationSpec,
-    logit_loss: LogitLoss,
+    task: Task,
     surroundings: Surroundings = DISTILLATION,
     *,
     seed: int,
@@ -85,9 +94,7 @@ def distil(
             states = supernet.encode(*part.inputs, subnetwork=subnetwork)
             yield (
                 subnetwork.name,
-                distillation_loss(
-                    states, targets, part.attention_mask, spec, logit_loss, share_of=batch
-                ),
+                distillation_loss(states, targets, part, spec, task, share_of=batch),
             )
 
     def gradients(batch: Batch, micro_batch: int | None) -> dict[str, float]:

@@ -25,6 +25,7 @@ from compression.encoder import Encoder, load_weights, numpy_weights
 from compression.errors import Interrupted, OutOfMemory, TrainingDiverged
 from compression.report import TrainingReport
 from compression.spec import FineTuneSpec
+from compression.tasks.base import Task
 
 HELD_OUT_SHARE = 10  # one row in ten of train judges a training that has a patience
 HELD_OUT_ROWS = 1024  # at most
@@ -394,7 +395,7 @@ def fine_tune(
     encoder: Encoder,
     data: Encoded,
     spec: FineTuneSpec,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    task: Task,
     surroundings: Surroundings = FINE_TUNING,
     *,
     seed: int,
@@ -405,7 +406,7 @@ def fine_tune(
     def gradients(batch: Batch, micro_batch: int | None) -> dict[str, float]:
         total = 0.0
         for part in batch.parts(micro_batch):
-            value = loss(encoder(*part.inputs), part.labels) * (len(part.rows) / len(batch.rows))
+            value = task.label_loss(encoder(*part.inputs), part, total=task.count(batch))
             value.backward()
             total += float(value)
         return {"fine-tuning": total}
@@ -416,7 +417,7 @@ def fine_tune(
             judging, batch_size=spec.batch_size, pad_id=encoder.config.pad_token_id
         )
         return sum(
-            float(loss(encoder(*batch.inputs), batch.labels)) * len(batch.rows) / len(judging)
+            float(task.label_loss(encoder(*batch.inputs), batch)) * len(batch.rows) / len(judging)
             for batch in batches
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,15 @@ import numpy as np
 import paddle
 import pytest
 
-from compression.batches import Encoded, training_batches
+from compression.batches import Batch, Encoded, training_batches
 from compression.encoder import numpy_weights
 from compression.errors import OutOfMemory, TrainingDiverged
 from compression.evaluate import predict
 from compression.report import TrainingReport
 from compression.spec import DistillationSpec, FineTuneSpec
-from compression.tasks import TASKS
+from compression.tasks import Task
+from compression.tasks.base import Count
+from compression.tasks.classification import Classification
 from compression.training import (
     Optimizer,
     Step,
@@ -26,9 +28,9 @@ from compression.training import (
     step_count,
 )
 from tests.compression.training_process import checkpoints_in
-from tests.encoders import random_rows, tiny_encoder
+from tests.encoders import CLASSIFICATION, random_rows, tiny_encoder
 
-TASK = TASKS["classification"]
+TASK = CLASSIFICATION
 
 
 def test_step_count() -> None:
@@ -74,17 +76,17 @@ def test_fine_tuning_learns_a_rule_and_repeats_itself() -> None:
     ends = []
     for _ in range(2):
         encoder = tiny_encoder(num_labels=2, hidden_dropout=0.05)
-        before = TASK.metric(predict(encoder, data), data.labels)
+        before = TASK.score(predict(encoder, data), data)
         seen: list[int] = []
 
         def on_step(step: Step, seen: list[int] = seen) -> None:
             assert step.total == 72
             seen.append(step.done)
 
-        report = fine_tune(encoder, data, spec, TASK.label_loss, seed=5, on_step=on_step)
+        report = fine_tune(encoder, data, spec, TASK, seed=5, on_step=on_step)
         assert (report.steps, report.ended) == (72, "complete")
         assert seen == list(range(1, 73))
-        assert TASK.metric(predict(encoder, data), data.labels) > max(0.85, before)
+        assert TASK.score(predict(encoder, data), data) > max(0.85, before)
         ends.append(numpy_weights(encoder))
     for name in ends[0]:
         np.testing.assert_array_equal(ends[0][name], ends[1][name])
@@ -100,9 +102,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step() -> No
             encoder.classifier.weight.set_value(np.full((24, 3), np.nan, np.float32))
 
     with pytest.raises(TrainingDiverged, match=r"nan at step 3: lower teacher\.learning_rate"):
-        fine_tune(
-            encoder, data, FineTuneSpec(batch_size=8), TASK.label_loss, seed=0, on_step=on_step
-        )
+        fine_tune(encoder, data, FineTuneSpec(batch_size=8), TASK, seed=0, on_step=on_step)
     assert done == [1, 2]
 
 
@@ -120,7 +120,7 @@ def test_the_error_of_a_broken_loss_names_rows_and_checkpoint(tmp_path: Path) ->
             encoder,
             data,
             spec,
-            TASK.label_loss,
+            TASK,
             Surroundings("teacher", "teacher", checkpoints),
             seed=0,
             on_step=on_step,
@@ -147,7 +147,7 @@ def test_a_patience_keeps_rows_back_and_the_best_weights() -> None:
 
     encoder = tiny_encoder()
     spec = FineTuneSpec(batch_size=9, epochs=20, patience=2, evaluate_every=4, learning_rate=1e-3)
-    report = fine_tune(encoder, data, spec, TASK.label_loss, seed=0, on_step=on_step)
+    report = fine_tune(encoder, data, spec, TASK, seed=0, on_step=on_step)
     rows, judging = held_out(60, spec, seed=0)
     assert (len(rows), len(judging)) == (54, 6)
     assert set(rows) | set(judging) == set(range(60))
@@ -167,7 +167,7 @@ def test_a_deadline_ends_a_training_with_the_best_so_far(tmp_path: Path) -> None
             tiny_encoder(),
             random_rows(60),
             FineTuneSpec(batch_size=8, patience=5),
-            TASK.label_loss,
+            TASK,
             Surroundings("teacher", "teacher", checkpoints, **surroundings),
             seed=0,
             on_step=lambda step: None,
@@ -179,19 +179,34 @@ def test_a_deadline_ends_a_training_with_the_best_so_far(tmp_path: Path) -> None
     assert ended(deadline=1000.0).ended == "complete"
 
 
-def too_much_for(rows: int) -> Callable[..., paddle.Tensor]:
-    """The task's loss where paddle's allocator really fails for more than `rows` rows."""
+@dataclass(frozen=True)
+class Greedy(Classification):
+    """Classification whose loss really makes paddle's allocator fail above `rows` rows."""
 
-    def loss(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
-        if logits.shape[0] > rows:
+    rows: int = 0
+
+    def label_loss(
+        self, logits: paddle.Tensor, batch: Batch, *, total: Count | None = None
+    ) -> paddle.Tensor:
+        if logits.shape[0] > self.rows:
             paddle.zeros([1 << 40, 1 << 10])
-        return TASK.label_loss(logits, labels)
+        return super().label_loss(logits, batch, total=total)
 
-    return loss
+
+def too_much_for(rows: int) -> Greedy:
+    return Greedy(TASK.labels, TASK.main_metric, rows)
+
+
+@dataclass(frozen=True)
+class Broken(Classification):
+    def label_loss(
+        self, logits: paddle.Tensor, batch: Batch, *, total: Count | None = None
+    ) -> paddle.Tensor:
+        raise RuntimeError("something else")
 
 
 def test_a_memory_that_is_too_small_halves_the_micro_batch_and_changes_nothing_else() -> None:
-    def trained(loss: Callable[..., paddle.Tensor], **changes: Any) -> Any:
+    def trained(task: Task, **changes: Any) -> Any:
         encoder = tiny_encoder(hidden_dropout=0.0, attention_dropout=0.0)
         spec = FineTuneSpec(batch_size=16, epochs=2, learning_rate=1e-3, **changes)
         losses: list[float] = []
@@ -199,15 +214,15 @@ def test_a_memory_that_is_too_small_halves_the_micro_batch_and_changes_nothing_e
             encoder,
             random_rows(40),
             spec,
-            loss,
+            task,
             seed=3,
             on_step=lambda step: losses.extend(step.losses.values()),
         )
         return report.micro_batch, losses, numpy_weights(encoder)
 
-    size, losses, whole = trained(TASK.label_loss)
+    size, losses, whole = trained(TASK)
     assert size is None
-    for found in (trained(too_much_for(5)), trained(TASK.label_loss, micro_batch=4)):
+    for found in (trained(too_much_for(5)), trained(TASK, micro_batch=4)):
         assert found[0] == 4
         np.testing.assert_allclose(found[1], losses, rtol=1e-4)
         for name, value in found[2].items():
@@ -222,9 +237,7 @@ def test_a_memory_that_is_too_small_halves_the_micro_batch_and_changes_nothing_e
 
 
 def test_another_error_is_not_taken_for_a_small_memory() -> None:
-    def broken(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
-        raise RuntimeError("something else")
-
+    broken = Broken(TASK.labels, TASK.main_metric)
     with pytest.raises(RuntimeError, match="something else"):
         fine_tune(
             tiny_encoder(),

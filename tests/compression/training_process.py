@@ -19,9 +19,8 @@ from compression.encoder import numpy_weights
 from compression.report import TrainingReport
 from compression.spec import DistillationSpec, FineTuneSpec
 from compression.supernet import subnetwork_of
-from compression.tasks import TASKS
 from compression.training import Step, Surroundings, fine_tune
-from tests.encoders import random_rows, tiny_encoder
+from tests.encoders import CLASSIFICATION, random_rows, tiny_encoder
 
 STEPS = 24  # over several epochs, with dropout, a patience that never runs out and micro-batches
 SETTINGS = {
@@ -32,7 +31,6 @@ SETTINGS = {
     "evaluate_every": 3,
     "micro_batch": 5,
 }
-TASK = TASKS["classification"]
 
 
 def checkpoints_in(folder: Path, every_seconds: float = 0.0) -> Checkpoints:
@@ -55,7 +53,7 @@ def run(
             model,
             data,
             FineTuneSpec(**SETTINGS, learning_rate=1e-2),
-            TASK.label_loss,
+            CLASSIFICATION,
             surroundings,
             seed=seed,
             on_step=on_step,
@@ -67,7 +65,7 @@ def run(
             data,
             [subnetwork_of(model.config, Fraction(width)) for width in ("1", "1/2")],
             DistillationSpec(**SETTINGS, learning_rate=1e-2),
-            TASK.logit_loss,
+            CLASSIFICATION,
             surroundings,
             seed=seed,
             on_step=on_step,
