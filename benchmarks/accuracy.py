@@ -30,7 +30,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     """All figures of one seed, with the rows that each stage got right."""
     import numpy as np
 
-    from compression.batches import Encoded, sorted_batches
+    from compression.batches import Encoded, sorted_rows
     from compression.distillation import distil
     from compression.encoder import build_encoder, numpy_weights, with_new_head
     from compression.evaluate import predict
@@ -98,8 +98,9 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     def reordered(rows: Encoded) -> object:
         scores = measure_importance(
             teacher,
-            sorted_batches(rows, batch_size=32, pad_id=config.pad_token_id),
-            task.label_loss,
+            rows,
+            sorted_rows(rows, batch_size=32),
+            task,
         )
         return build_encoder(
             learning_config(config, distillation),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +29,11 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row [rows]."""
+        return np.array([len(row) for row in self.input_ids])
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
         return Encoded(
@@ -64,20 +68,6 @@ class Batch:
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.input_ids, self.token_type_ids, self.attention_mask
-
-    def parts(self, rows: int | None) -> Iterator[Batch]:
-        """The batch in parts of at most `rows` rows, as padded as the whole; None: in one."""
-        if rows is None or rows >= len(self.rows):
-            yield self
-            return
-        for start in range(0, len(self.rows), rows):
-            fields = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
-            yield Batch(
-                **{
-                    name: None if value is None else value[start : start + rows]
-                    for name, value in fields.items()
-                }
-            )
 
 
 def pad(
@@ -144,11 +134,14 @@ def epoch_order(
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def training_batches(
-    data: Encoded, *, batch_size: int, steps: int, seed: int, pad_id: int, start: int = 0
-) -> Iterator[Batch]:
-    """Batches `start` to before `steps`, epoch after epoch; a seed gives the same ones always."""
-    lengths = np.array([len(row) for row in data.input_ids])
+def training_rows(
+    data: Encoded, *, batch_size: int, steps: int, seed: int, start: int = 0
+) -> Iterator[np.ndarray]:
+    """Row numbers of batches `start` to before `steps`, epoch after epoch.
+
+    The same seed gives the same batches, from whichever they start.
+    """
+    lengths = data.lengths
     each_epoch = -(-len(data) // batch_size)
     epoch, done = start // each_epoch, start
     while True:
@@ -157,14 +150,19 @@ def training_batches(
         for rows in order[done - epoch * each_epoch :]:
             if done == steps:
                 return
-            yield make_batch(data, rows, pad_id=pad_id)
+            yield rows
             done += 1
         epoch += 1
 
 
-def sorted_batches(data: Encoded, *, batch_size: int, pad_id: int) -> Iterator[Batch]:
-    """Every row once, shortest first: for evaluation and importance."""
-    lengths = np.array([len(row) for row in data.input_ids])
-    order = np.argsort(lengths, kind="stable")
+def sorted_rows(data: Encoded, *, batch_size: int) -> Iterator[np.ndarray]:
+    """Row numbers of batches that hold every row once, shortest first."""
+    order = np.argsort(data.lengths, kind="stable")
     for start in range(0, len(order), batch_size):
-        yield make_batch(data, order[start : start + batch_size], pad_id=pad_id)
+        yield order[start : start + batch_size]
+
+
+def sorted_batches(data: Encoded, *, batch_size: int, pad_id: int) -> Iterator[Batch]:
+    """Every row once, shortest first: for evaluation."""
+    for rows in sorted_rows(data, batch_size=batch_size):
+        yield make_batch(data, rows, pad_id=pad_id)

@@ -6,13 +6,17 @@ hidden size, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import paddle
 from paddle import Tensor
 
-from compression.batches import Batch, Encoded, sorted_batches
+from compression.batches import Batch, Encoded, make_batch, sorted_rows
 from compression.encoder import Encoder, EncoderStates
+from compression.noise import Noise
+from compression.parallel import Replicas
 from compression.report import TrainingReport
 from compression.spec import DistillationSpec
 from compression.supernet import Subnetwork
@@ -48,22 +52,23 @@ def distillation_loss(
     spec: DistillationSpec,
     task: Task,
     *,
-    share_of: Batch | None = None,
+    units: Count | None = None,
+    tokens: Count | None = None,
 ) -> Tensor:
     """lambda_rep * representation loss + lambda_logit * logit loss of one sub-network.
 
-    Of a part of a batch, with `share_of` that batch: the part's share, so that the parts' add up.
+    `units` (`Task.count`) and `tokens` are a larger batch's, where this is a part of one: the
+    parts' losses then add up to its loss.
     """
-    whole = batch if share_of is None else share_of
     loss = spec.lambda_logit * task.logit_loss(
-        student=student.logits, teacher=teacher.logits, batch=batch, total=task.count(whole)
+        student=student.logits, teacher=teacher.logits, batch=batch, total=units
     )
     if spec.lambda_rep:
         loss = loss + spec.lambda_rep * representation_loss(
             student=student.hidden,
             teacher=teacher.hidden,
             attention_mask=batch.attention_mask,
-            total=whole.attention_mask.astype("float32").sum(),
+            total=tokens,
         )
     return loss
 
@@ -79,51 +84,90 @@ def distil(
     *,
     seed: int,
     on_step: Callable[[Step], None],
+    replicas: int = 1,
 ) -> TrainingReport:
     """Trains the supernet in place.
 
     Each batch: the teacher once, without gradients; every sub-network forward and
-    backward; one optimizer step.
+    backward; one optimizer step. `replicas` threads share each batch.
     """
-    teacher.eval()
+    with Replicas(supernet, replicas) as parallel:
+        return train(
+            supernet,
+            data,
+            spec,
+            SupernetGradients(parallel, teacher, data, subnetworks, spec, task, seed),
+            surroundings,
+            seed=seed,
+            on_step=on_step,
+        )
 
-    def losses(batch: Batch, part: Batch) -> Iterator[tuple[str, Tensor]]:
+
+@dataclass(frozen=True)
+class SupernetGradients:
+    """What one step does before the optimizer: every sub-network forward and backward.
+
+    The embedding output is computed once and shared by all sub-networks (and so is its
+    dropout), and the gradients that it gets from all of them go back together.
+    """
+
+    replicas: Replicas
+    teacher: Encoder
+    data: Encoded
+    subnetworks: Sequence[Subnetwork]
+    spec: DistillationSpec
+    task: Task
+    seed: int
+
+    def __call__(
+        self, rows: np.ndarray, *, step: int, micro_batch: int | None = None
+    ) -> dict[str, float]:
+        """The losses of a batch by sub-network; the gradients are left in the supernet."""
+        whole = make_batch(self.data, rows, pad_id=self.teacher.config.pad_token_id)
+        units, tokens = self.task.count(whole), int(self.data.lengths[rows].sum())
+
+        def share(member: Encoder, part: np.ndarray) -> list[float]:
+            return self._share(member, part, units=units, tokens=tokens, step=step)
+
+        losses = self.replicas.map(share, rows, at_once=micro_batch)
+        self.replicas.gather_gradients()
+        totals = [sum(parts) for parts in zip(*losses, strict=True)]
+        return {each.name: loss for each, loss in zip(self.subnetworks, totals, strict=True)}
+
+    def _share(
+        self, supernet: Encoder, part: np.ndarray, *, units: Count, tokens: int, step: int
+    ) -> list[float]:
+        """What some rows add to each sub-network's loss, a mean over units and tokens."""
+        batch = make_batch(self.data, part, pad_id=supernet.config.pad_token_id)
         with paddle.no_grad():
-            targets = teacher.encode(*part.inputs)
-        for subnetwork in subnetworks:
-            states = supernet.encode(*part.inputs, subnetwork=subnetwork)
-            yield (
-                subnetwork.name,
-                distillation_loss(states, targets, part, spec, task, share_of=batch),
+            targets = self.teacher.encode(*batch.inputs)
+        noise = Noise([self.seed, step, int(part[0])])
+        embedded = supernet.embeddings(batch.input_ids, batch.token_type_ids, noise=noise)
+        shared = embedded.detach()
+        shared.stop_gradient = False
+        losses = []
+        for subnetwork in self.subnetworks:
+            states = supernet.encode_embedded(
+                shared, batch.attention_mask, subnetwork=subnetwork, noise=noise
             )
-
-    def gradients(batch: Batch, micro_batch: int | None) -> dict[str, float]:
-        totals = {subnetwork.name: 0.0 for subnetwork in subnetworks}
-        for part in batch.parts(micro_batch):
-            for name, loss in losses(batch, part):
-                totals[name] += float(loss)
-                loss.backward()
-        return totals
+            loss = distillation_loss(
+                states, targets, batch, self.spec, self.task, units=units, tokens=tokens
+            )
+            loss.backward()
+            losses.append(float(loss))
+        embedded.backward(shared.grad)
+        return losses
 
     @paddle.no_grad()
-    def held_out_loss(judging: Encoded) -> float:
-        """The mean over rows, of the sum over sub-networks."""
-        batches = sorted_batches(
-            judging, batch_size=spec.batch_size, pad_id=supernet.config.pad_token_id
-        )
-        return sum(
-            float(loss) * len(batch.rows) / len(judging)
-            for batch in batches
-            for _, loss in losses(batch, batch)
-        )
-
-    return train(
-        supernet,
-        data,
-        spec,
-        surroundings,
-        seed=seed,
-        gradients=gradients,
-        held_out_loss=held_out_loss,
-        on_step=on_step,
-    )
+    def judge(self, rows: np.ndarray) -> float:
+        """Mean over rows, of the sub-networks' summed losses, without dropout."""
+        data, supernet = self.data.take(rows), self.replicas.members[0]
+        total = 0.0
+        for numbers in sorted_rows(data, batch_size=self.spec.batch_size):
+            batch = make_batch(data, numbers, pad_id=supernet.config.pad_token_id)
+            targets = self.teacher.encode(*batch.inputs)
+            for subnetwork in self.subnetworks:
+                states = supernet.encode(*batch.inputs, subnetwork=subnetwork)
+                loss = distillation_loss(states, targets, batch, self.spec, self.task)
+                total += float(loss) * len(numbers) / len(rows)
+        return total

@@ -16,19 +16,15 @@ from compression.supernet import Subnetwork
 def predict(
     encoder: Encoder, data: Encoded, *, subnetwork: Subnetwork | None = None, batch_size: int = 64
 ) -> np.ndarray | list[np.ndarray]:
-    """Logits in the rows' own order, in evaluation mode (the mode is restored).
+    """Logits in the rows' own order.
 
     [rows, labels]; of a token head an array [T_i, labels] a row, padding cut off.
     """
-    was_training = encoder.training
-    encoder.eval()
     logits: list[np.ndarray] = [np.empty(0)] * len(data)
     for batch in sorted_batches(data, batch_size=batch_size, pad_id=encoder.config.pad_token_id):
         found = encoder(*batch.inputs, subnetwork=subnetwork).numpy()
         for row, own in zip(batch.rows, found, strict=True):
             logits[row] = own[: len(data.input_ids[row])] if encoder.config.head == "token" else own
-    if was_training:
-        encoder.train()
     return logits if encoder.config.head == "token" else np.stack(logits)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import paddle
 
 from compression import cost, latency, selection
-from compression.batches import Encoded, pad, sorted_batches
+from compression.batches import Encoded, pad, sorted_rows
 from compression.bundle import BundleFacts, Provenance, input_digests, write_bundle
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import Checkpoints, Saved, StageState, digest, host_facts
@@ -430,8 +430,9 @@ def rank_units(
     total = -(-len(sample) // spec.batch_size)
     importance = measure_importance(
         teacher,
-        sorted_batches(sample, batch_size=spec.batch_size, pad_id=teacher.config.pad_token_id),
-        job.task.label_loss,
+        sample,
+        sorted_rows(sample, batch_size=spec.batch_size),
+        job.task,
         on_batch=lambda done: advance(done, total),
     )
     heads = [descending(scores) for scores in importance.heads]

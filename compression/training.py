@@ -1,8 +1,8 @@
 """What both trainings share: optimizer, schedule, and the loop with what a long job needs.
 
 A training says how a batch's gradients are computed; the loop does the rest. Everything random
-in step n comes from the seed and n alone (paddle 3.3.1 does not give out the state of its CPU
-generator), so a training goes on from a checkpoint with the bits of one that never stopped.
+in step n comes from the seed and n alone, so a training goes on from a checkpoint with the bits
+of one that never stopped.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from compression.batches import Batch, Encoded, sorted_batches, training_batches
+from compression.batches import Batch, Encoded, make_batch, sorted_rows, training_rows
 from compression.checkpoint import Checkpoints, StageState
 from compression.encoder import Encoder, load_weights, numpy_weights
 from compression.errors import Interrupted, OutOfMemory, TrainingDiverged
+from compression.noise import Noise
+from compression.parallel import Replicas
 from compression.report import TrainingReport
 from compression.spec import FineTuneSpec
 from compression.tasks.base import Task
@@ -101,7 +103,7 @@ class Optimizer:
         """One update with the gradients that have been accumulated, which are then cleared."""
         self.optimizer.step()
         self.rate.step()
-        self.optimizer.clear_grad()
+        self.optimizer.clear_grad(set_to_zero=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its moments and their powers, "<parameter>.<accumulator>"; none before the first step."""
@@ -131,12 +133,21 @@ class Optimizer:
 
 
 class Gradients(Protocol):
-    """Adds one batch's gradients to the model's, and returns its losses by name.
+    """How a training computes a batch, given as numbers of rows."""
 
-    At most `micro_batch` rows are computed at once; None is the whole batch.
-    """
+    @property
+    def replicas(self) -> Replicas: ...
 
-    def __call__(self, batch: Batch, micro_batch: int | None) -> Mapping[str, float]: ...
+    def __call__(
+        self, rows: np.ndarray, *, step: int, micro_batch: int | None
+    ) -> Mapping[str, float]:
+        """Adds the batch's gradients to the model's, and returns its losses by name.
+
+        At most `micro_batch` rows are computed at once; None is the whole batch.
+        """
+
+    def judge(self, rows: np.ndarray) -> float:
+        """The mean loss of rows that are not trained on: the lower, the better."""
 
 
 @dataclass(frozen=True)
@@ -194,47 +205,37 @@ def train(
     model: Encoder,
     data: Encoded,
     schedule: Schedule,
+    gradients: Gradients,
     surroundings: Surroundings,
     *,
     seed: int,
-    gradients: Gradients,
-    held_out_loss: Callable[[Encoded], float],
     on_step: Callable[[Step], None],
 ) -> TrainingReport:
     """Trains the model in place, from the stage's checkpoint where there is one.
 
-    `held_out_loss` judges the model on rows that it is not trained on, where there is a
-    patience; the best weights are then what is left. TrainingDiverged where a loss is not
-    finite, OutOfMemory where the memory is too small and the spec leaves no smaller micro-batch,
-    Interrupted when told to stop.
+    With a patience, rows are held out to judge it, and the best weights are what is left.
+    TrainingDiverged where a loss is not finite, OutOfMemory where the memory is too small and
+    the spec leaves no smaller micro-batch, Interrupted when told to stop.
     """
-    rows, judging = held_out(len(data), schedule, seed=seed)
-    steps = step_count(schedule, len(rows))
-    every = schedule.evaluate_every or math.ceil(len(rows) / schedule.batch_size)
+    learnt, judging = held_out(len(data), schedule, seed=seed)
+    steps = step_count(schedule, len(learnt))
+    every = schedule.evaluate_every or math.ceil(len(learnt) / schedule.batch_size)
     optimizer = Optimizer(model, schedule, steps=steps)
     run = _Run.restored(surroundings.state, model, optimizer, schedule)
-    batches = training_batches(
-        data.take(rows),
-        batch_size=schedule.batch_size,
-        steps=steps,
-        seed=seed,
-        pad_id=model.config.pad_token_id,
-        start=run.step,
+    batches = training_rows(
+        data.take(learnt), batch_size=schedule.batch_size, steps=steps, seed=seed, start=run.step
     )
-    model.train()
-    for batch in batches:
-        started = time.perf_counter()
-        losses = run.losses(gradients, batch, model, schedule, surroundings, seed=seed)
-        _require_finite(losses, rows[batch.rows], surroundings, step=run.step + 1)
+    for numbers in batches:
+        started, rows = time.perf_counter(), learnt[numbers]
+        losses = run.losses(gradients, rows, schedule, surroundings)
+        _require_finite(losses, rows, surroundings, step=run.step + 1)
         optimizer.step()
         run.step += 1
         run.seconds.append(time.perf_counter() - started)
         on_step(Step(run.step, steps, losses, run.seconds[-1]))
         is_late, is_last = surroundings.is_late, run.step == steps
         if len(judging) and (is_late or is_last or run.step % every == 0):
-            model.eval()
-            run.judge(held_out_loss(data.take(judging)), model)
-            model.train()
+            run.judge(gradients.judge(judging), model)
         if run.without_gain >= (schedule.patience or math.inf):
             run.ended = "plateau"
             break
@@ -242,7 +243,6 @@ def train(
             run.ended = "time"
             break
         _save(surroundings, lambda: run.state(model, optimizer))
-    model.eval()
     if run.best is not None:
         load_weights(model, run.best)
     return TrainingReport(
@@ -302,27 +302,22 @@ class _Run:
     def losses(
         self,
         gradients: Gradients,
-        batch: Batch,
-        model: Encoder,
+        rows: np.ndarray,
         schedule: Schedule,
         surroundings: Surroundings,
-        *,
-        seed: int,
     ) -> Mapping[str, float]:
         """Of the next step, whose gradients are then the model's.
 
         Where the memory is too small the micro-batch is halved, if the spec allows it.
         """
-        step, rows = self.step + 1, len(batch.rows)
+        step = self.step + 1
         while True:
-            # A hash of both: neighbouring steps have unrelated masks.
-            paddle.seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
             try:
-                return gradients(batch, self.micro_batch)
+                return gradients(rows, step=step, micro_batch=self.micro_batch)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                size = min(self.micro_batch or rows, rows)
+                size = min(self.micro_batch or len(rows), len(rows))
                 if schedule.micro_batch != "auto" or size == 1:
                     raise OutOfMemory(
                         f"the memory is too small for {size} rows at once (step {step}, stage "
@@ -332,7 +327,7 @@ class _Run:
                     ) from error
             # Here the error is gone, and with it the frames that held the failed step's tensors.
             self.micro_batch = size // 2
-            model.clear_gradients()
+            gradients.replicas.clear_gradients()
 
     def judge(self, loss: float, model: Encoder) -> None:
         if loss < self.best_loss:
@@ -400,34 +395,52 @@ def fine_tune(
     *,
     seed: int,
     on_step: Callable[[Step], None],
+    replicas: int = 1,
 ) -> TrainingReport:
-    """Trains the encoder in place on labels."""
+    """Trains the encoder in place on labels; `replicas` threads share each batch."""
+    with Replicas(encoder, replicas) as parallel:
+        gradients = LabelGradients(parallel, data, task, spec.batch_size, seed)
+        return train(encoder, data, spec, gradients, surroundings, seed=seed, on_step=on_step)
 
-    def gradients(batch: Batch, micro_batch: int | None) -> dict[str, float]:
-        total = 0.0
-        for part in batch.parts(micro_batch):
-            value = task.label_loss(encoder(*part.inputs), part, total=task.count(batch))
-            value.backward()
-            total += float(value)
-        return {"fine-tuning": total}
+
+@dataclass(frozen=True)
+class LabelGradients:
+    """What one step of fine-tuning does before the optimizer."""
+
+    replicas: Replicas
+    data: Encoded
+    task: Task
+    batch_size: int  # of rows that are judged
+    seed: int
+
+    def __call__(
+        self, rows: np.ndarray, *, step: int, micro_batch: int | None = None
+    ) -> dict[str, float]:
+        """The batch's loss; the gradients are left in the encoder."""
+        units = self.task.count(self._batch(rows))
+
+        def share(member: Encoder, part: np.ndarray) -> float:
+            batch = self._batch(part)
+            noise = Noise([self.seed, int(part[0]), step])
+            logits = member.encode(*batch.inputs, noise=noise).logits
+            loss = self.task.label_loss(logits, batch, total=units)
+            loss.backward()
+            return float(loss)
+
+        losses = self.replicas.map(share, rows, at_once=micro_batch)
+        self.replicas.gather_gradients()
+        return {"fine-tuning": sum(losses)}
 
     @paddle.no_grad()
-    def held_out_loss(judging: Encoded) -> float:
-        batches = sorted_batches(
-            judging, batch_size=spec.batch_size, pad_id=encoder.config.pad_token_id
-        )
-        return sum(
-            float(task.label_loss(encoder(*batch.inputs), batch)) * len(batch.rows) / len(judging)
-            for batch in batches
-        )
+    def judge(self, rows: np.ndarray) -> float:
+        """Mean over rows, without dropout."""
+        encoder, total = self.replicas.members[0], 0.0
+        for numbers in sorted_rows(self.data.take(rows), batch_size=self.batch_size):
+            batch = self._batch(rows[numbers])
+            loss = self.task.label_loss(encoder(*batch.inputs), batch)
+            total += float(loss) * len(numbers) / len(rows)
+        return total
 
-    return train(
-        encoder,
-        data,
-        spec,
-        surroundings,
-        seed=seed,
-        gradients=gradients,
-        held_out_loss=held_out_loss,
-        on_step=on_step,
-    )
+    def _batch(self, rows: np.ndarray) -> Batch:
+        pad_id = self.replicas.members[0].config.pad_token_id
+        return make_batch(self.data, rows, pad_id=pad_id)

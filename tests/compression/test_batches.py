@@ -10,7 +10,7 @@ from compression.batches import (
     make_batch,
     pad,
     sorted_batches,
-    training_batches,
+    training_rows,
 )
 from tests.encoders import random_rows
 
@@ -29,8 +29,8 @@ def test_the_seed_alone_decides_the_batches() -> None:
     data = random_rows(40)
 
     def rows(seed: int) -> list[list[int]]:
-        batches = training_batches(data, batch_size=8, steps=12, seed=seed, pad_id=0)
-        return [batch.rows.tolist() for batch in batches]
+        batches = training_rows(data, batch_size=8, steps=12, seed=seed)
+        return [rows.tolist() for rows in batches]
 
     assert rows(3) == rows(3)
     assert rows(3) != rows(4)
@@ -43,22 +43,11 @@ def test_batches_go_on_from_any_step() -> None:
     data = random_rows(37)
 
     def rows(start: int) -> list[list[int]]:
-        batches = training_batches(data, batch_size=8, steps=13, seed=3, pad_id=0, start=start)
-        return [batch.rows.tolist() for batch in batches]
+        batches = training_rows(data, batch_size=8, steps=13, seed=3, start=start)
+        return [numbers.tolist() for numbers in batches]
 
     for start in (1, 4, 5, 6, 10, 12, 13):  # 5 batches an epoch
         assert rows(start) == rows(0)[start:]
-
-
-def test_the_parts_of_a_batch_hold_its_rows_in_order() -> None:
-    (batch,) = sorted_batches(random_rows(7), batch_size=7, pad_id=0)
-    assert list(batch.parts(None)) == list(batch.parts(7)) == [batch]
-    parts = list(batch.parts(3))
-    assert [len(part.rows) for part in parts] == [3, 3, 1]
-    np.testing.assert_array_equal(np.concatenate([part.rows for part in parts]), batch.rows)
-    for name in ("input_ids", "token_type_ids", "attention_mask", "labels"):
-        together = np.concatenate([getattr(part, name).numpy() for part in parts])
-        np.testing.assert_array_equal(together, getattr(batch, name).numpy())
 
 
 def test_sorted_batches_hold_every_row_once() -> None:

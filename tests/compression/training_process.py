@@ -69,6 +69,7 @@ def run(
             surroundings,
             seed=seed,
             on_step=on_step,
+            replicas=2,
         )
     return report, numpy_weights(model)
 
