@@ -21,15 +21,7 @@ from pydantic import Field
 from compression import cost
 from compression.errors import InvalidDataset, InvalidSpec
 from compression.report import METRIC_NAMES
-from compression.spec import (
-    DistillationSpec,
-    FinalSpec,
-    FineTuneSpec,
-    Format,
-    Frozen,
-    Spec,
-    WidthMult,
-)
+from compression.spec import DistillationSpec, FineTuneSpec, Format, Frozen, Spec, WidthMult
 from compression.supernet import subnetwork_name
 from compression.tables import (
     LABELLED_SPLITS,
@@ -593,7 +585,7 @@ def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
     return {"teacher": predicted["teacher"] * share, "distil": distilled * share, "final": left}
 
 
-def _trained_rows(training: FineTuneSpec | DistillationSpec | FinalSpec, rows: int) -> int:
+def _trained_rows(training: FineTuneSpec | DistillationSpec, rows: int) -> int:
     steps = math.ceil(rows / training.batch_size * training.epochs)
     if training.max_steps is not None:
         steps = min(steps, training.max_steps)

@@ -296,6 +296,7 @@ def test_chinese_rows_of_several_labels_with_unlabelled_ones_and_a_last_fine_tun
         assert answer["labels"] == above
     card = (tmp_path / "w1_2" / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "multi-label classifier" in card
+    assert "fine-tuned together on the labels of train" in card
     assert "| micro F1 on dev |" in card
     assert "| exact match on dev |" in card
     assert "ccuracy" not in card

@@ -57,6 +57,7 @@ def run(
             surroundings,
             seed=seed,
             on_step=on_step,
+            replicas=2,
         )
     else:
         report = distil(
@@ -69,6 +70,7 @@ def run(
             surroundings,
             seed=seed,
             on_step=on_step,
+            replicas=2,
         )
     return report, numpy_weights(model)
 
