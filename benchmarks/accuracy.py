@@ -37,15 +37,15 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     from compression.importance import measure_importance
     from compression.pipeline import learning_config
     from compression.reorder import descending, reorder
-    from compression.spec import DistillationSpec, FineTuneSpec
+    from compression.spec import DistillationSpec, FineTuneSpec, TaskSpec
     from compression.supernet import subnetwork_of
     from compression.tables import read_splits
-    from compression.tasks import TASKS
+    from compression.tasks import make_task
     from compression.teachers import read_checkpoint
     from compression.tokenization import encode, load_tokenizer
     from compression.training import fine_tune, step_count
 
-    task = TASKS["classification"]
+    task = make_task(TaskSpec(), ("0", "1"))
     checkpoint = read_checkpoint(args.model)
     tokenizer = load_tokenizer(args.model)
     splits = {}
@@ -69,7 +69,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     def after_step(done: int, total: int, loss: float) -> None:
         nonlocal best
         if done % epoch_steps == 0 or done == total:
-            epochs.append(task.metric(predict(teacher, holdout), holdout.labels))
+            epochs.append(task.score(predict(teacher, holdout), holdout))
             log(seed, f"teacher step {done}/{total}, hold-out {epochs[-1]:.4f}")
             if epochs[-1] > best[0]:
                 best = (epochs[-1], numpy_weights(teacher))

@@ -42,13 +42,13 @@ def main() -> None:
     import numpy as np
     import paddle
 
-    from compression.batches import Batch, Encoded, epoch_order, make_batch, pad
+    from compression.batches import Batch, Encoded, epoch_order, make_batch
     from compression.distillation import distillation_loss
     from compression.encoder import build_encoder, with_new_head
-    from compression.spec import DistillationSpec
+    from compression.spec import DistillationSpec, TaskSpec
     from compression.supernet import subnetwork_of
     from compression.tables import read_splits
-    from compression.tasks import TASKS
+    from compression.tasks import make_task
     from compression.teachers import read_checkpoint
     from compression.tokenization import encode, load_tokenizer
     from compression.training import Optimizer
@@ -69,9 +69,7 @@ def main() -> None:
     random = generator.permutation(len(data))[: (args.rounds + 1) * BATCH].reshape(-1, BATCH)
 
     def padded(numbers: np.ndarray) -> Batch:
-        arrays = pad(data, numbers, pad_id=config.pad_token_id, length=PADDED)
-        tensors = {name: paddle.to_tensor(value) for name, value in arrays.items()}
-        return Batch(**tensors, labels=paddle.to_tensor(data.labels[numbers]), rows=numbers)
+        return make_batch(data, numbers, pad_id=config.pad_token_id, length=PADDED)
 
     teacher, supernet = build_encoder(config, weights), build_encoder(config, weights)
     teacher.eval()
@@ -79,7 +77,7 @@ def main() -> None:
     spec = DistillationSpec()
     optimizer = Optimizer(supernet, spec, steps=1000)
     subnetworks = [subnetwork_of(config, Fraction(width)) for width in WIDTHS]
-    logit_loss = TASKS["classification"].logit_loss
+    logit_loss = make_task(TaskSpec(), ("0", "1")).logit_loss
 
     def step(batch: Batch) -> float:
         started = time.perf_counter()
@@ -87,7 +85,7 @@ def main() -> None:
             targets = teacher.encode(*batch.inputs)
         for subnetwork in subnetworks:
             states = supernet.encode(*batch.inputs, subnetwork=subnetwork)
-            distillation_loss(states, targets, batch.attention_mask, spec, logit_loss).backward()
+            distillation_loss(states, targets, batch, spec, logit_loss).backward()
         optimizer.step()
         return time.perf_counter() - started
 

@@ -27,6 +27,7 @@ from pydantic import Field
 
 from compression.export import EXPORTERS, INPUTS, OUTPUT, sha256_of
 from compression.report import (
+    METRIC_NAMES,
     DatasetReport,
     FileReport,
     FormatReport,
@@ -117,7 +118,11 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str,
         "output": {
             "name": OUTPUT,  # in ONNX; Paddle Inference numbers its one output
             "dtype": "float32",
-            "shape": ["batch", len(dataset.label_names)],
+            "shape": [
+                "batch",
+                *(["length"] if facts.spec.task.head == "token" else []),
+                len(dataset.label_names),
+            ],
         },
         "formats": {
             report.format: {
@@ -134,9 +139,13 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str,
             if report.published
         },
         "metrics": {
-            "metric": "accuracy",
+            "metric": facts.spec.task.main_metric,
             "teacher": {"dev": teacher.accuracy, "test": teacher.test_accuracy},
             "subnetwork": {"dev": subnetwork.accuracy, "test": subnetwork.test_accuracy},
+            "all_on_dev": {
+                "teacher": dict(teacher.metrics),
+                "subnetwork": dict(subnetwork.metrics),
+            },
             "accuracy_drop_points": subnetwork.accuracy_drop,
             "parameters": subnetwork.parameters,
             "teacher_parameters": teacher.parameters,
@@ -162,6 +171,7 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str,
 def model_card(facts: BundleFacts) -> str:
     """The card, in Markdown: what it is, from what, how good, how fast, and what it is not."""
     subnetwork, teacher, dataset = facts.subnetwork, facts.teacher, facts.dataset
+    metric = METRIC_NAMES[facts.spec.task.main_metric]
     labels = ", ".join(_code(label) for label in dataset.label_names)
     pair = f" and {_code(dataset.text_pair)}" if dataset.text_pair else ""
     made = (
@@ -180,16 +190,21 @@ def model_card(facts: BundleFacts) -> str:
         _table(
             ("", "this model", "teacher"),
             [
-                ("accuracy on dev", _accuracy(subnetwork.accuracy), _accuracy(teacher.accuracy)),
+                (f"{metric} on dev", _figure(subnetwork.accuracy), _figure(teacher.accuracy)),
                 (
-                    "accuracy on test",
-                    _accuracy(subnetwork.test_accuracy),
-                    _accuracy(teacher.test_accuracy),
+                    f"{metric} on test",
+                    _figure(subnetwork.test_accuracy),
+                    _figure(teacher.test_accuracy),
+                ),
+                *(
+                    (f"{METRIC_NAMES[name]} on dev", _figure(value), _figure(teacher.metrics[name]))
+                    for name, value in subnetwork.metrics.items()
+                    if name != facts.spec.task.main_metric
                 ),
                 ("parameters", f"{subnetwork.parameters:,}", f"{teacher.parameters:,}"),
             ],
         ),
-        _drop(subnetwork.accuracy_drop),
+        _drop(subnetwork.accuracy_drop, metric),
         "## How fast it is, and whether the files agree",
         _table(
             (
@@ -223,11 +238,12 @@ def model_card(facts: BundleFacts) -> str:
         *(f"- {_plain(note)}" for note in dataset.notes),
         "## Limits",
         f"- This sub-network was {'' if subnetwork.selected else 'not '}chosen. The choice is made "
-        "by accuracy on dev, so dev flatters the chosen one a little. Test, where there is one, is "
-        "never used to choose, and only the chosen one is measured on it.",
+        f"by {metric} on dev, so dev flatters the chosen one a little. Test, where there is one, "
+        "is never used to choose, and only the chosen one is measured on it.",
         "- Point estimates of one run with one seed: a difference of a point may be noise on a "
         "split of this size.",
-        "- Accuracy is the share of all rows; it says nothing about single groups of rows. "
+        f"- {metric[0].upper()}{metric[1:]} is of all rows together; it says nothing about single "
+        "groups of rows. "
         "Compare the two models on those that matter to you.",
         f"- Inputs longer than {facts.spec.task.max_seq_len} tokens are cut.",
         "- Whatever the uploaded model and the dataset got wrong, this model has learnt too. "
@@ -332,15 +348,14 @@ def _missing_formats(formats: Sequence[FormatReport]) -> list[str]:
     ]
 
 
-def _drop(points: float) -> str:
-    if points > 0:
-        return f"On dev it is {points:.2f} points below the teacher."
-    if points < 0:
-        return f"On dev it is {-points:.2f} points above the teacher."
-    return "On dev it is as accurate as the teacher."
+def _drop(points: float, metric: str) -> str:
+    if points == 0:
+        return f"On dev its {metric} is that of the teacher."
+    where = "below" if points > 0 else "above"
+    return f"On dev its {metric} is {abs(points):.2f} points {where} the teacher's."
 
 
-def _accuracy(value: float | None) -> str:
+def _figure(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
 
 

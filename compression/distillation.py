@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import paddle
 from paddle import Tensor
 
-from compression.batches import Encoded, training_batches
+from compression.batches import Batch, Encoded, training_batches
 from compression.encoder import Encoder, EncoderStates
 from compression.spec import DistillationSpec
 from compression.supernet import Subnetwork
+from compression.tasks.base import Count
 from compression.training import Optimizer, finite, step_count
 
-LogitLoss = Callable[..., Tensor]  # (*, student [B, C], teacher [B, C]) -> scalar
+LogitLoss = Callable[..., Tensor]  # Task.logit_loss: (*, student, teacher, batch) -> scalar
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,18 @@ class StepReport:
 
 
 def representation_loss(
-    *, student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor
+    *,
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    attention_mask: Tensor,
+    total: Count | None = None,
 ) -> Tensor:
-    """Sum over states of the mean squared difference over real tokens; states [B, T, H]."""
+    """Sum over states of the mean squared difference over real tokens; states [B, T, H].
+
+    `total` are the tokens to divide by, where this is a part of a larger batch.
+    """
     mask = attention_mask.astype("float32").unsqueeze(-1)  # [B, T, 1]
-    units = mask.sum() * student[0].shape[-1]
+    units = (mask.sum() if total is None else total) * student[0].shape[-1]
     return sum(
         ((own - other).square() * mask).sum() / units
         for own, other in zip(student, teacher, strict=True)
@@ -47,15 +55,17 @@ def representation_loss(
 def distillation_loss(
     student: EncoderStates,
     teacher: EncoderStates,
-    attention_mask: Tensor,
+    batch: Batch,
     spec: DistillationSpec,
     logit_loss: LogitLoss,
 ) -> Tensor:
     """lambda_rep * representation loss + lambda_logit * logit loss of one sub-network."""
-    loss = spec.lambda_logit * logit_loss(student=student.logits, teacher=teacher.logits)
+    loss = spec.lambda_logit * logit_loss(
+        student=student.logits, teacher=teacher.logits, batch=batch
+    )
     if spec.lambda_rep:
         loss = loss + spec.lambda_rep * representation_loss(
-            student=student.hidden, teacher=teacher.hidden, attention_mask=attention_mask
+            student=student.hidden, teacher=teacher.hidden, attention_mask=batch.attention_mask
         )
     return loss
 
@@ -95,7 +105,7 @@ def distil(
         losses = {}
         for subnetwork in subnetworks:
             states = supernet.encode(*batch.inputs, subnetwork=subnetwork)
-            loss = distillation_loss(states, targets, batch.attention_mask, spec, logit_loss)
+            loss = distillation_loss(states, targets, batch, spec, logit_loss)
             losses[subnetwork.name] = finite(float(loss), stage="distillation", step=done)
             loss.backward()
         optimizer.step()

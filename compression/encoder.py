@@ -17,6 +17,7 @@ from paddle import Tensor, nn
 
 from compression.elastic import ElasticAttention, ElasticFeedForward
 from compression.errors import InvalidModel
+from compression.spec import Head
 from compression.supernet import Subnetwork
 from compression.teachers.config import EncoderConfig
 
@@ -29,7 +30,7 @@ class EncoderStates:
     """`hidden[0]` is the embedding output, `hidden[i]` layer i's output, each [B, T, H]."""
 
     hidden: list[Tensor]
-    logits: Tensor  # [B, labels]
+    logits: Tensor  # [B, labels]; of a token head [B, T, labels]
 
 
 class Embeddings(nn.Layer):
@@ -88,7 +89,8 @@ class Encoder(nn.Layer):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.LayerList([Layer(config, i) for i in range(config.layers)])
-        self.pooler = nn.Linear(config.hidden, config.hidden)
+        if config.head == "sequence":
+            self.pooler = nn.Linear(config.hidden, config.hidden)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.classifier = nn.Linear(config.hidden, config.num_labels)
 
@@ -118,8 +120,9 @@ class Encoder(nn.Layer):
                 gates=head_gates[i] if head_gates is not None else None,
             )
             hidden.append(x)
-        pooled = paddle.tanh(self.pooler(x[:, 0]))  # [B, H], of the first token
-        return EncoderStates(hidden, self.classifier(self.dropout(pooled)))
+        if self.config.head == "sequence":
+            x = paddle.tanh(self.pooler(x[:, 0]))  # [B, T, H] -> [B, H], of the first token
+        return EncoderStates(hidden, self.classifier(self.dropout(x)))
 
     def forward(
         self,
@@ -128,7 +131,7 @@ class Encoder(nn.Layer):
         attention_mask: Tensor,
         subnetwork: Subnetwork | None = None,
     ) -> Tensor:
-        """The logits [B, labels]."""
+        """The logits [B, labels]; of a token head [B, T, labels]."""
         states = self.encode(input_ids, token_type_ids, attention_mask, subnetwork=subnetwork)
         return states.logits
 
@@ -155,17 +158,26 @@ def build_encoder(config: EncoderConfig, tensors: Mapping[str, np.ndarray]) -> E
 
 
 def with_new_head(
-    config: EncoderConfig, tensors: Mapping[str, np.ndarray], *, num_labels: int, seed: int
+    config: EncoderConfig,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    num_labels: int,
+    head: Head = "sequence",
+    seed: int,
 ) -> tuple[EncoderConfig, dict[str, np.ndarray]]:
-    """The checkpoint with a fresh classifier (and pooler, where it has none), seeded."""
+    """The checkpoint with a fresh classifier (and the pooler that its head needs), seeded."""
     generator = np.random.default_rng(seed)
     hidden = config.hidden
-    new = dict(tensors)
-    if "pooler.weight" not in new:
+    new = {
+        name: value
+        for name, value in tensors.items()
+        if head == "sequence" or not name.startswith("pooler.")
+    }
+    if head == "sequence" and "pooler.weight" not in new:
         new["pooler.weight"] = generator.normal(0, INITIAL_STD, (hidden, hidden)).astype(np.float32)
         new["pooler.bias"] = np.zeros(hidden, np.float32)
     new["classifier.weight"] = generator.normal(0, INITIAL_STD, (hidden, num_labels)).astype(
         np.float32
     )
     new["classifier.bias"] = np.zeros(num_labels, np.float32)
-    return dataclasses.replace(config, num_labels=num_labels), new
+    return dataclasses.replace(config, num_labels=num_labels, head=head), new

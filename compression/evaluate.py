@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import paddle
 
@@ -13,13 +15,36 @@ from compression.supernet import Subnetwork
 @paddle.no_grad()
 def predict(
     encoder: Encoder, data: Encoded, *, subnetwork: Subnetwork | None = None, batch_size: int = 64
-) -> np.ndarray:
-    """Logits [rows, labels] in the rows' own order, in evaluation mode (the mode is restored)."""
+) -> np.ndarray | list[np.ndarray]:
+    """Logits in the rows' own order, in evaluation mode (the mode is restored).
+
+    [rows, labels]; of a token head an array [T_i, labels] a row, padding cut off.
+    """
     was_training = encoder.training
     encoder.eval()
-    logits = np.empty((len(data), encoder.config.num_labels or 0), np.float32)
+    logits: list[np.ndarray] = [np.empty(0)] * len(data)
     for batch in sorted_batches(data, batch_size=batch_size, pad_id=encoder.config.pad_token_id):
-        logits[batch.rows] = encoder(*batch.inputs, subnetwork=subnetwork).numpy()
+        found = encoder(*batch.inputs, subnetwork=subnetwork).numpy()
+        for row, own in zip(batch.rows, found, strict=True):
+            logits[row] = own[: len(data.input_ids[row])] if encoder.config.head == "token" else own
     if was_training:
         encoder.train()
-    return logits
+    return logits if encoder.config.head == "token" else np.stack(logits)
+
+
+def largest_difference(
+    one: np.ndarray | Sequence[np.ndarray], other: np.ndarray | Sequence[np.ndarray]
+) -> float:
+    """Largest |difference| of two predictions of the same rows."""
+    return max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
+
+
+def padded_logits(predictions: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """One array: [rows, labels], or of a token head [rows, T, labels] with zeros at padding."""
+    if isinstance(predictions, np.ndarray):
+        return predictions
+    shape = (len(predictions), max(map(len, predictions)), predictions[0].shape[-1])
+    padded = np.zeros(shape, np.float32)
+    for i, own in enumerate(predictions):
+        padded[i, : len(own)] = own
+    return padded

@@ -24,7 +24,7 @@ class Importance:
 def measure_importance(
     encoder: Encoder,
     batches: Iterable[Batch],
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[[Tensor, Batch], Tensor],
     *,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Importance:
@@ -57,7 +57,7 @@ def measure_importance(
             )
         ]
         # paddle.grad returns this batch's gradients alone: nothing is left to accumulate.
-        gradients = paddle.grad(loss(states.logits, batch.labels), [*gates, *units, *norms])
+        gradients = paddle.grad(loss(states.logits, batch), [*gates, *units, *norms])
         for i in range(config.layers):
             heads[i] += np.abs(gradients[i].numpy())
             w_in, b_in, w_out = units[3 * i : 3 * i + 3]

@@ -22,10 +22,10 @@ from compression.bundle import BundleFacts, Provenance, input_digests, write_bun
 from compression.distillation import StepReport, distil
 from compression.encoder import Encoder, build_encoder, numpy_weights, with_new_head
 from compression.errors import DeviceUnavailable
-from compression.evaluate import predict
+from compression.evaluate import largest_difference, padded_logits, predict
 from compression.export import Exported, export_formats, format_report, verify
 from compression.importance import measure_importance
-from compression.plan import Examples, Plan, make_plan, model_info, resolve_rows
+from compression.plan import Plan, make_plan, model_info, resolve_rows
 from compression.reorder import descending, reorder
 from compression.report import (
     STAGES,
@@ -42,10 +42,10 @@ from compression.runtime_env import cpu_name
 from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.tables import LABELLED_SPLITS, Columns, profile, read_splits, shared_rows
-from compression.tasks import TASKS, Task
+from compression.tasks import Task, make_task
 from compression.teachers import Checkpoint, read_checkpoint
 from compression.teachers.config import EncoderConfig
-from compression.tokenization import encode, load_tokenizer, save_tokenizer
+from compression.tokenization import load_tokenizer, save_tokenizer
 from compression.training import fine_tune
 
 PARITY_ROWS = 64
@@ -80,7 +80,8 @@ def compress(
     with stages("teacher") as advance:
         teacher, fine_tuned_steps = make_teacher(job, advance)
         teacher_logits = predict(teacher, job.splits["dev"])
-        teacher_accuracy = job.task.metric(teacher_logits, job.splits["dev"].labels)
+        teacher_metrics = job.task.metrics(teacher_logits, job.splits["dev"])
+        teacher_accuracy = teacher_metrics[job.task.main_metric]
         advance(1, 1, accuracy=teacher_accuracy)
     with stages("importance") as advance:
         head_orders, neuron_orders = rank_units(job, teacher, advance)
@@ -90,7 +91,7 @@ def compress(
             learning_config(teacher.config, spec.distillation),
             reorder(teacher.config, weights, head_orders=head_orders, neuron_orders=neuron_orders),
         )
-        reorder_max_abs = float(np.abs(predict(supernet, job.splits["dev"]) - teacher_logits).max())
+        reorder_max_abs = largest_difference(predict(supernet, job.splits["dev"]), teacher_logits)
         advance(1, 1, max_abs=reorder_max_abs)
     subnetworks = [subnetwork_of(supernet.config, each.width_mult) for each in job.plan.subnetworks]
     with stages("distil") as advance:
@@ -98,11 +99,12 @@ def compress(
             job, supernet, teacher, subnetworks, advance
         )
     with stages("evaluate") as advance:
-        accuracies = []
+        metrics = []
         for i, subnetwork in enumerate(subnetworks, start=1):
             logits = predict(supernet, job.splits["dev"], subnetwork=subnetwork)
-            accuracies.append(job.task.metric(logits, job.splits["dev"].labels))
-            advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracies[-1])
+            metrics.append(job.task.metrics(logits, job.splits["dev"]))
+            accuracy = metrics[-1][job.task.main_metric]
+            advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
     with stages("export") as advance:
         weights = numpy_weights(supernet)
         exported = {}
@@ -137,11 +139,12 @@ def compress(
                 ffn=subnetwork.ffn,
                 parameters=cost.parameters(config),
                 flops=cost.flops(config, job.seq_len),
-                accuracy=accuracy,
-                accuracy_drop=100 * (teacher_accuracy - accuracy),
+                accuracy=own_metrics[job.task.main_metric],
+                accuracy_drop=100 * (teacher_accuracy - own_metrics[job.task.main_metric]),
+                metrics=own_metrics,
                 formats=with_latency(subnetwork.name, formats[subnetwork.name], measured),
             )
-            for subnetwork, accuracy in zip(subnetworks, accuracies, strict=True)
+            for subnetwork, own_metrics in zip(subnetworks, metrics, strict=True)
             for config in [supernet.config.narrowed(subnetwork.width_mult)]
         ]
         chosen = selection.select(selection.candidates(reports), spec.constraints)
@@ -152,6 +155,7 @@ def compress(
         advance(1, 1, chosen.reason, subnetwork=chosen.subnetwork, format=chosen.format)
         report = CompressionReport(
             spec=spec,
+            main_metric=job.task.main_metric,
             dataset=DatasetReport(
                 rows={split: len(rows) for split, rows in job.splits.items()},
                 labels=job.plan.labels,
@@ -167,6 +171,7 @@ def compress(
                 fine_tuned_steps=fine_tuned_steps,
                 parameters=cost.parameters(teacher.config),
                 accuracy=teacher_accuracy,
+                metrics=teacher_metrics,
                 test_accuracy=test_accuracy(job, teacher, None),
                 formats=tuple(
                     FormatReport(
@@ -277,18 +282,18 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
     tokenizer = load_tokenizer(model_dir)
     tables = read_splits(dataset_dir)
     plan = make_plan(spec, model_info(checkpoint), profile(tables))
-
-    def tokenised(rows: Examples) -> Encoded:
-        encoded = encode(tokenizer, rows.texts, rows.pairs, spec.task.max_seq_len)
-        return Encoded([ids for ids, _ in encoded], [types for _, types in encoded], rows.labels)
-
+    task = make_task(spec.task, plan.labels)
     examples = resolve_rows(spec, plan, tables, spec.seed)
-    splits = {split: tokenised(examples[split]) for split in LABELLED_SPLITS if split in examples}
+    splits = {
+        split: task.encode(tokenizer, examples[split], spec.task.max_seq_len)
+        for split in LABELLED_SPLITS
+        if split in examples
+    }
     dev_lengths = [len(ids) for ids in splits["dev"].input_ids]
     return Job(
         spec=spec,
         plan=plan,
-        task=TASKS[spec.task.kind],
+        task=task,
         checkpoint=checkpoint,
         splits=splits,
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
@@ -304,7 +309,11 @@ def make_teacher(job: Job, advance: Advance) -> tuple[Encoder, int]:
         teacher.eval()
         return teacher, 0
     config, tensors = with_new_head(
-        config, tensors, num_labels=len(job.plan.labels), seed=job.spec.seed
+        config,
+        tensors,
+        num_labels=len(job.plan.label_names),
+        head=job.spec.task.head,
+        seed=job.spec.seed,
     )
     teacher = build_encoder(config, tensors)
     steps = fine_tune(
@@ -400,7 +409,7 @@ def pass_parity_gate(
     folder.mkdir(parents=True)
     batch, reference = folder / "batch.npz", folder / "reference.npz"
     np.savez(batch, **pad(rows, range(len(rows)), pad_id=supernet.config.pad_token_id))
-    np.savez(reference, logits=predict(supernet, rows, subnetwork=subnetwork))
+    np.savez(reference, logits=padded_logits(predict(supernet, rows, subnetwork=subnetwork)))
     reports = []
     for fmt, files in exported.items():
         parity = None
@@ -465,7 +474,7 @@ def test_accuracy(job: Job, encoder: Encoder, subnetwork: Subnetwork | None) -> 
     rows = job.splits.get("test")
     if rows is None:
         return None
-    return job.task.metric(predict(encoder, rows, subnetwork=subnetwork), rows.labels)
+    return job.task.score(predict(encoder, rows, subnetwork=subnetwork), rows)
 
 
 def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) -> SubnetworkReport:

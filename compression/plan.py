@@ -173,7 +173,8 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
     fine_tune = _fine_tune(spec, model)
     labels, label_names = _label_order(spec, model, [v.value for v in values], fine_tune=fine_tune)
     _check_lengths(spec, encoder, pair=columns.text_pair is not None)
-    configs = _narrowed(spec, model, dataclasses.replace(encoder, num_labels=len(labels)))
+    full = dataclasses.replace(encoder, num_labels=len(label_names), head=spec.task.head)
+    configs = _narrowed(spec, model, full)
     rows = {split: dataset.splits[split].rows for split in SPLITS if split in dataset.splits}
     dev_from_train = "dev" not in rows
     if dev_from_train:
@@ -202,7 +203,6 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
         )
         for width, config in configs.items()
     )
-    full = dataclasses.replace(encoder, num_labels=len(labels))
     return Plan(
         subnetworks=subnetworks,
         text=columns.text,

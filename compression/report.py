@@ -43,6 +43,13 @@ STAGES = (
 )
 
 
+METRIC_NAMES: Mapping[str, str] = {  # what people call them
+    "accuracy": "accuracy",
+}
+MAIN_METRIC = "The report's `main_metric` on dev, whatever it is; at most 1."
+METRICS = "Every metric of the task on dev, by name."
+
+
 class LatencyReport(Frozen):
     """Milliseconds a call on the CPU, with `threads` threads, whatever trained the model.
 
@@ -96,11 +103,13 @@ class SubnetworkReport(Frozen):
     ffn: tuple[int, ...]
     parameters: int
     flops: int = Field(description="Multiply-adds times two, one row of the latency spec's length.")
-    accuracy: float = Field(description="Main metric on dev, 0..1.")
+    accuracy: float = Field(description=MAIN_METRIC)
     accuracy_drop: float = Field(
-        description="Points lost against the teacher on dev; negative is a gain."
+        description="Points (hundredths) of the main metric lost against the teacher on dev; "
+        "negative is a gain."
     )
-    test_accuracy: float | None = None
+    test_accuracy: float | None = Field(None, description="The main metric on test.")
+    metrics: Mapping[str, float] = Field({}, description=METRICS)
     formats: tuple[FormatReport, ...] = ()
     pareto: bool = False
     selected: bool = False
@@ -110,8 +119,9 @@ class TeacherReport(Frozen):
     family: str
     fine_tuned_steps: int
     parameters: int
-    accuracy: float
-    test_accuracy: float | None = None
+    accuracy: float = Field(description=MAIN_METRIC)
+    test_accuracy: float | None = Field(None, description="The main metric on test.")
+    metrics: Mapping[str, float] = Field({}, description=METRICS)
     formats: tuple[FormatReport, ...] = ()
 
 
@@ -153,6 +163,9 @@ class DatasetReport(Frozen):
 
 class CompressionReport(Frozen):
     spec: Spec
+    main_metric: str = Field(
+        "accuracy", description="What accuracy and accuracy_drop are measured in."
+    )
     dataset: DatasetReport
     teacher: TeacherReport
     reorder_max_abs: float = Field(description="Largest logit change of reordering at full width.")

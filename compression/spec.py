@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -65,6 +66,7 @@ def _unicode(value: str) -> str:
 
 Text = Annotated[str, AfterValidator(_unicode)]
 Format = Literal["safetensors", "paddle", "onnx"]
+Head = Literal["sequence", "token"]  # classifies the pooled first token, or every token
 SERVED_FORMATS: tuple[Format, ...] = ("paddle", "onnx")  # those that a runtime serves
 
 
@@ -80,10 +82,30 @@ class _Asked(Frozen):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
+class TaskKind(NamedTuple):
+    """`head`: what the classifier reads. `metrics`: what is reported, the default main one first.
+
+    Every metric is better when larger and lies in [-1, 1]; a point is a hundredth of it.
+    """
+
+    head: Head
+    metrics: tuple[str, ...]
+
+
+TASK_KINDS: Mapping[str, TaskKind] = {
+    "classification": TaskKind("sequence", ("accuracy",)),
+}
+
+
 class TaskSpec(_Asked):
     """What the model predicts, and which columns hold it. Columns not named are guessed."""
 
     kind: Literal["classification"] = "classification"
+    metric: Text | None = Field(
+        None,
+        description="The main metric, which the accuracy drop is measured in; by default the "
+        "first of the task's.",
+    )
     text: Text | None = Field(None, description="Column of the (first) sentence.")
     text_pair: Text | None = Field(None, description="Column of the second sentence, for pairs.")
     label: Text | None = Field(None, description="Column of the label.")
@@ -93,6 +115,21 @@ class TaskSpec(_Asked):
         "dataset's labels are neither the model's label names nor their numbers.",
     )
     max_seq_len: int = Field(128, ge=8, le=512, description="Tokens; longer rows are cut.")
+
+    @property
+    def main_metric(self) -> str:
+        return self.metric or TASK_KINDS[self.kind].metrics[0]
+
+    @property
+    def head(self) -> Head:
+        return TASK_KINDS[self.kind].head
+
+    @model_validator(mode="after")
+    def _known_metric(self) -> TaskSpec:
+        known = TASK_KINDS[self.kind].metrics
+        if self.metric is not None and self.metric not in known:
+            raise ValueError(f"a {self.kind} task has the metrics {', '.join(known)}")
+        return self
 
 
 class FineTuneSpec(_Asked):

@@ -88,7 +88,7 @@ def fine_tune(
     encoder: Encoder,
     data: Encoded,
     spec: FineTuneSpec,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[[Tensor, Batch], Tensor],
     *,
     seed: int,
     on_step: Callable[[int, int, float], None],
@@ -102,7 +102,7 @@ def fine_tune(
     )
     encoder.train()
     for done, batch in enumerate(batches, start=1):
-        value = loss(encoder(*batch.inputs), batch.labels)
+        value = loss(encoder(*batch.inputs), batch)
         scalar = finite(float(value), stage="fine-tuning", step=done)
         value.backward()
         optimizer.step()

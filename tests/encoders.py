@@ -9,7 +9,11 @@ import paddle
 
 from compression.batches import Encoded
 from compression.encoder import Encoder, build_encoder
+from compression.spec import TaskSpec
+from compression.tasks import make_task
 from compression.teachers.config import EncoderConfig
+
+CLASSIFICATION = make_task(TaskSpec(), ("0", "1", "2"))
 
 
 def tiny_config(**changes: Any) -> EncoderConfig:

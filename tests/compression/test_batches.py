@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from compression.batches import epoch_order, pad, sorted_batches, training_batches
+from compression.batches import (
+    Encoded,
+    epoch_order,
+    make_batch,
+    pad,
+    sorted_batches,
+    training_batches,
+)
 from tests.encoders import random_rows
 
 
@@ -49,3 +56,16 @@ def test_pad_marks_real_tokens() -> None:
     ]
     assert (arrays["input_ids"][arrays["attention_mask"] == 0] == 9).all()
     assert arrays["input_ids"][0, : len(data.input_ids[2])].tolist() == data.input_ids[2]
+
+
+def test_labels_of_tokens_are_padded_with_their_row_and_taken_with_it() -> None:
+    data = random_rows(3)
+    labels = [np.arange(1, len(row) + 1) for row in data.input_ids]
+    mask = [own > 1 for own in labels]
+    tagged = Encoded(data.input_ids, data.token_type_ids, labels, mask).take([2, 0])
+    batch = make_batch(tagged, [1], pad_id=0, length=20)
+    length = len(data.input_ids[0])
+    assert batch.labels.numpy().tolist() == [[*range(1, length + 1), *[0] * (20 - length)]]
+    assert batch.label_mask.numpy().tolist() == [[0, *[1] * (length - 1), *[0] * (20 - length)]]
+    bare = make_batch(Encoded(data.input_ids, data.token_type_ids, None), [1], pad_id=0)
+    assert (bare.labels, bare.label_mask) == (None, None)

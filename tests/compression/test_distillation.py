@@ -8,28 +8,26 @@ import numpy as np
 import paddle
 import pytest
 
-from compression.batches import pad
+from compression.batches import make_batch
 from compression.distillation import distil, distillation_loss, representation_loss
 from compression.encoder import numpy_weights
 from compression.evaluate import predict
 from compression.spec import DistillationSpec
 from compression.supernet import subnetwork_of
-from compression.tasks import TASKS
-from compression.tasks.classification import logit_loss
-from tests.encoders import as_tensors, clear, gradients, random_rows, tiny_encoder
+from tests.encoders import CLASSIFICATION, clear, gradients, random_rows, tiny_encoder
 
 SPEC = DistillationSpec()
 
 
 def loss_and_gradients(length: int | None) -> tuple[float, dict[str, np.ndarray]]:
     student, teacher, data = tiny_encoder(1), tiny_encoder(2), random_rows(6)
-    inputs = as_tensors(pad(data, range(6), pad_id=0, length=length))
+    batch = make_batch(data, range(6), pad_id=0, length=length)
     with paddle.no_grad():
-        targets = teacher.encode(*inputs)
+        targets = teacher.encode(*batch.inputs)
     half = subnetwork_of(student.config, Fraction(1, 2))
     clear(student)
-    states = student.encode(*inputs, subnetwork=half)
-    loss = distillation_loss(states, targets, inputs[2], SPEC, logit_loss)
+    states = student.encode(*batch.inputs, subnetwork=half)
+    loss = distillation_loss(states, targets, batch, SPEC, CLASSIFICATION.logit_loss)
     loss.backward()
     return float(loss), gradients(student)
 
@@ -59,28 +57,30 @@ def test_the_representation_loss_is_a_mean_over_real_tokens_and_units() -> None:
 
 
 def test_the_logit_loss_has_a_gradient_and_its_minimum_at_the_teacher() -> None:
+    batch = make_batch(random_rows(1), [0], pad_id=0)
     teacher = paddle.to_tensor([[2.0, -1.0, 0.5]])
     student = paddle.to_tensor([[0.0, 0.0, 0.0]], stop_gradient=False)
-    logit_loss(student=student, teacher=teacher).backward()
+    CLASSIFICATION.logit_loss(student=student, teacher=teacher, batch=batch).backward()
     expected = np.full(3, 1 / 3) - np.exp([2.0, -1.0, 0.5]) / np.exp([2.0, -1.0, 0.5]).sum()
     np.testing.assert_allclose(student.grad.numpy()[0], expected, atol=1e-6)
     same = paddle.to_tensor(teacher.numpy(), stop_gradient=False)
-    logit_loss(student=same, teacher=teacher).backward()
+    CLASSIFICATION.logit_loss(student=same, teacher=teacher, batch=batch).backward()
     np.testing.assert_allclose(same.grad.numpy(), 0, atol=1e-6)
 
 
 def test_the_loss_weights_are_those_of_the_spec() -> None:
     student, teacher, data = tiny_encoder(1), tiny_encoder(2), random_rows(4)
-    inputs = as_tensors(pad(data, range(4), pad_id=0))
-    states, targets = student.encode(*inputs), teacher.encode(*inputs)
+    batch = make_batch(data, range(4), pad_id=0)
+    states, targets = student.encode(*batch.inputs), teacher.encode(*batch.inputs)
+    logit_loss = CLASSIFICATION.logit_loss
 
     def loss(rep: float, logit: float) -> float:
         spec = DistillationSpec(lambda_rep=rep, lambda_logit=logit)
-        return float(distillation_loss(states, targets, inputs[2], spec, logit_loss))
+        return float(distillation_loss(states, targets, batch, spec, logit_loss))
 
     assert loss(0.1, 1.0) == pytest.approx(0.1 * loss(1, 0) + loss(0, 1), rel=1e-5)
     assert loss(0, 1) == pytest.approx(
-        float(logit_loss(student=states.logits, teacher=targets.logits)), rel=1e-6
+        float(logit_loss(student=states.logits, teacher=targets.logits, batch=batch)), rel=1e-6
     )
 
 
@@ -103,7 +103,7 @@ def test_distillation_brings_every_width_nearer_and_leaves_the_teacher() -> None
         data,
         subnetworks,
         DistillationSpec(epochs=15, batch_size=16, learning_rate=1e-2),
-        TASKS["classification"].logit_loss,
+        CLASSIFICATION.logit_loss,
         seed=0,
         on_step=seen.append,
     )
@@ -128,7 +128,7 @@ def test_the_same_seed_ends_with_the_same_weights() -> None:
             data,
             subnetworks,
             DistillationSpec(epochs=2, batch_size=8),
-            TASKS["classification"].logit_loss,
+            CLASSIFICATION.logit_loss,
             seed=9,
             on_step=lambda report: None,
         )

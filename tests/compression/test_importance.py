@@ -9,16 +9,15 @@ import pytest
 from compression.batches import Batch, make_batch
 from compression.encoder import Encoder, build_encoder, numpy_weights
 from compression.importance import measure_importance
-from compression.tasks import TASKS
-from tests.encoders import gradients, random_rows, tiny_encoder
+from tests.encoders import CLASSIFICATION, gradients, random_rows, tiny_encoder
 
-LOSS = TASKS["classification"].label_loss
+LOSS = CLASSIFICATION.label_loss
 STEP = 1e-2  # of the finite differences, in float32
 
 
 def loss_of(encoder: Encoder, batch: Batch, gates: list[paddle.Tensor] | None = None) -> float:
     with paddle.no_grad():
-        return float(LOSS(encoder.encode(*batch.inputs, head_gates=gates).logits, batch.labels))
+        return float(LOSS(encoder.encode(*batch.inputs, head_gates=gates).logits, batch))
 
 
 def batch_of(rows: range, seed: int = 0) -> Batch:

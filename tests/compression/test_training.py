@@ -11,11 +11,10 @@ from compression.encoder import numpy_weights
 from compression.errors import TrainingDiverged
 from compression.evaluate import predict
 from compression.spec import DistillationSpec, FineTuneSpec
-from compression.tasks import TASKS
 from compression.training import Optimizer, fine_tune, step_count
-from tests.encoders import random_rows, tiny_encoder
+from tests.encoders import CLASSIFICATION, random_rows, tiny_encoder
 
-TASK = TASKS["classification"]
+TASK = CLASSIFICATION
 
 
 def test_step_count() -> None:
@@ -61,7 +60,7 @@ def test_fine_tuning_learns_a_rule_and_repeats_itself() -> None:
     ends = []
     for _ in range(2):
         encoder = tiny_encoder(num_labels=2, hidden_dropout=0.05)
-        before = TASK.metric(predict(encoder, data), data.labels)
+        before = TASK.score(predict(encoder, data), data)
         seen: list[int] = []
 
         def on_step(done: int, total: int, loss: float, seen: list[int] = seen) -> None:
@@ -71,7 +70,7 @@ def test_fine_tuning_learns_a_rule_and_repeats_itself() -> None:
         steps = fine_tune(encoder, data, spec, TASK.label_loss, seed=5, on_step=on_step)
         assert steps == 72
         assert seen == list(range(1, 73))
-        assert TASK.metric(predict(encoder, data), data.labels) > max(0.85, before)
+        assert TASK.score(predict(encoder, data), data) > max(0.85, before)
         ends.append(numpy_weights(encoder))
     for name in ends[0]:
         np.testing.assert_array_equal(ends[0][name], ends[1][name])
