@@ -19,13 +19,15 @@ class Encoded:
 
     `labels` is an array [rows, ...], or for token-level tasks an array [T_i, ...] a row;
     None where the rows have none. `label_mask` then says, True or False [T_i] a row,
-    which tokens a token-level loss counts.
+    which tokens a token-level loss counts. `references` are what only the task's metric
+    reads of a row: where its words or answers stand.
     """
 
     input_ids: Sequence[Sequence[int]]
     token_type_ids: Sequence[Sequence[int]]
     labels: np.ndarray | Sequence[np.ndarray] | None
     label_mask: Sequence[np.ndarray] | None = None
+    references: Sequence[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -36,6 +38,7 @@ class Encoded:
             [self.token_type_ids[r] for r in rows],
             _taken(self.labels, rows),
             _taken(self.label_mask, rows),
+            _taken(self.references, rows),
         )
 
 

@@ -35,6 +35,7 @@ from compression.tables import (
     guess_columns,
     is_empty,
     shared_warnings,
+    texts_of,
     whole_number,
 )
 from compression.teachers import Checkpoint, EncoderConfig, legal_widths
@@ -589,7 +590,7 @@ def _examples(plan: Plan, numbers: Mapping[str, int], split: str, table: Table) 
         broken = []
         for i, row in enumerate(table.rows):
             value = row[plan.label]
-            number = None if value is None else numbers.get(value)
+            number = numbers.get(value) if isinstance(value, str) else None
             if number is None:
                 reason = "empty" if is_empty(value) else "not one of the plan's"
                 broken.append(RowError(table.file, table.lines[i], f"the label is {reason}"))
@@ -604,11 +605,16 @@ def _examples(plan: Plan, numbers: Mapping[str, int], split: str, table: Table) 
                 rows=tuple(broken),
             )
     return Examples(
-        texts=[row[plan.text] or "" for row in table.rows],
-        pairs=None if pair is None else [row[pair] or "" for row in table.rows],
+        texts=_texts(table, plan.text),
+        pairs=None if pair is None else _texts(table, pair),
         labels=labels,
         lines=list(table.lines),
     )
+
+
+def _texts(table: Table, column: str) -> list[str]:
+    """A text a row, "" for a null; make_plan has seen that the column holds no lists."""
+    return ["".join(texts_of(row[column])) for row in table.rows]
 
 
 def _dev_quotas(counts: Sequence[int]) -> list[int]:

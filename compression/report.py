@@ -45,6 +45,11 @@ STAGES = (
 
 METRIC_NAMES: Mapping[str, str] = {  # what people call them
     "accuracy": "accuracy",
+    "entity_f1": "entity F1",
+    "entity_precision": "entity precision",
+    "entity_recall": "entity recall",
+    "f1": "F1",
+    "exact_match": "exact match",
 }
 MAIN_METRIC = "The report's `main_metric` on dev, whatever it is; at most 1."
 METRICS = "Every metric of the task on dev, by name."

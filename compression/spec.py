@@ -94,27 +94,59 @@ class TaskKind(NamedTuple):
 
 TASK_KINDS: Mapping[str, TaskKind] = {
     "classification": TaskKind("sequence", ("accuracy",)),
+    "token_classification": TaskKind(
+        "token", ("entity_f1", "entity_precision", "entity_recall", "accuracy")
+    ),
+    "question_answering": TaskKind("token", ("f1", "exact_match")),
 }
 
 
 class TaskSpec(_Asked):
     """What the model predicts, and which columns hold it. Columns not named are guessed."""
 
-    kind: Literal["classification"] = "classification"
+    kind: Literal["classification", "token_classification", "question_answering"] = "classification"
     metric: Text | None = Field(
         None,
         description="The main metric, which the accuracy drop is measured in; by default the "
         "first of the task's.",
     )
-    text: Text | None = Field(None, description="Column of the (first) sentence.")
-    text_pair: Text | None = Field(None, description="Column of the second sentence, for pairs.")
-    label: Text | None = Field(None, description="Column of the label.")
+    text: Text | None = Field(
+        None, description="Column of the (first) sentence, the list of words or the question."
+    )
+    text_pair: Text | None = Field(
+        None, description="Column of the second sentence, for pairs, or of the context."
+    )
+    label: Text | None = Field(
+        None,
+        description="Column of the label, the list of tags or the answers' texts. Fields of an "
+        'object are columns: "answers.text".',
+    )
     labels: tuple[Text, ...] | None = Field(
         None,
         description="Label values in the order of the classifier's outputs. Needed where the "
         "dataset's labels are neither the model's label names nor their numbers.",
     )
-    max_seq_len: int = Field(128, ge=8, le=512, description="Tokens; longer rows are cut.")
+    answer_start: Text | None = Field(
+        None, description="Column of the character of the context that each answer starts at."
+    )
+    max_seq_len: int = Field(
+        128,
+        ge=8,
+        le=512,
+        description="Tokens; longer rows are cut, longer contexts read in windows.",
+    )
+    doc_stride: int | None = Field(
+        None,
+        ge=0,
+        le=512,
+        description="Tokens of a context that neighbouring windows share; by default a quarter of "
+        "max_seq_len.",
+    )
+    max_answer_length: int = Field(30, ge=1, le=512, description="Tokens of an answer.")
+
+    @property
+    def overlap(self) -> int:
+        return self.max_seq_len // 4 if self.doc_stride is None else self.doc_stride
 
     @property
     def main_metric(self) -> str:

@@ -51,7 +51,9 @@ _OTHER_NAMES = {
     "unsupervised": "unlabelled",
 }
 
-Row = dict[str, str | None]
+Items = tuple[str, ...]
+Cell = str | Items | None
+Row = dict[str, Cell]
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class Table:
     """One split: `rows[i]` stands on line `lines[i]` of its file and has every column.
 
     Values are text as it stands in the file, numbers included; None is a null of
-    .jsonl or .parquet. A line counts from 1 and a row that spans several lines has
-    the number of its first; in .parquet it is the number of the row.
+    .jsonl or .parquet, and a tuple of texts is a list of theirs. The columns of an object,
+    or of a list of objects, are called "answers.text". A line counts from 1 and a row that
+    spans several lines has the number of its first; in .parquet it is the number of the row.
     """
 
     columns: tuple[str, ...]
@@ -324,18 +327,18 @@ def _check_columns(name: str, columns: Sequence[str]) -> None:
         seen.add(column)
 
 
-def _check_row(columns: Sequence[str], values: Sequence[str | None]) -> None:
+def _check_row(columns: Sequence[str], values: Sequence[Cell]) -> None:
     total = 0
     for column, value in zip(columns, values, strict=True):
-        if value is None:
-            continue
-        if len(value) > MAX_FIELD_CHARACTERS:
-            raise _BadRow(
-                f"{column!r} has {len(value)} characters; at most {MAX_FIELD_CHARACTERS} are read"
-            )
-        if "\0" in value:
-            raise _BadRow(f"{column!r} holds a NUL character")
-        total += len(value)
+        for text in texts_of(value):
+            if len(text) > MAX_FIELD_CHARACTERS:
+                raise _BadRow(
+                    f"{column!r} has {len(text)} characters; at most {MAX_FIELD_CHARACTERS} "
+                    "are read"
+                )
+            if "\0" in text:
+                raise _BadRow(f"{column!r} holds a NUL character")
+            total += len(text) + isinstance(value, tuple)  # quotes and comma: a line has an end
     if total > MAX_ROW_CHARACTERS:
         raise _BadRow(f"the row has {total} characters; at most {MAX_ROW_CHARACTERS} are read")
 
@@ -379,6 +382,7 @@ def _read_jsonl(path: Path, errors: _Errors) -> Table | None:
     name = path.name
     columns: tuple[str, ...] = ()
     keys: Set[str] = frozenset()
+    lists: dict[str, bool] = {}  # whether a column holds them, by its first value
     rows: list[Row] = []
     lines: list[int] = []
     before = len(errors.rows)
@@ -397,6 +401,11 @@ def _read_jsonl(path: Path, errors: _Errors) -> Table | None:
                     elif row.keys() != keys:
                         raise _BadRow(_other_keys(row, columns))
                     _check_row(tuple(row), tuple(row.values()))
+                    for key, value in row.items():
+                        given = isinstance(value, tuple)
+                        if value is not None and lists.setdefault(key, given) != given:
+                            kind = "an array" if given else "no array"
+                            raise _BadRow(f"{_shown(key)} is {kind}, unlike in the rows above")
                 except _BadRow as error:
                     errors.add(name, number, str(error))
                     if errors.full:
@@ -429,24 +438,67 @@ def _json_row(text: str, number: int) -> tuple[Row, int]:
         if not isinstance(written, str) or not re.fullmatch("[1-9][0-9]{0,11}", written):
             raise _BadRow(f"{LINE_KEY!r} is reserved for a line number")
         line = int(written)
-    for key, value in row.items():
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            written = str(value).lower()
-            raise _BadRow(f'{_shown(key)} is {written}; write a text or a number, "{written}" or 1')
-        if not isinstance(value, str):
-            kind = "an array" if isinstance(value, list) else "an object"
-            raise _BadRow(f"{_shown(key)} is {kind}; write a text or a number")
+    row = _flat(row)
     if "\\u" in text:  # the only way in for half a surrogate pair
         for key, value in row.items():
             try:
-                (key + (value or "")).encode()
+                "".join((key, *texts_of(value))).encode()
             except UnicodeEncodeError as error:
                 raise _BadRow(
                     f"{_shown(key)} holds half a surrogate pair: not Unicode text"
                 ) from error
     return row, line
+
+
+def texts_of(value: Cell) -> Items:
+    """What a cell holds as a list: nothing of a null, one text, or its items."""
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _flat(record: Mapping[str, Any]) -> Row:
+    """Cells by column: the fields of an object, or of a list of objects, become columns."""
+    row: Row = {}
+    for key, value in record.items():
+        for column, cell in _cells(key, value):
+            if column in row:
+                raise _BadRow(f"{_shown(column)} stands in it twice")
+            row[column] = cell
+    return row
+
+
+def _cells(key: str, value: Any) -> Iterator[tuple[str, Cell]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield f"{key}.{name}", _cell(f"{key}.{name}", inner)
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        for name in value[0]:
+            if any(item.keys() != value[0].keys() for item in value):
+                raise _BadRow(f"the objects in {_shown(key)} do not all have the same keys")
+            yield f"{key}.{name}", _cell(f"{key}.{name}", [item[name] for item in value])
+    else:
+        yield key, _cell(key, value)
+
+
+def _cell(key: str, value: Any) -> Cell:
+    if isinstance(value, list):
+        items = [_text(key, item) for item in value]
+        if None in items:
+            raise _BadRow(f"{_shown(key)} has a null among its items")
+        return tuple(item for item in items if item is not None)
+    return _text(key, value)
+
+
+def _text(key: str, value: Any) -> str | None:
+    """A text or a number as text; None of a null, and of the NaN that data frames write for it."""
+    if isinstance(value, bool):
+        written = str(value).lower()
+        raise _BadRow(f'{_shown(key)} is {written}; write a text or a number, "{written}" or 1')
+    if isinstance(value, (list, dict)):
+        kind = "an array" if isinstance(value, list) else "an object"
+        raise _BadRow(f"{_shown(key)} holds {kind} in another; write texts or numbers there")
+    return None if value is None or value != value else str(value)
 
 
 def _other_keys(row: Row, columns: Sequence[str]) -> str:
@@ -471,24 +523,24 @@ def _read_parquet(path: Path, errors: _Errors) -> Table | None:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            columns = tuple(schema.names)
-            if not columns:
+            if not schema.names:
                 _refuse_empty(name, "there are no columns")
-            if "" in columns:
+            if "" in schema.names:
                 raise InvalidDataset(f"{name} has a column without a name", pointer=name)
+            columns = tuple(column for entry in schema for column in _parquet_columns(entry))
             _check_columns(name, columns)
             for entry in schema:
                 if not _readable(entry.type):
                     raise InvalidDataset(
                         f"{name}: the column {entry.name!r} is of type {entry.type}; "
-                        "only text and numbers are read",
+                        "only text, numbers and lists of them are read",
                         pointer=name,
                     )
             for batch in file.iter_batches(batch_size=8192, use_threads=False):
                 values = [_parquet_values(column) for column in batch.columns]
                 for record in zip(*values, strict=True):
                     try:
-                        rows.append(_parquet_row(columns, record))
+                        rows.append(_parquet_row(schema.names, columns, record))
                     except _BadRow as error:
                         rows.append({})
                         errors.add(name, len(rows), str(error))
@@ -504,7 +556,39 @@ def _read_parquet(path: Path, errors: _Errors) -> Table | None:
     return Table(columns, rows, list(range(1, len(rows) + 1)), name)
 
 
+def _fields_of(kind: Any) -> list[Any]:
+    """The fields of a struct, or of a list of structs; none of any other type."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind):
+        kind = kind.value_type
+    return [kind.field(i) for i in range(kind.num_fields)] if types.is_struct(kind) else []
+
+
+def _parquet_columns(entry: Any) -> list[str]:
+    """What `_flat` makes of the entry's values."""
+    return [f"{entry.name}.{field.name}" for field in _fields_of(entry.type)] or [entry.name]
+
+
 def _readable(kind: Any) -> bool:
+    """Texts and numbers, lists of them, and objects (or lists of objects) that hold them."""
+    from pyarrow import types
+
+    fields = _fields_of(kind)
+    if not fields:
+        return _readable_cell(kind)
+    readable = _readable_cell if types.is_struct(kind) else _readable_text
+    return all(readable(field.type) for field in fields)
+
+
+def _readable_cell(kind: Any) -> bool:
+    from pyarrow import types
+
+    listed = types.is_list(kind) or types.is_large_list(kind)
+    return _readable_text(kind.value_type if listed else kind)
+
+
+def _readable_text(kind: Any) -> bool:
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -533,15 +617,13 @@ def _parquet_values(column: Any) -> list[Any]:
     return values
 
 
-def _parquet_row(columns: Sequence[str], record: Sequence[Any]) -> Row:
-    row: Row = {}
-    for column, value in zip(columns, record, strict=True):
+def _parquet_row(names: Sequence[str], columns: Sequence[str], record: Sequence[Any]) -> Row:
+    for name, value in zip(names, record, strict=True):
         if isinstance(value, UnicodeDecodeError):
-            raise _BadRow(f"{column!r} is not UTF-8 text")
-        if value is None or value != value:  # data frames write NaN for no value
-            row[column] = None
-            continue
-        row[column] = str(value)
+            raise _BadRow(f"{name!r} is not UTF-8 text")
+    found = _flat(dict(zip(names, record, strict=True)))
+    # A null, or a list without objects, says nothing of the columns that it stands for.
+    row = {column: found.get(column) for column in columns}
     _check_row(columns, tuple(row.values()))
     return row
 
@@ -589,10 +671,13 @@ class DistinctValue(Frozen):
 
 
 class ColumnProfile(Frozen):
-    """What one column of one split holds. "Empty" is a null or a text of blanks."""
+    """What one column of one split holds. "Empty" is a null, a text of blanks or no items.
+
+    Of lists, values are their items, and characters those of the items with a blank between.
+    """
 
     name: str
-    kind: Literal["integer", "number", "text"]
+    kind: Literal["integer", "number", "text", "list"]
     distinct: int
     values: tuple[DistinctValue, ...] | None = Field(
         description="Distinct values in order of appearance; null where the column cannot hold "
@@ -667,6 +752,7 @@ def label_candidates(splits: Mapping[str, SplitProfile]) -> tuple[str, ...]:
         column.name
         for column in splits["train"].columns
         if column.values is not None
+        and column.kind != "list"
         and column.distinct >= 2
         and all(split.column(column.name) is not None for split in labelled)
     )
@@ -686,7 +772,7 @@ def guess_columns(
     """
     train = splits["train"]
     given = {text, text_pair, label}
-    free = {column.name.strip().lower(): column.name for column in train.columns}
+    free = {c.name.strip().lower(): c.name for c in train.columns if c.kind != "list"}
     free = {key: name for key, name in free.items() if name not in given}
     candidates = [name for name in label_candidates(splits) if name not in given]
     if label is None:
@@ -716,9 +802,9 @@ def guess_columns(
     return Columns(text=text, text_pair=text_pair, label=label)
 
 
-def is_empty(value: str | None) -> bool:
-    """A null, or a text of nothing but blanks."""
-    return value is None or not value.strip()
+def is_empty(value: Cell) -> bool:
+    """A null, a text of nothing but blanks, or a list without any other text."""
+    return not any(text.strip() for text in texts_of(value))
 
 
 def whole_number(value: str) -> int | None:
@@ -738,34 +824,39 @@ def _split_profile(table: Table, *, keep_values: Set[str] | None) -> SplitProfil
 def _column_profile(table: Table, name: str, keep_values: Set[str] | None) -> ColumnProfile:
     values: dict[str, list[int]] | None = {}  # value -> [count, first line]
     seen: set[str] = set()
-    empty = 0
+    empty = count = 0
     empty_lines: list[int] = []
     integer = number = True
     lengths = np.zeros(len(table.rows), np.int64)
     for i, (row, line) in enumerate(zip(table.rows, table.lines, strict=True)):
-        value = row[name]
-        if value is None or is_empty(value):
+        if is_empty(row[name]):
             empty += 1
             if len(empty_lines) < MAX_ROW_ERRORS:
                 empty_lines.append(line)
             continue
-        lengths[i] = len(value)
-        if value in seen:
+        items = texts_of(row[name])
+        count += len(items)
+        lengths[i] = sum(map(len, items)) + len(items) - 1
+        for value in items:
+            if value in seen:
+                if values is not None:
+                    values[value][0] += 1
+                continue
+            seen.add(value)
+            integer = integer and _INTEGER.fullmatch(value) is not None
+            number = number and _NUMBER.fullmatch(value) is not None
             if values is not None:
-                values[value][0] += 1
-            continue
-        seen.add(value)
-        integer = integer and _INTEGER.fullmatch(value) is not None
-        number = number and _NUMBER.fullmatch(value) is not None
-        if values is not None:
-            values[value] = [1, line]
-            if len(values) > MAX_LABELS or len(value) > MAX_LABEL_CHARACTERS:
-                values = None
-    repeats = len(seen) < len(table.rows) - empty
+                values[value] = [1, line]
+                if len(values) > MAX_LABELS or len(value) > MAX_LABEL_CHARACTERS:
+                    values = None
+    single: Literal["integer", "number", "text"] = (
+        "integer" if integer and seen else "number" if number and seen else "text"
+    )
+    repeats = len(seen) < count
     keep = repeats if keep_values is None else name in keep_values
     return ColumnProfile(
         name=name,
-        kind="integer" if integer and seen else "number" if number and seen else "text",
+        kind="list" if any(isinstance(row[name], tuple) for row in table.rows) else single,
         distinct=len(seen),
         values=tuple(
             DistinctValue(value=value, count=count, first_line=line)
@@ -823,7 +914,7 @@ def shared_rows(splits: Mapping[str, Table], columns: Columns) -> dict[str, int]
     if columns.text is None:
         return {}
     names = [name for name in (columns.text, columns.text_pair) if name is not None]
-    texts: dict[str, list[tuple[str | None, ...]]] = {}
+    texts: dict[str, list[tuple[Cell, ...]]] = {}
     for split in LABELLED_SPLITS:
         if split in splits and all(name in splits[split].columns for name in names):
             texts[split] = [tuple(row[name] for name in names) for row in splits[split].rows]
