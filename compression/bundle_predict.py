@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
-"""Classify texts with the model of this folder.
+"""Run the model of this folder on texts.
 
     python predict.py "first text" "second text" ...
     python predict.py --json "a text"
+    python predict.py "a question" "its context" ...
 
-A model of sentence pairs takes its texts two at a time. Prints each text's label
-and its probability. Needs numpy and tokenizers, and onnxruntime for the ONNX file
-or paddlepaddle for the Paddle Inference one; nothing else of the service that made it.
+A model of sentence pairs, or of questions, takes its texts two at a time. Prints each
+text's label and its probability; of a model that tags words, a word and its tag a line
+(words are set apart by blanks, and each Chinese character is one); of a model that
+answers questions, the answer and its probability. Needs numpy and tokenizers, and
+onnxruntime for the ONNX file or paddlepaddle for the Paddle Inference one; nothing else
+of the service that made it.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +29,8 @@ HERE = Path(__file__).resolve().parent
 RUNTIMES = {"onnx": "onnxruntime", "paddle": "paddle"}
 PACKAGES = {"paddle": "paddlepaddle"}  # where the package to install has another name
 BATCH_ROWS = 32
+CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(f"[{CHINESE}]|[^\\s{CHINESE}]+")
 
 
 def refuse(message: str) -> NoReturn:
@@ -54,7 +61,7 @@ def read_manifest() -> dict[str, Any]:
             isinstance(manifest["files"], list)
             and all(isinstance(item["files"], list) for item in manifest["formats"].values())
             and isinstance(task["labels"], list)
-            and {"text_pair", "max_seq_len", "pad_token_id"} <= task.keys()
+            and {"kind", "text_pair", "max_seq_len", "pad_token_id"} <= task.keys()
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(f"manifest.json cannot be read: {error!r}")
@@ -114,47 +121,117 @@ def load(manifest: dict[str, Any], fmt: str) -> Callable[[dict[str, Any]], Any]:
     return load_onnx(files) if fmt == "onnx" else load_paddle(files)
 
 
-def batches(manifest: dict[str, Any], texts: list[str]) -> Iterator[dict[str, Any]]:
-    """Padded inputs, int64 [rows, tokens] by name, BATCH_ROWS texts (or pairs) at a time."""
-    np = need("numpy")
+def read_tokenizer() -> Any:
     tokenizer = need("tokenizers").Tokenizer.from_file(str(need_file("tokenizer/tokenizer.json")))
-    task = manifest["task"]
     tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def logits_of(
+    manifest: dict[str, Any], run: Callable[[dict[str, Any]], Any], rows: list[Any]
+) -> Iterator[Any]:
+    """The logits of each encoded row, BATCH_ROWS of them at a time, padded to the longest."""
+    np = need("numpy")
+    for start in range(0, len(rows), BATCH_ROWS):
+        part = rows[start : start + BATCH_ROWS]
+        shape = (len(part), max(len(row.ids) for row in part))
+        ids = np.full(shape, manifest["task"]["pad_token_id"], np.int64)
+        types, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for i, row in enumerate(part):
+            length = len(row.ids)
+            ids[i, :length], types[i, :length], mask[i, :length] = row.ids, row.type_ids, 1
+        yield from run({"input_ids": ids, "token_type_ids": types, "attention_mask": mask})
+
+
+def classify(manifest: dict[str, Any], fmt: str, texts: list[str]) -> Iterator[dict[str, Any]]:
+    np = need("numpy")
+    task = manifest["task"]
+    labels = task["labels"]
+    tokenizer = read_tokenizer()
     tokenizer.enable_truncation(max_length=task["max_seq_len"], strategy="longest_first")
     rows: list[Any] = list(texts)
     if task["text_pair"]:
         rows = list(zip(texts[::2], texts[1::2], strict=True))
-    for start in range(0, len(rows), BATCH_ROWS):
-        encoded = tokenizer.encode_batch(rows[start : start + BATCH_ROWS])
-        shape = (len(encoded), max(len(row.ids) for row in encoded))
-        ids = np.full(shape, task["pad_token_id"], np.int64)
-        types, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for i, row in enumerate(encoded):
-            length = len(row.ids)
-            ids[i, :length], types[i, :length], mask[i, :length] = row.ids, row.type_ids, 1
-        yield {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
+    for logits in logits_of(manifest, load(manifest, fmt), tokenizer.encode_batch(rows)):
+        exponents = np.exp(logits - logits.max())
+        row = exponents / exponents.sum()
+        best = int(row.argmax())
+        yield {
+            "label": labels[best],
+            "probability": float(row[best]),
+            "probabilities": {label: float(p) for label, p in zip(labels, row, strict=True)},
+        }
 
 
-def classify(manifest: dict[str, Any], fmt: str, texts: list[str]) -> list[dict[str, Any]]:
-    np = need("numpy")
+def tag(manifest: dict[str, Any], fmt: str, texts: list[str]) -> Iterator[dict[str, Any]]:
+    """The words of each text with their tags; null where a word was cut off."""
     labels = manifest["task"]["labels"]
-    results: list[dict[str, Any]] = []
+    tokenizer = read_tokenizer()
+    tokenizer.enable_truncation(max_length=manifest["task"]["max_seq_len"])
+    rows = [WORD.findall(text) for text in texts]
+    encoded = tokenizer.encode_batch(rows, is_pretokenized=True)
     run = load(manifest, fmt)
-    for batch in batches(manifest, texts):
-        logits = run(batch)
-        exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        for row in exponents / exponents.sum(axis=-1, keepdims=True):
-            best = int(row.argmax())
-            results.append(
-                {
-                    "label": labels[best],
-                    "probability": float(row[best]),
-                    "probabilities": {
-                        label: float(p) for label, p in zip(labels, row, strict=True)
-                    },
-                }
-            )
-    return results
+    for words, row, logits in zip(rows, encoded, logits_of(manifest, run, encoded), strict=True):
+        tags = [None] * len(words)
+        for position, word in reversed(list(enumerate(row.word_ids))):
+            if word is not None:  # a word's first token, which is met last, has its tag
+                tags[word] = labels[int(logits[position].argmax())]
+        yield {"words": words, "tags": tags}
+
+
+def answer(manifest: dict[str, Any], fmt: str, texts: list[str]) -> Iterator[dict[str, Any]]:
+    """The best answer to each question in the windows of its context."""
+    task = manifest["task"]
+    tokenizer = read_tokenizer()
+    run = load(manifest, fmt)
+    longest = task["max_seq_len"] // 2  # of a question
+    for question, context in zip(texts[::2], texts[1::2], strict=True):
+        tokenizer.no_truncation()
+        alone = tokenizer.encode(question, add_special_tokens=False)
+        if len(alone) > longest:
+            question = question[: alone.offsets[longest - 1][1]]
+        tokenizer.enable_truncation(
+            max_length=task["max_seq_len"], stride=task["overlap"], strategy="only_second"
+        )
+        whole = tokenizer.encode(question, context)
+        windows = [whole, *whole.overflowing]
+        found = [
+            best_span(logits, window, task["max_answer_length"])
+            for logits, window in zip(logits_of(manifest, run, windows), windows, strict=True)
+        ]
+        score, first, last = max(found)
+        yield {"answer": context[first:last], "probability": float(need("numpy").exp(score))}
+
+
+def best_span(logits: Any, window: Any, longest: int) -> tuple[float, int, int]:
+    """(log probability, first character, end) of the best answer of `longest` tokens at most.
+
+    The probabilities are over the tokens of the context and [CLS], as in training.
+    """
+    np = need("numpy")
+    tokens = [i for i, sequence in enumerate(window.sequence_ids) if sequence == 1]
+    scores = logits[[0, *tokens]].astype(np.float64)
+    scores = (scores - np.logaddexp.reduce(scores, axis=0))[1:]
+    best = (-np.inf, 0, 0)
+    for length in range(min(longest, len(tokens))):
+        both = scores[: len(tokens) - length, 0] + scores[length:, 1]
+        start = int(both.argmax())
+        if both[start] > best[0]:
+            first, last = window.offsets[tokens[start]], window.offsets[tokens[start + length]]
+            best = (float(both[start]), first[0], last[1])
+    return best
+
+
+RUN = {"token_classification": tag, "question_answering": answer}  # any other kind: classify
+
+
+def in_words(result: dict[str, Any], given: list[str]) -> str:
+    if "tags" in result:
+        pairs = zip(result["words"], result["tags"], strict=True)
+        return "\n".join(f"{word}\t{tag or '(cut off)'}" for word, tag in pairs) + "\n"
+    found = result["answer"] if "answer" in result else result["label"]
+    return f"{found}\t{result['probability']:.4f}\t{' | '.join(given)}"
 
 
 def main() -> None:
@@ -175,19 +252,20 @@ def main() -> None:
     if not arguments.texts and not arguments.check:
         parser.error("give at least one text")
     if task["text_pair"] and len(arguments.texts) % 2:
-        parser.error("this model compares two texts: give them in pairs")
+        parser.error("this model reads two texts together: give them in pairs")
     if not arguments.texts:
         print(f"all {len(manifest['files'])} files are as published")
         return
     fmt = choose_format(manifest, arguments.format)
     step = 2 if task["text_pair"] else 1
-    for i, result in enumerate(classify(manifest, fmt, arguments.texts)):
+    run = RUN.get(task["kind"], classify)
+    for i, result in enumerate(run(manifest, fmt, arguments.texts)):
         given = arguments.texts[i * step : (i + 1) * step]
         if arguments.json:
             shown = {"text": given[0], **({"text_pair": given[1]} if step == 2 else {}), **result}
             print(json.dumps(shown, ensure_ascii=False))
         else:
-            print(f"{result['label']}\t{result['probability']:.4f}\t{' | '.join(given)}")
+            print(in_words(result, given))
 
 
 if __name__ == "__main__":
