@@ -1,8 +1,7 @@
 """Where words and answers stand among a tokenizer's tokens. Paddle-free.
 
 A row of words becomes one sequence; a question with a long context becomes several
-windows of it that share some tokens. Nothing is repaired: what a sequence has no room for is
-counted by whoever reads `Words.seen` and `Windows.cut_questions`.
+windows of it that share some tokens. What a sequence has no room for is cut off and told.
 """
 
 from __future__ import annotations
@@ -24,13 +23,15 @@ class Words:
     """One row of words as token ids.
 
     `positions[k]` is the token that word `seen[k]` begins with. A word without a token (cut
-    off, or made of nothing that the tokenizer keeps) is not among `seen`.
+    off, or made of nothing that the tokenizer keeps) is not among `seen`. `cut` says whether
+    anything was cut off.
     """
 
     input_ids: list[int]
     token_type_ids: list[int]
     seen: Ints
     positions: Ints
+    cut: bool
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def encode_words(
                 row.type_ids,
                 seen=np.fromiter(first.keys(), np.int64, len(first)),
                 positions=np.fromiter(first.values(), np.int64, len(first)),
+                cut=bool(row.overflowing),
             )
         )
     return done

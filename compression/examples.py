@@ -168,7 +168,7 @@ def refuse_rows(broken: Iterator[RowError] | Sequence[RowError]) -> None:
     rows = list(broken)
     if rows:
         first = rows[0]
-        count = f" ({len(rows)} such rows in all)" if len(rows) > 1 else ""
+        count = f" ({len(rows)} rows in all)" if len(rows) > 1 else ""
         raise InvalidDataset(
             f"{first.file}, line {first.line}: {first.message}{count}",
             pointer=first.file,

@@ -49,6 +49,7 @@ def test_words_that_are_cut_off_or_leave_no_token_are_not_seen(tokenizer: Tokeni
         tokenizer, [["good"] * 6, ["good"] * 5 + ["playing", "film"], ["\u200b", "good", " "]], 8
     )
     assert len(exact.input_ids) == len(cut.input_ids) == 8
+    assert [row.cut for row in (exact, cut, blank)] == [False, True, False]
     assert exact.seen.tolist() == [0, 1, 2, 3, 4, 5]  # all of it: six words and two special tokens
     assert cut.seen.tolist() == [0, 1, 2, 3, 4, 5]  # "playing" lost its second token only
     assert tokens(tokenizer, cut.input_ids)[6:] == ["play", "[SEP]"]
