@@ -1,20 +1,59 @@
-"""Rows of the tasks that label tokens: words with tags, questions with a context. Paddle-free."""
+"""Rows of the tasks that label tokens: words with tags, questions with a context.
+
+Their columns are resolved against a dataset's profile, and their rows read from its
+tables. Paddle-free.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from compression.errors import InvalidDataset, RowError
-from compression.tables import Table, is_empty, texts_of, whole_number
+from compression.errors import InvalidDataset, InvalidSpec, RowError
+from compression.spec import TaskSpec
+from compression.tables import (
+    LABELLED_SPLITS,
+    DatasetProfile,
+    Defects,
+    SplitProfile,
+    Table,
+    is_empty,
+    texts_of,
+    whole_number,
+)
 
 ROWS_NAMED = 10  # of those that an error is about; their count is told too
 _ENTITY_TAG = re.compile(r"O|[BIES]-.+")
+
+
+# What the columns of a task are usually called, by field of the spec.
+_USUAL_NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "token_classification": {
+        "text": ("tokens", "words"),
+        "label": ("tags", "ner_tags", "labels", "pos_tags"),
+    },
+    "question_answering": {
+        "text": ("question", "query"),
+        "text_pair": ("context", "passage", "paragraph"),
+        "label": ("answers.text", "answer_text", "answers", "answer"),
+        "answer_start": ("answers.answer_start", "answer_start"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class SequenceColumns:
+    """Which columns hold words and tags, or question, context, and the answers with their start."""
+
+    text: str
+    text_pair: str | None
+    label: str
+    answer_start: str | None
 
 
 class Answer(NamedTuple):
@@ -67,6 +106,118 @@ class AskedExamples:
             None if self.answers is None else [self.answers[i] for i in rows],
             [self.lines[i] for i in rows],
         )
+
+
+def sequence_columns(task: TaskSpec, dataset: DatasetProfile) -> SequenceColumns:
+    """The columns that the spec names, the others by their usual names.
+
+    InvalidSpec where one is not found, is missing in a split that needs it, or holds lists
+    where single values belong, or the other way round.
+    """
+    given = {
+        "text": task.text,
+        "text_pair": task.text_pair,
+        "label": task.label,
+        "answer_start": task.answer_start,
+    }
+    usual = _USUAL_NAMES[task.kind]
+    extra = next((field for field, name in given.items() if name and field not in usual), None)
+    if extra is not None:
+        raise InvalidSpec(f"a {task.kind} task has no {extra}", pointer=f"/task/{extra}")
+    named = {field: _named(field, given[field], names, dataset) for field, names in usual.items()}
+    for field, name in named.items():
+        for split, found in dataset.splits.items():
+            column = found.column(name)
+            if column is None and (split in LABELLED_SPLITS or field in ("text", "text_pair")):
+                raise InvalidSpec(
+                    f"{found.file} has no column {name!r}; {_columns_of(found)}",
+                    pointer=f"/task/{field}",
+                )
+            lists = column is not None and column.kind == "list"
+            if column is not None and task.kind == "token_classification" and not lists:
+                raise InvalidSpec(
+                    f"the column {name!r} of {found.file} holds no lists, of which a "
+                    "token_classification reads one a row; write them in .jsonl or .parquet",
+                    pointer=f"/task/{field}",
+                )
+            if lists and task.kind == "question_answering" and field in ("text", "text_pair"):
+                raise InvalidSpec(
+                    f"the column {name!r} of {found.file} holds lists, not texts",
+                    pointer=f"/task/{field}",
+                )
+    return SequenceColumns(
+        named["text"], named.get("text_pair"), named["label"], named.get("answer_start")
+    )
+
+
+def _named(field: str, given: str | None, usual: Sequence[str], dataset: DatasetProfile) -> str:
+    train = dataset.splits["train"]
+    if given is not None:
+        # "answers" stands for the texts of that object.
+        inner = f"{given}.text"
+        return inner if train.column(given) is None and train.column(inner) else given
+    names = {column.name.strip().lower(): column.name for column in train.columns}
+    for name in usual:
+        if name in names:
+            return names[name]
+    raise InvalidSpec(
+        f"which column is it? None is called {' or '.join(map(repr, usual))}; {_columns_of(train)}",
+        pointer=f"/task/{field}",
+    )
+
+
+def _columns_of(split: SplitProfile) -> str:
+    names = [column.name for column in split.columns]
+    return f"its columns are {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+
+
+def with_defects(found: DatasetProfile, splits: Mapping[str, Table]) -> DatasetProfile:
+    """The profile with what is wrong with its rows, in case they are meant for these tasks.
+
+    So a plan can refuse them before a job is stored; whoever reads the rows checks them again.
+    """
+    defects = {}
+    for kind in _USUAL_NAMES:
+        try:
+            columns = sequence_columns(TaskSpec.model_validate({"kind": kind}), found)
+            for split in LABELLED_SPLITS:
+                if split in splits:
+                    read_sequences(columns, splits[split], split, numbers=None)
+        except InvalidSpec:  # the columns are not there: it is another task's dataset
+            continue
+        except InvalidDataset as error:
+            defects[kind] = Defects(
+                columns=astuple(columns), message=error.message, rows=error.rows
+            )
+    return found.model_copy(update={"defects": defects})
+
+
+def refuse_defects(kind: str, columns: SequenceColumns, dataset: DatasetProfile) -> None:
+    """InvalidDataset where inspection has found broken rows in just these columns."""
+    defects = dataset.defects.get(kind)
+    if defects is not None and defects.columns == astuple(columns):
+        raise InvalidDataset(
+            defects.message, pointer=defects.rows[0].file, rows=tuple(defects.rows)
+        )
+
+
+def read_sequences(
+    columns: SequenceColumns, table: Table, split: str, *, numbers: Mapping[str, int] | None
+) -> TaggedExamples | AskedExamples:
+    """A split's rows; `numbers` are those of the plan's tags, None where any tag will do."""
+    labelled = split in LABELLED_SPLITS
+    if columns.text_pair is None:
+        tags = columns.label if labelled else None
+        if numbers is None:
+            numbers = {tag: 0 for row in table.rows for tag in texts_of(row[columns.label])}
+        return tagged_examples(table, words=columns.text, tags=tags, numbers=numbers)
+    return asked_examples(
+        table,
+        question=columns.text,
+        context=columns.text_pair,
+        text=columns.label if labelled else None,
+        start=columns.answer_start if labelled else None,
+    )
 
 
 def mark_entities(tags: Sequence[str]) -> bool:

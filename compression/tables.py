@@ -699,6 +699,14 @@ class SplitProfile(Frozen):
         return next((column for column in self.columns if column.name == name), None)
 
 
+class Defects(Frozen):
+    """Broken rows of these columns, were they to be read for a task: ten at most, told in words."""
+
+    columns: tuple[str | None, ...]
+    message: str
+    rows: tuple[RowError, ...]
+
+
 class DatasetProfile(Frozen):
     """What a dataset holds, without its rows: kept with the dataset, read by `make_plan`."""
 
@@ -709,6 +717,9 @@ class DatasetProfile(Frozen):
     label_candidates: tuple[str, ...]
     shared_rows: Mapping[str, int] = Field(
         description='"train/dev": rows of dev whose texts stand in train too, and so on.'
+    )
+    defects: Mapping[str, Defects] = Field(
+        {}, description="What a kind of task would refuse, by the kind, where its columns are here."
     )
     warnings: tuple[str, ...]
 

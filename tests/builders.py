@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -70,6 +70,24 @@ def tiny_bert(
     }
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(folder, vocabulary)
+    return folder
+
+
+def with_token_head(folder: Path, head: str) -> Path:
+    """Makes a `tiny_bert` with a classifier one that transformers saves as "BertFor<head>".
+
+    TokenClassification or QuestionAnswering: no pooler, and the latter's own parameter name.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "architectures": [f"BertFor{head}"]})
+    weights = load_file(folder / "model.safetensors")
+    own = "qa_outputs" if head == "QuestionAnswering" else "classifier"
+    stored = {
+        name.replace("classifier", own): array
+        for name, array in weights.items()
+        if "pooler" not in name
+    }
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -272,7 +290,9 @@ def tiny_questions(folder: Path, *, rows: dict[str, int], seed: int = 0) -> Path
         lines = []
         for i in range(count):
             good = chooser.choice(GOOD_WORDS)
-            context = f"{_sentence(chooser, (good,))} {''.join(CHINESE_PLACE)} {PLAIN_WORDS[i % 9]}."
+            context = (
+                f"{_sentence(chooser, (good,))} {''.join(CHINESE_PLACE)} {PLAIN_WORDS[i % 9]}."
+            )
             question, answer = ("\u8c01", "".join(CHINESE_PLACE)) if i % 3 == 0 else ("this", good)
             answers = {"text": [answer], "answer_start": [context.index(answer)]}
             lines.append({"question": question, "context": context, "answers": answers})
