@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,8 +50,7 @@ class Window:
     offsets: Ints
 
 
-@dataclass(frozen=True)
-class Windows:
+class Windows(NamedTuple):
     """All windows, row by row, and how many questions were cut."""
 
     windows: list[Window]

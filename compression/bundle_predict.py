@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Run the model of this folder on texts.
+"""Ask the model of this folder about texts.
 
     python predict.py "first text" "second text" ...
     python predict.py --json "a text"
     python predict.py "a question" "its context" ...
 
 A model of sentence pairs, or of questions, takes its texts two at a time. Prints each
-text's label and its probability; of a model that tags words, a word and its tag a line
-(words are set apart by blanks, and each Chinese character is one); of a model that
-answers questions, the answer and its probability. Needs numpy and tokenizers, and
-onnxruntime for the ONNX file or paddlepaddle for the Paddle Inference one; nothing else
-of the service that made it.
+text's label and its probability, its labels if it may have several, its score, or the
+answer to each question; of a model that tags words a line with each word and its tag
+(blanks set words apart, and each Chinese character is one). Needs numpy and tokenizers,
+and onnxruntime for the ONNX file or paddlepaddle for the Paddle Inference one; nothing
+else of the service that made it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def read_manifest() -> dict[str, Any]:
             isinstance(manifest["files"], list)
             and all(isinstance(item["files"], list) for item in manifest["formats"].values())
             and isinstance(task["labels"], list)
-            and {"kind", "text_pair", "max_seq_len", "pad_token_id"} <= task.keys()
+            and task["kind"] in ANSWERS
+            and {"text_pair", "max_seq_len", "pad_token_id"} <= task.keys()
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         refuse(f"manifest.json cannot be read: {error!r}")
@@ -144,24 +145,43 @@ def logits_of(
         yield from run({"input_ids": ids, "token_type_ids": types, "attention_mask": mask})
 
 
-def classify(manifest: dict[str, Any], fmt: str, texts: list[str]) -> Iterator[dict[str, Any]]:
-    np = need("numpy")
+def one_label(np: Any, labels: list[str], logits: Any) -> dict[str, Any]:
+    """Of a classification: the likeliest label, and every label's probability."""
+    exponents = np.exp(logits - logits.max())
+    probabilities = exponents / exponents.sum()
+    best = int(probabilities.argmax())
+    return {
+        "label": labels[best],
+        "probability": float(probabilities[best]),
+        "probabilities": {label: float(p) for label, p in zip(labels, probabilities, strict=True)},
+    }
+
+
+def any_labels(np: Any, labels: list[str], logits: Any) -> dict[str, Any]:
+    """Of a multi-label task: the labels with a probability above 1/2, and every probability."""
+    probabilities = 1 / (1 + np.exp(-logits))
+    return {
+        "labels": [label for label, logit in zip(labels, logits, strict=True) if logit > 0],
+        "probabilities": {label: float(p) for label, p in zip(labels, probabilities, strict=True)},
+    }
+
+
+def score(np: Any, labels: list[str], logits: Any) -> dict[str, Any]:
+    """Of a regression: the one output."""
+    return {"score": float(logits[0])}
+
+
+def judge(manifest: dict[str, Any], fmt: str, texts: list[str]) -> Iterator[dict[str, Any]]:
+    """One answer a text, or a pair of them."""
     task = manifest["task"]
-    labels = task["labels"]
+    read = {"classification": one_label, "multi_label": any_labels, "regression": score}
     tokenizer = read_tokenizer()
     tokenizer.enable_truncation(max_length=task["max_seq_len"], strategy="longest_first")
     rows: list[Any] = list(texts)
     if task["text_pair"]:
         rows = list(zip(texts[::2], texts[1::2], strict=True))
     for logits in logits_of(manifest, load(manifest, fmt), tokenizer.encode_batch(rows)):
-        exponents = np.exp(logits - logits.max())
-        row = exponents / exponents.sum()
-        best = int(row.argmax())
-        yield {
-            "label": labels[best],
-            "probability": float(row[best]),
-            "probabilities": {label: float(p) for label, p in zip(labels, row, strict=True)},
-        }
+        yield read[task["kind"]](need("numpy"), task["labels"], logits)
 
 
 def tag(manifest: dict[str, Any], fmt: str, texts: list[str]) -> Iterator[dict[str, Any]]:
@@ -223,15 +243,25 @@ def best_span(logits: Any, window: Any, longest: int) -> tuple[float, int, int]:
     return best
 
 
-RUN = {"token_classification": tag, "question_answering": answer}  # any other kind: classify
+ANSWERS = {
+    "classification": judge,
+    "multi_label": judge,
+    "regression": judge,
+    "token_classification": tag,
+    "question_answering": answer,
+}
 
 
 def in_words(result: dict[str, Any], given: list[str]) -> str:
+    """One answer as a line, or of tags a line a word and an empty one."""
     if "tags" in result:
         pairs = zip(result["words"], result["tags"], strict=True)
         return "\n".join(f"{word}\t{tag or '(cut off)'}" for word, tag in pairs) + "\n"
-    found = result["answer"] if "answer" in result else result["label"]
-    return f"{found}\t{result['probability']:.4f}\t{' | '.join(given)}"
+    for name in ("label", "answer"):
+        if name in result:
+            return f"{result[name]}\t{result['probability']:.4f}\t{' | '.join(given)}"
+    found = ", ".join(result["labels"]) if "labels" in result else f"{result['score']:.4f}"
+    return f"{found}\t{' | '.join(given)}"
 
 
 def main() -> None:
@@ -258,8 +288,8 @@ def main() -> None:
         return
     fmt = choose_format(manifest, arguments.format)
     step = 2 if task["text_pair"] else 1
-    run = RUN.get(task["kind"], classify)
-    for i, result in enumerate(run(manifest, fmt, arguments.texts)):
+    answers = ANSWERS[task["kind"]](manifest, fmt, arguments.texts)
+    for i, result in enumerate(answers):
         given = arguments.texts[i * step : (i + 1) * step]
         if arguments.json:
             shown = {"text": given[0], **({"text_pair": given[1]} if step == 2 else {}), **result}

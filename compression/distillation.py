@@ -60,12 +60,15 @@ def distillation_loss(
     logit_loss: LogitLoss,
 ) -> Tensor:
     """lambda_rep * representation loss + lambda_logit * logit loss of one sub-network."""
+    mask = batch.attention_mask
     loss = spec.lambda_logit * logit_loss(
         student=student.logits, teacher=teacher.logits, batch=batch
     )
     if spec.lambda_rep:
         loss = loss + spec.lambda_rep * representation_loss(
-            student=student.hidden, teacher=teacher.hidden, attention_mask=batch.attention_mask
+            student=student.hidden,
+            teacher=teacher.hidden,
+            attention_mask=paddle.ones_like(mask) if spec.padded_mean else mask,
         )
     return loss
 

@@ -7,7 +7,7 @@ tables. Paddle-free.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ from compression.tables import (
     texts_of,
     whole_number,
 )
+from compression.targets import refused_rows
 
-ROWS_NAMED = 10  # of those that an error is about; their count is told too
 _ENTITY_TAG = re.compile(r"O|[BIES]-.+")
 
 
@@ -77,6 +77,11 @@ class TaggedExamples:
     def __len__(self) -> int:
         return len(self.words)
 
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """What rows that stay together have in common: their words."""
+        return self.words
+
     def take(self, rows: Sequence[int]) -> TaggedExamples:
         """These rows, in this order."""
         return TaggedExamples(
@@ -97,6 +102,11 @@ class AskedExamples:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    @property
+    def groups(self) -> list[str]:
+        """What rows that stay together have in common: their context."""
+        return self.contexts
 
     def take(self, rows: Sequence[int]) -> AskedExamples:
         """These rows, in this order."""
@@ -230,7 +240,7 @@ def tagged_examples(
 ) -> TaggedExamples:
     """The table's rows; `tags` None where it is unlabelled. InvalidDataset names broken rows."""
     rows = [texts_of(row[words]) for row in table.rows]
-    refuse_rows(
+    _refuse(
         RowError(table.file, line, f"there are no words in {words!r}")
         for row, line in zip(rows, table.lines, strict=True)
         if not row
@@ -247,7 +257,7 @@ def tagged_examples(
             elif unknown:
                 yield RowError(table.file, line, f"the tag {unknown[0]!r} is not one of the plan's")
 
-    refuse_rows(wrong())
+    _refuse(wrong())
     return TaggedExamples(
         rows,
         [np.array([numbers[tag] for tag in named], np.int64) for named in given],
@@ -265,7 +275,7 @@ def asked_examples(
     """
     questions = ["".join(texts_of(row[question])) for row in table.rows]
     contexts = ["".join(texts_of(row[context])) for row in table.rows]
-    refuse_rows(
+    _refuse(
         RowError(table.file, line, f"{column!r} is empty")
         for row, line in zip(table.rows, table.lines, strict=True)
         for column in (question, context)
@@ -286,7 +296,7 @@ def asked_examples(
         reason = _wrong_answer(contexts[i], texts_of(row[text]), starts, start)
         if reason is not None:
             broken.append(RowError(table.file, table.lines[i], reason))
-    refuse_rows(broken)
+    _refuse(broken)
     return AskedExamples(questions, contexts, answers, list(table.lines))
 
 
@@ -314,14 +324,7 @@ def _wrong_answer(
     return None
 
 
-def refuse_rows(broken: Iterator[RowError] | Sequence[RowError]) -> None:
-    """InvalidDataset with the first ten of these rows and their count, where there are any."""
+def _refuse(broken: Iterable[RowError]) -> None:
     rows = list(broken)
     if rows:
-        first = rows[0]
-        count = f" ({len(rows)} rows in all)" if len(rows) > 1 else ""
-        raise InvalidDataset(
-            f"{first.file}, line {first.line}: {first.message}{count}",
-            pointer=first.file,
-            rows=tuple(rows[:ROWS_NAMED]),
-        )
+        raise refused_rows(rows, len(rows))

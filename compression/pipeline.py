@@ -41,7 +41,7 @@ from compression.report import (
 from compression.runtime_env import cpu_name
 from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
-from compression.tables import LABELLED_SPLITS, Columns, profile, read_splits, shared_rows
+from compression.tables import Columns, profile, read_splits, shared_rows
 from compression.tasks import Task, make_task
 from compression.teachers import Checkpoint, read_checkpoint
 from compression.teachers.config import EncoderConfig
@@ -76,7 +76,7 @@ def compress(
 
     with stages("load") as advance:
         job = load(spec, model_dir, dataset_dir)
-        advance(1, 1, rows={split: len(rows) for split, rows in job.splits.items()})
+        advance(1, 1, rows=dict(job.rows))
     with stages("teacher") as advance:
         teacher, fine_tuned_steps = make_teacher(job, advance)
         teacher_logits = predict(teacher, job.splits["dev"])
@@ -98,6 +98,8 @@ def compress(
         distillation_steps, step_seconds = train_supernet(
             job, supernet, teacher, subnetworks, advance
         )
+    with stages("final") as advance:
+        final_steps = fine_tune_subnetworks(job, supernet, subnetworks, advance)
     with stages("evaluate") as advance:
         metrics = []
         for i, subnetwork in enumerate(subnetworks, start=1):
@@ -157,14 +159,15 @@ def compress(
             spec=spec,
             main_metric=job.task.main_metric,
             dataset=DatasetReport(
-                rows={split: len(rows) for split, rows in job.splits.items()},
+                rows=job.rows,
                 labels=job.plan.labels,
                 label_names=job.plan.label_names,
                 text=job.plan.text,
                 text_pair=job.plan.text_pair,
                 label=job.plan.label,
+                cut_rows={split: rows.cut for split, rows in job.splits.items() if rows.cut},
                 shared_rows=job.shared_rows,
-                notes=job.plan.warnings,
+                notes=(*job.plan.warnings, *cut_notes(job)),
             ),
             teacher=TeacherReport(
                 family=teacher.config.family,
@@ -187,6 +190,7 @@ def compress(
             subnetworks=tuple(reports),
             selection=chosen,
             distillation_steps=distillation_steps,
+            final_steps=final_steps,
             step_seconds=step_seconds,
             stage_seconds=stages.seconds,
             environment=environment(spec),
@@ -228,6 +232,7 @@ class Job:
     plan: Plan
     task: Task
     checkpoint: Checkpoint
+    rows: Mapping[str, int]  # of the dataset; long contexts are several rows of `splits`
     splits: Mapping[str, Encoded]
     shared_rows: Mapping[str, int]
     seq_len: int  # of the latency measurement, tokens
@@ -282,12 +287,10 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
     tokenizer = load_tokenizer(model_dir)
     tables = read_splits(dataset_dir)
     plan = make_plan(spec, model_info(checkpoint), profile(tables))
-    task = make_task(spec.task, plan.labels)
+    task = make_task(spec.task, plan.label_names)
     examples = resolve_rows(spec, plan, tables, spec.seed)
     splits = {
-        split: task.encode(tokenizer, examples[split], spec.task.max_seq_len)
-        for split in LABELLED_SPLITS
-        if split in examples
+        split: task.encode(tokenizer, examples[split], spec.task.max_seq_len) for split in examples
     }
     dev_lengths = [len(ids) for ids in splits["dev"].input_ids]
     return Job(
@@ -295,6 +298,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
         plan=plan,
         task=task,
         checkpoint=checkpoint,
+        rows={split: len(examples[split]) for split in examples},
         splits=splits,
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
@@ -356,7 +360,13 @@ def train_supernet(
     subnetworks: Sequence[Subnetwork],
     advance: Advance,
 ) -> tuple[int, float]:
-    """Distils the supernet in place; returns its steps and a step's median seconds."""
+    """Distils the supernet in place; returns its steps and a step's median seconds.
+
+    The teacher's answers are all that is learnt, so rows without labels serve as well.
+    """
+    rows = job.splits["train"]
+    if "unlabelled" in job.splits:
+        rows = rows.joined(job.splits["unlabelled"])
     seconds: list[float] = []
 
     def on_step(step: StepReport) -> None:
@@ -366,7 +376,7 @@ def train_supernet(
     steps = distil(
         supernet,
         teacher,
-        job.splits["train"],
+        rows,
         subnetworks,
         job.spec.distillation,
         job.task.logit_loss,
@@ -374,6 +384,23 @@ def train_supernet(
         on_step=on_step,
     )
     return steps, statistics.median(seconds)
+
+
+def fine_tune_subnetworks(
+    job: Job, supernet: Encoder, subnetworks: Sequence[Subnetwork], advance: Advance
+) -> int:
+    """The optional last training, on train's labels; returns its steps."""
+    if job.spec.final.when == "never":
+        return 0
+    return fine_tune(
+        supernet,
+        job.splits["train"],
+        job.spec.final,
+        job.task.label_loss,
+        subnetworks=subnetworks,
+        seed=job.spec.seed,
+        on_step=lambda done, total, loss: advance(done, total, loss=loss),
+    )
 
 
 def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:
@@ -483,6 +510,15 @@ def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) ->
         return report
     subnetwork = subnetwork_of(supernet.config, report.width_mult)
     return report.model_copy(update={"test_accuracy": test_accuracy(job, supernet, subnetwork)})
+
+
+def cut_notes(job: Job) -> tuple[str, ...]:
+    return tuple(
+        f"{rows.cut} of {job.rows[split]} rows of {split} have {job.task.too_long} "
+        f"{job.spec.task.max_seq_len} tokens and were cut"
+        for split, rows in job.splits.items()
+        if rows.cut
+    )
 
 
 def export_warnings(

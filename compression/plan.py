@@ -19,13 +19,31 @@ import numpy.typing as npt
 from pydantic import Field
 
 from compression import cost
-from compression.errors import InvalidDataset, InvalidSpec, RowError
-from compression.spec import DistillationSpec, FineTuneSpec, Format, Frozen, Spec, WidthMult
+from compression.alignment import longest_overlap
+from compression.errors import InvalidDataset, InvalidSpec
+from compression.examples import (
+    AskedExamples,
+    SequenceColumns,
+    TaggedExamples,
+    mark_entities,
+    read_sequences,
+    refuse_defects,
+    sequence_columns,
+)
+from compression.report import METRIC_NAMES
+from compression.spec import (
+    DistillationSpec,
+    FinalSpec,
+    FineTuneSpec,
+    Format,
+    Frozen,
+    Spec,
+    WidthMult,
+)
 from compression.supernet import subnetwork_name
 from compression.tables import (
     LABELLED_SPLITS,
     MAX_LABELS,
-    MAX_ROW_ERRORS,
     SPLITS,
     Columns,
     DatasetProfile,
@@ -33,13 +51,23 @@ from compression.tables import (
     Table,
     column_warnings,
     guess_columns,
-    is_empty,
+    label_candidates,
+    plain_text,
     shared_warnings,
-    texts_of,
     whole_number,
+)
+from compression.targets import (
+    check_scores,
+    labelled_columns,
+    multi_label_values,
+    read_targets,
+    refuse_empty,
+    refuse_unseen,
 )
 from compression.teachers import Checkpoint, EncoderConfig, legal_widths
 
+SEQUENCE_KINDS = ("token_classification", "question_answering")
+ANSWER_OUTPUTS = ("start", "end")  # of question answering
 DEV_SHARE = 10  # one row in ten of train becomes dev where there is none
 FEW_DEV_ROWS = 100
 
@@ -69,6 +97,10 @@ class ModelInfo(Frozen):
     parameters: int
     num_labels: int | None = Field(description="Outputs of the classifier; null without one.")
     labels: tuple[str, ...] | None = Field(description="Names of the outputs, where it has any.")
+    head_task: str | None = Field(
+        None,
+        description="The kind of task that the classifier says it is for; null: any that fits.",
+    )
     legal_widths: tuple[WidthMult, ...]
     layout: str
     encoder: Mapping[str, Any]
@@ -89,12 +121,17 @@ class PlannedSubnetwork(Frozen):
 
 
 class Plan(Frozen):
-    """What a job will do. `labels[i]` is the dataset's value for the classifier's output i."""
+    """What a job will do. `labels[i]` is the dataset's value for the classifier's output i.
+
+    A regression has no labels; `label_names` names its one output. Question answering has
+    none either, and the outputs "start" and "end".
+    """
 
     subnetworks: tuple[PlannedSubnetwork, ...]
     text: str
     text_pair: str | None
     label: str
+    answer_start: str | None = Field(None, description="Of question answering alone.")
     labels: tuple[str, ...]
     label_names: tuple[str, ...] = Field(
         description="What output i is called: the model's own name where it keeps its head and "
@@ -119,27 +156,35 @@ class Plan(Frozen):
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows as the training takes them. `labels` is int64 [rows]; -1 throughout in "unlabelled".
+    """Rows as the training takes them. `labels` as `read_targets` says; None in "unlabelled".
 
     `lines[i]` is the line of row i in the uploaded file, `pairs` the second sentences.
     """
 
     texts: list[str]
     pairs: list[str] | None
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any] | None
     lines: list[int]
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def groups(self) -> list[tuple[str, str]]:
+        """What rows that stay together have in common: their texts."""
+        return list(zip(self.texts, self.pairs or [""] * len(self), strict=True))
 
     def take(self, rows: Sequence[int]) -> Examples:
         """These rows, in this order."""
         return Examples(
             texts=[self.texts[i] for i in rows],
             pairs=None if self.pairs is None else [self.pairs[i] for i in rows],
-            labels=self.labels[np.asarray(rows, np.int64)],
+            labels=None if self.labels is None else self.labels[np.asarray(rows, np.int64)],
             lines=[self.lines[i] for i in rows],
         )
+
+
+AnyExamples = Examples | TaggedExamples | AskedExamples
 
 
 def model_info(checkpoint: Checkpoint) -> ModelInfo:
@@ -156,6 +201,7 @@ def model_info(checkpoint: Checkpoint) -> ModelInfo:
         parameters=cost.parameters(config),
         num_labels=config.num_labels,
         labels=checkpoint.labels,
+        head_task=checkpoint.head_task,
         legal_widths=legal_widths(config),
         layout=checkpoint.layout,
         encoder=config.to_dict(),
@@ -170,9 +216,23 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
     """
     encoder = EncoderConfig.from_dict(model.encoder)
     columns = _columns(spec, dataset)
-    values = _label_values(columns.label, dataset)
+    values = _label_values(spec, columns.label, dataset)
     fine_tune = _fine_tune(spec, model)
-    labels, label_names = _label_order(spec, model, [v.value for v in values], fine_tune=fine_tune)
+    if spec.task.kind == "regression":
+        labels: tuple[str, ...] = ()
+        label_names = (columns.label,) if fine_tune or model.labels is None else model.labels
+    elif spec.task.kind == "question_answering":
+        labels, label_names = (), ANSWER_OUTPUTS
+    else:
+        labels, label_names = _label_order(
+            spec, model, [v.value for v in values], fine_tune=fine_tune
+        )
+    if spec.task.main_metric.startswith("entity") and not mark_entities(label_names):
+        raise InvalidSpec(
+            f"the tags ({_listed(label_names)}) do not mark entities as O, B-..., I-...: name the "
+            'metric "accuracy", or tags that do',
+            pointer="/task/metric",
+        )
     _check_lengths(spec, encoder, pair=columns.text_pair is not None)
     full = dataclasses.replace(encoder, num_labels=len(label_names), head=spec.task.head)
     configs = _narrowed(spec, model, full)
@@ -180,7 +240,11 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
     dev_from_train = "dev" not in rows
     if dev_from_train:
         counts = {value.value: value.count for value in values}
-        dev = sum(_dev_quotas([counts.get(label, 0) for label in labels]))
+        dev = sum(
+            _dev_quotas([counts.get(label, 0) for label in labels])
+            if spec.task.kind == "classification"
+            else _dev_quotas([rows["train"]])
+        )
         if dev == 0:
             raise InvalidDataset(
                 f"there is no dev split, and the {rows['train']} rows of train are too few to "
@@ -209,6 +273,7 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
         text=columns.text,
         text_pair=columns.text_pair,
         label=columns.label,
+        answer_start=columns.answer_start,
         labels=labels,
         label_names=label_names,
         fine_tune=fine_tune,
@@ -236,16 +301,23 @@ class _TaskColumns:
     text: str
     text_pair: str | None
     label: str
+    answer_start: str | None = None
 
 
 def _columns(spec: Spec, dataset: DatasetProfile) -> _TaskColumns:
     """The spec's columns, the others guessed; all of them stand in the splits that need them."""
     task = spec.task
+    if task.kind in SEQUENCE_KINDS:
+        columns = sequence_columns(task, dataset)
+        refuse_defects(task.kind, columns, dataset)
+        return _TaskColumns(columns.text, columns.text_pair, columns.label, columns.answer_start)
+    if task.answer_start is not None:
+        raise InvalidSpec(f"a {task.kind} task has no answer_start", pointer="/task/answer_start")
     for field, name in (("text", task.text), ("text_pair", task.text_pair), ("label", task.label)):
         if name is not None:
             _require_column(dataset, field, name)
     guess = guess_columns(
-        dataset.splits, text=task.text, text_pair=task.text_pair, label=task.label
+        dataset.splits, task.kind, text=task.text, text_pair=task.text_pair, label=task.label
     )
     if guess.text is None:
         raise InvalidSpec(
@@ -253,7 +325,8 @@ def _columns(spec: Spec, dataset: DatasetProfile) -> _TaskColumns:
         )
     if guess.label is None:
         raise InvalidSpec(
-            "which column holds the label? These could: " + ", ".join(dataset.label_candidates),
+            f"which column holds the label of a {task.kind} task? These could: "
+            + (", ".join(label_candidates(dataset.splits, task.kind)) or "none"),
             pointer="/task/label",
         )
     resolved = _TaskColumns(guess.text, guess.text_pair, guess.label)
@@ -261,6 +334,14 @@ def _columns(spec: Spec, dataset: DatasetProfile) -> _TaskColumns:
         raise InvalidSpec(
             f"{resolved.label!r} is named as text and as label", pointer="/task/label"
         )
+    for field, name in (("text", resolved.text), ("text_pair", resolved.text_pair)):
+        for found in dataset.splits.values():
+            column = found.column(name) if name is not None else None
+            if column is not None and column.kind == "list":
+                raise InvalidSpec(
+                    f"the column {name!r} of {found.file} holds lists, not texts",
+                    pointer=f"/task/{field}",
+                )
     if resolved.text == resolved.text_pair:
         raise InvalidSpec(
             f"{resolved.text!r} is named as both sentences", pointer="/task/text_pair"
@@ -289,59 +370,55 @@ def _columns_of(dataset: DatasetProfile, split: str) -> str:
     return f"its columns are {', '.join(names[:20])}{more}"
 
 
-def _label_values(name: str, dataset: DatasetProfile) -> tuple[DistinctValue, ...]:
-    """Train's label values. InvalidDataset: an empty label, or one that train does not have."""
-    empty = [
-        RowError(found.file, line, f"the label ({name!r}) is empty")
-        for split, found in dataset.splits.items()
-        if split in LABELLED_SPLITS and (column := found.column(name)) is not None
-        for line in column.empty_lines
-    ]
-    if empty:
-        raise InvalidDataset(
-            f"{empty[0].file}, line {empty[0].line}: {empty[0].message}",
-            pointer=empty[0].file,
-            rows=tuple(empty[:MAX_ROW_ERRORS]),
-        )
-    train = dataset.splits["train"]
-    column = train.column(name)
-    assert column is not None  # _columns has looked
-    if column.distinct < 2:
-        raise InvalidDataset(
-            f"{train.file}: the column {name!r} has one class only; a classifier needs two",
-            pointer=train.file,
-        )
-    if column.values is None:
+def _label_values(spec: Spec, name: str, dataset: DatasetProfile) -> tuple[DistinctValue, ...]:
+    """Train's labels, none of a regression. InvalidDataset names rows that have no usable one."""
+    if spec.task.kind in ("classification", "regression") and any(
+        column.kind == "list" for column in labelled_columns(name, dataset).values()
+    ):
         raise InvalidSpec(
-            f"the column {name!r} of {train.file} holds no labels: it has {column.distinct} "
-            f"distinct values in {train.rows} rows; a label has at most {MAX_LABELS}, short ones, "
-            "that repeat",
+            f"the column {name!r} holds lists: a {spec.task.kind} task reads none, but multi_label",
             pointer="/task/label",
         )
-    known = {value.value for value in column.values}
-    unseen = []
-    for split, found in dataset.splits.items():
-        other = found.column(name)
-        if split == "train" or split not in LABELLED_SPLITS or other is None:
-            continue
-        if other.values is None:
+    match spec.task.kind:
+        case "multi_label":
+            return multi_label_values(spec.task, name, dataset)
+        case "regression":
+            if spec.task.labels is not None:
+                raise InvalidSpec("a regression has no labels to list", pointer="/task/labels")
+            check_scores(name, dataset)
+            return ()
+        case "question_answering":
+            if spec.task.labels is not None:
+                raise InvalidSpec("answers are no labels to list", pointer="/task/labels")
+            return ()
+        case "classification" | "token_classification":
+            return _class_values(name, dataset)
+
+
+def _class_values(name: str, dataset: DatasetProfile) -> tuple[DistinctValue, ...]:
+    columns = labelled_columns(name, dataset)
+    refuse_empty(name, columns)
+    (train, column), *_ = columns.items()
+    if column.distinct < 2:
+        raise InvalidDataset(
+            f"{train}: the column {name!r} has one class only; a classifier needs two",
+            pointer=train,
+        )
+    found = {}
+    for file, each in columns.items():
+        if each.values is None:
             raise InvalidSpec(
-                f"the column {name!r} of {found.file} holds no labels: it has {other.distinct} "
+                f"the column {name!r} of {file} holds no labels: it has {each.distinct} "
+                f"distinct values in {dataset.splits['train'].rows} rows; a label has at most "
+                f"{MAX_LABELS}, short ones, that repeat"
+                if file == train
+                else f"the column {name!r} of {file} holds no labels: it has {each.distinct} "
                 "distinct values, or long ones",
                 pointer="/task/label",
             )
-        unseen += [
-            RowError(found.file, value.first_line, f"the label {value.value!r} is not in train")
-            for value in other.values
-            if value.value not in known
-        ]
-    if unseen:
-        raise InvalidDataset(
-            f"{unseen[0].file}, line {unseen[0].line}: {unseen[0].message}",
-            pointer=unseen[0].file,
-            rows=tuple(unseen[:MAX_ROW_ERRORS]),
-        )
-    return column.values
+        found[file] = each.values
+    refuse_unseen(found)
+    return found[train]
 
 
 def _fine_tune(spec: Spec, model: ModelInfo) -> bool:
@@ -350,13 +427,24 @@ def _fine_tune(spec: Spec, model: ModelInfo) -> bool:
             'the model has no classifier head: let the job fine-tune one (when: "auto")',
             pointer="/teacher/when",
         )
-    if spec.teacher.when != "always" and model.num_labels == 1:
+    if spec.teacher.when == "always" or model.num_labels is None:
+        return True
+    one_output = model.num_labels == 1
+    made_for = model.head_task or ("regression" if one_output else None)
+    outputs_wanted = {"regression": 1, "question_answering": len(ANSWER_OUTPUTS)}
+    if (
+        made_for not in (None, spec.task.kind)
+        or model.encoder.get("head", "sequence") != spec.task.head
+        or outputs_wanted.get(spec.task.kind, model.num_labels) != model.num_labels
+    ):
+        outputs = "one output" if one_output else f"{model.num_labels} outputs"
         raise InvalidSpec(
-            "the model's head has one output, as for regression: let the job fine-tune a "
-            'classifier (when: "always")',
-            pointer="/teacher/when",
+            f"the model's head has {outputs}{f' for {made_for}' if made_for else ''}, and the task "
+            f"is {spec.task.kind}: name the task that the model was made for, or let the job "
+            'fine-tune a new head (teacher.when: "always")',
+            pointer="/task/kind",
         )
-    return spec.teacher.when == "always" or model.num_labels is None
+    return False
 
 
 def _label_order(
@@ -365,6 +453,12 @@ def _label_order(
     """The dataset's labels in the order of the classifier's outputs, and the outputs' names."""
     outputs = None if fine_tune else model.num_labels
     names = None if fine_tune else model.labels
+    absent = sorted(set(spec.task.labels or ()) - set(found))
+    if fine_tune and absent:
+        raise InvalidSpec(
+            f"no row of train has the label {_listed(absent)}: a new head cannot learn it",
+            pointer="/task/labels",
+        )
     if spec.task.labels is not None:
         labels = _given_order(spec.task.labels, found, outputs)
         return labels, names or labels
@@ -436,6 +530,14 @@ def _check_lengths(spec: Spec, encoder: EncoderConfig, *, pair: bool) -> None:
                 f"{length} tokens are more than the model's {encoder.max_positions} positions",
                 pointer=pointer,
             )
+    if spec.task.kind == "question_answering":
+        room = longest_overlap(spec.task.max_seq_len)
+        if spec.task.overlap > room:
+            raise InvalidSpec(
+                f"windows of {spec.task.max_seq_len} tokens can share at most {max(0, room)}, "
+                f"not {spec.task.overlap}",
+                pointer="/task/max_seq_len" if room < 0 else "/task/doc_stride",
+            )
     if pair and encoder.type_vocab_size < 2:
         raise InvalidSpec(
             "the model knows one token type only and cannot tell two sentences apart",
@@ -491,9 +593,11 @@ def _predicted_seconds(
     if fine_tune:
         flops += _trained_rows(spec.teacher, rows["train"]) * BACKWARD_AND_FORWARD * teacher
     flops += min(spec.importance.rows, rows["train"]) * BACKWARD_AND_FORWARD * teacher
-    flops += _trained_rows(spec.distillation, rows["train"]) * (
+    flops += _trained_rows(spec.distillation, rows["train"] + rows.get("unlabelled", 0)) * (
         teacher + BACKWARD_AND_FORWARD * students
     )
+    if spec.final.when == "always":
+        flops += _trained_rows(spec.final, rows["train"]) * BACKWARD_AND_FORWARD * students
     flops += (rows["dev"] + rows.get("test", 0)) * (teacher + students)
     served = len([fmt for fmt in spec.export.formats if fmt != "safetensors"])
     timed = cost.flops(full, seq_len) + sum(cost.flops(config, seq_len) for config in subnetworks)
@@ -504,7 +608,7 @@ def _predicted_seconds(
     return float(f"{seconds:.2g}")  # more digits would claim to know more
 
 
-def _trained_rows(training: FineTuneSpec | DistillationSpec, rows: int) -> int:
+def _trained_rows(training: FineTuneSpec | DistillationSpec | FinalSpec, rows: int) -> int:
     steps = math.ceil(rows / training.batch_size * training.epochs)
     if training.max_steps is not None:
         steps = min(steps, training.max_steps)
@@ -521,18 +625,22 @@ def _warnings(
     subnetworks: Sequence[PlannedSubnetwork],
 ) -> Iterator[str]:
     task = Columns(columns.text, columns.text_pair, columns.label)
-    yield from column_warnings(dataset.splits, task)
+    yield from column_warnings(dataset.splits, task, spec.task.kind)
     if (dataset.text, dataset.text_pair) == (task.text, task.text_pair):
         yield from shared_warnings(dataset.splits, dataset.shared_rows)
     if "dev" not in dataset.splits:
         yield (
-            f"there is no dev split: about {rows['dev']} rows of train become dev, by label and "
-            "with equal texts together"
+            f"there is no dev split: about {rows['dev']} rows of train become dev, "
+            f"{'by label and ' if spec.task.kind == 'classification' else ''}with equal texts "
+            "together"
         )
     if rows["dev"] < FEW_DEV_ROWS:
         yield (
             f"dev has {rows['dev']} rows: a single one is {100 / rows['dev']:.1f} points of "
             "accuracy"
+            if spec.task.main_metric == "accuracy"
+            else f"dev has {rows['dev']} rows: few to tell points of "
+            f"{METRIC_NAMES[spec.task.main_metric]} from noise"
         )
     single = [value.value for value in values if value.count == 1]
     if single:
@@ -541,9 +649,6 @@ def _warnings(
     absent = [label for label in labels if label not in found]
     if absent:
         yield f"no row of train has the label {_listed(absent)}"
-    if "unlabelled" in dataset.splits:
-        count = dataset.splits["unlabelled"].rows
-        yield f"the {count} rows of unlabelled are not used as yet: distillation reads train alone"
     if spec.importance.split == "dev":
         yield "importance is computed on dev, which also judges the sub-networks: it flatters them"
     if spec.device == "gpu":
@@ -568,53 +673,38 @@ def _warnings(
 
 def resolve_rows(
     spec: Spec, plan: Plan, splits: Mapping[str, Table], seed: int
-) -> dict[str, Examples]:
-    """The plan's splits as texts and label numbers; a missing dev is taken from train.
+) -> dict[str, AnyExamples]:
+    """The plan's splits as texts and targets; a missing dev is taken from train.
 
-    `spec` is not read today: columns and labels are the plan's. The same seed and tables
-    give the same dev. InvalidDataset where a row has no label of the plan.
+    Columns and labels are the plan's. The same seed and tables give the same dev.
+    InvalidDataset where a row has no label of the plan.
     """
-    numbers = {label: i for i, label in enumerate(plan.labels)}
-    examples = {split: _examples(plan, numbers, split, table) for split, table in splits.items()}
+    examples = {split: _examples(spec, plan, split, table) for split, table in splits.items()}
     if plan.dev_from_train:
-        rest, dev = _dev_rows(examples["train"], seed)
+        rest, dev = _dev_rows(
+            examples["train"], seed, stratified=spec.task.kind == "classification"
+        )
         train = examples.pop("train")
         examples |= {"train": train.take(rest), "dev": train.take(dev)}
     return {split: examples[split] for split in SPLITS if split in examples}
 
 
-def _examples(plan: Plan, numbers: Mapping[str, int], split: str, table: Table) -> Examples:
+def _examples(spec: Spec, plan: Plan, split: str, table: Table) -> AnyExamples:
+    if spec.task.kind in SEQUENCE_KINDS:
+        columns = SequenceColumns(plan.text, plan.text_pair, plan.label, plan.answer_start)
+        numbers = {label: i for i, label in enumerate(plan.labels)}
+        return read_sequences(columns, table, split, numbers=numbers)
     pair = plan.text_pair
-    labels = np.full(len(table.rows), -1, np.int64)
+    labels = None
     if split in LABELLED_SPLITS:
-        broken = []
-        for i, row in enumerate(table.rows):
-            value = row[plan.label]
-            number = numbers.get(value) if isinstance(value, str) else None
-            if number is None:
-                reason = "empty" if is_empty(value) else "not one of the plan's"
-                broken.append(RowError(table.file, table.lines[i], f"the label is {reason}"))
-                if len(broken) == MAX_ROW_ERRORS:
-                    break
-            else:
-                labels[i] = number
-        if broken:
-            raise InvalidDataset(
-                f"{broken[0].file}, line {broken[0].line}: {broken[0].message}",
-                pointer=table.file,
-                rows=tuple(broken),
-            )
+        cells = [row[plan.label] for row in table.rows]
+        labels = read_targets(spec.task, cells, plan.labels, file=table.file, lines=table.lines)
     return Examples(
-        texts=_texts(table, plan.text),
-        pairs=None if pair is None else _texts(table, pair),
+        texts=[plain_text(row[plan.text]) for row in table.rows],
+        pairs=None if pair is None else [plain_text(row[pair]) for row in table.rows],
         labels=labels,
         lines=list(table.lines),
     )
-
-
-def _texts(table: Table, column: str) -> list[str]:
-    """A text a row, "" for a null; make_plan has seen that the column holds no lists."""
-    return ["".join(texts_of(row[column])) for row in table.rows]
 
 
 def _dev_quotas(counts: Sequence[int]) -> list[int]:
@@ -633,21 +723,22 @@ def _dev_quotas(counts: Sequence[int]) -> list[int]:
     return quotas
 
 
-def _dev_rows(train: Examples, seed: int) -> tuple[list[int], list[int]]:
+def _dev_rows(train: AnyExamples, seed: int, *, stratified: bool) -> tuple[list[int], list[int]]:
     """Row numbers that stay in train, and those that become dev, both in their order.
 
-    Stratified by label; rows of equal texts stay together, and those that contradict
-    each other (equal texts, several labels) stay in train.
+    Stratified by label where a row has one of a few; rows of equal texts stay together,
+    and those that contradict each other (equal texts, several labels) stay in train.
     """
-    groups: dict[tuple[str, str], list[int]] = {}
-    for i, text in enumerate(train.texts):
-        groups.setdefault((text, train.pairs[i] if train.pairs is not None else ""), []).append(i)
+    labels = train.labels if isinstance(train, Examples) else None
+    stratum = labels if stratified and labels is not None else np.zeros(len(train), np.int64)
+    groups: dict[Any, list[int]] = {}
+    for i, group in enumerate(train.groups):
+        groups.setdefault(group, []).append(i)
     strata: dict[int, list[list[int]]] = {}
     for members in groups.values():
-        labels = {int(train.labels[i]) for i in members}
-        if len(labels) == 1:
-            strata.setdefault(labels.pop(), []).append(members)
-    counts = np.bincount(train.labels)
+        if labels is None or len({labels[i].tobytes() for i in members}) == 1:
+            strata.setdefault(int(stratum[members[0]]), []).append(members)
+    counts = np.bincount(stratum)
     rng = np.random.default_rng(seed)
     dev: list[int] = []
     for label, quota in enumerate(_dev_quotas(counts.tolist())):

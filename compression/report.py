@@ -34,6 +34,7 @@ STAGES = (
     "importance",
     "reorder",
     "distil",
+    "final",
     "evaluate",
     "export",
     "verify",
@@ -45,11 +46,16 @@ STAGES = (
 
 METRIC_NAMES: Mapping[str, str] = {  # what people call them
     "accuracy": "accuracy",
+    "f1": "F1",
+    "matthews": "Matthews correlation",
+    "micro_f1": "micro F1",
+    "macro_f1": "macro F1",
+    "exact_match": "exact match",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
     "entity_f1": "entity F1",
     "entity_precision": "entity precision",
     "entity_recall": "entity recall",
-    "f1": "F1",
-    "exact_match": "exact match",
 }
 MAIN_METRIC = "The report's `main_metric` on dev, whatever it is; at most 1."
 METRICS = "Every metric of the task on dev, by name."
@@ -160,6 +166,9 @@ class DatasetReport(Frozen):
     text: str
     text_pair: str | None = None
     label: str
+    cut_rows: Mapping[str, int] = Field(
+        default_factory=dict, description="Rows of each split that are longer than max_seq_len."
+    )
     shared_rows: Mapping[str, int] = Field(
         default_factory=dict, description='"train/dev": rows of dev whose text stands in train.'
     )
@@ -177,6 +186,7 @@ class CompressionReport(Frozen):
     subnetworks: tuple[SubnetworkReport, ...]
     selection: Selection
     distillation_steps: int
+    final_steps: int = Field(0, description="Steps of the last fine-tuning on labels.")
     step_seconds: float = Field(description="Median seconds of a distillation step.")
     stage_seconds: Mapping[str, float]
     environment: Mapping[str, str] = Field(description="Device and library versions measured on.")

@@ -93,7 +93,9 @@ class TaskKind(NamedTuple):
 
 
 TASK_KINDS: Mapping[str, TaskKind] = {
-    "classification": TaskKind("sequence", ("accuracy",)),
+    "classification": TaskKind("sequence", ("accuracy", "f1", "matthews")),
+    "multi_label": TaskKind("sequence", ("micro_f1", "macro_f1", "exact_match")),
+    "regression": TaskKind("sequence", ("pearson", "spearman")),
     "token_classification": TaskKind(
         "token", ("entity_f1", "entity_precision", "entity_recall", "accuracy")
     ),
@@ -104,7 +106,9 @@ TASK_KINDS: Mapping[str, TaskKind] = {
 class TaskSpec(_Asked):
     """What the model predicts, and which columns hold it. Columns not named are guessed."""
 
-    kind: Literal["classification", "token_classification", "question_answering"] = "classification"
+    kind: Literal[
+        "classification", "multi_label", "regression", "token_classification", "question_answering"
+    ] = "classification"
     metric: Text | None = Field(
         None,
         description="The main metric, which the accuracy drop is measured in; by default the "
@@ -125,6 +129,11 @@ class TaskSpec(_Asked):
         None,
         description="Label values in the order of the classifier's outputs. Needed where the "
         "dataset's labels are neither the model's label names nor their numbers.",
+    )
+    separator: Text = Field(
+        ",",
+        min_length=1,
+        description="Between the labels of one row, where a multi-label column holds texts.",
     )
     answer_start: Text | None = Field(
         None, description="Column of the character of the context that each answer starts at."
@@ -220,12 +229,33 @@ class DistillationSpec(_Asked):
     )
     lambda_rep: float = Field(0.1, ge=0)
     lambda_logit: float = Field(1.0, ge=0)
+    padded_mean: bool = Field(
+        False,
+        description="The mean of lambda_rep is over padding too, as PaddleSlim takes it: for "
+        "comparisons with it alone, because a row's loss then depends on its batch-mates.",
+    )
 
     @model_validator(mode="after")
     def _some_loss(self) -> DistillationSpec:
         if self.lambda_rep == 0 and self.lambda_logit == 0:
             raise ValueError("lambda_rep and lambda_logit are both 0: nothing would be learnt")
         return self
+
+
+class FinalSpec(_Asked):
+    """DynaBERT's optional last stage: all sub-networks are fine-tuned on train's labels.
+
+    One optimizer step after all widths, as in distillation, and with its dropout.
+    """
+
+    when: Literal["never", "always"] = "never"
+    epochs: float = Field(1.0, gt=0, le=100)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1, le=1024)
+    learning_rate: float = Field(2e-5, gt=0, lt=1)
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
 
 
 class LatencySpec(_Asked):
@@ -278,6 +308,7 @@ class Spec(_Asked):
     importance: ImportanceSpec = ImportanceSpec()
     supernet: SupernetSpec = SupernetSpec()
     distillation: DistillationSpec = DistillationSpec()
+    final: FinalSpec = FinalSpec()
     latency: LatencySpec = LatencySpec()
     constraints: ConstraintSpec = ConstraintSpec()
     export: ExportSpec = ExportSpec()

@@ -1,9 +1,9 @@
-"""The optimizer and schedule of both trainings, and the fine-tuning that makes a teacher."""
+"""The optimizer and schedule of every training, and fine-tuning on labels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import paddle
@@ -12,7 +12,7 @@ from paddle import Tensor, nn
 from compression.batches import Batch, Encoded, training_batches
 from compression.encoder import Encoder
 from compression.errors import TrainingDiverged
-from compression.spec import FineTuneSpec
+from compression.supernet import Subnetwork
 
 
 class Schedule(Protocol):
@@ -87,13 +87,19 @@ class Optimizer:
 def fine_tune(
     encoder: Encoder,
     data: Encoded,
-    spec: FineTuneSpec,
+    spec: Schedule,
     loss: Callable[[Tensor, Batch], Tensor],
     *,
+    subnetworks: Sequence[Subnetwork | None] = (None,),
     seed: int,
     on_step: Callable[[int, int, float], None],
 ) -> int:
-    """Trains the encoder in place on labels; on_step(done, total, loss). Returns the steps."""
+    """Trains the encoder in place on labels and returns the steps.
+
+    `None` is the whole network. Of several sub-networks each batch takes the sum of the
+    losses, one after the other, and then one optimizer step: DynaBERT's (arXiv:2004.04037)
+    final fine-tuning. on_step(done, total, mean loss of the sub-networks).
+    """
     steps = step_count(spec, len(data))
     paddle.seed(seed)
     optimizer = Optimizer(encoder, spec, steps=steps)
@@ -102,10 +108,12 @@ def fine_tune(
     )
     encoder.train()
     for done, batch in enumerate(batches, start=1):
-        value = loss(encoder(*batch.inputs), batch)
-        scalar = finite(float(value), stage="fine-tuning", step=done)
-        value.backward()
+        values = []
+        for subnetwork in subnetworks:
+            value = loss(encoder(*batch.inputs, subnetwork=subnetwork), batch)
+            values.append(finite(float(value), stage="fine-tuning", step=done))
+            value.backward()
         optimizer.step()
-        on_step(done, steps, scalar)
+        on_step(done, steps, sum(values) / len(values))
     encoder.eval()
     return steps

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from compression.spec import TaskSpec
 from compression.tasks.base import Predictions, Task
 from compression.tasks.classification import Classification
+from compression.tasks.multi_label import MultiLabel
 from compression.tasks.question_answering import QuestionAnswering
+from compression.tasks.regression import Regression
 from compression.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
+    "multi_label": MultiLabel,
+    "regression": Regression,
     "token_classification": TokenClassification,
     "question_answering": QuestionAnswering,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from paddle import Tensor
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from compression.batches import Batch, Encoded
 from compression.spec import TaskSpec
-from compression.tokenization import encode
+from compression.tokenization import encode_rows
 
 Predictions = np.ndarray | Sequence[np.ndarray]
 """Logits of a split in the rows' order: [rows, C], or with a token head an array [T_i, C] a row."""
@@ -34,6 +34,7 @@ class Task(ABC):
     that an accuracy drop is measured in.
     """
 
+    too_long: ClassVar[str] = "more than"  # "rows have ... 128 tokens and were cut"
     labels: tuple[str, ...]
     main_metric: str
 
@@ -66,5 +67,10 @@ class Task(ABC):
 
     def encode(self, tokenizer: Tokenizer, examples: Any, max_seq_len: int) -> Encoded:
         """Rows as token ids with their labels; `examples` are those that the plan deals out."""
-        rows = encode(tokenizer, examples.texts, examples.pairs, max_seq_len)
-        return Encoded([ids for ids, _ in rows], [types for _, types in rows], examples.labels)
+        rows = encode_rows(tokenizer, examples.texts, examples.pairs, max_seq_len)
+        return Encoded(
+            [row.ids for row in rows],
+            [row.type_ids for row in rows],
+            examples.labels,
+            cut=sum(bool(row.overflowing) for row in rows),
+        )

@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import paddle
@@ -47,6 +48,7 @@ class QuestionAnswering(Task):
     the first is learnt, and each is right.
     """
 
+    too_long: ClassVar[str] = "a question longer than half of"
     overlap: int
     max_answer_length: int
 
@@ -84,13 +86,13 @@ class QuestionAnswering(Task):
 
     def encode(self, tokenizer: Tokenizer, examples: AskedExamples, max_seq_len: int) -> Encoded:
         """Every window of every question is a row."""
-        windows = encode_questions(
+        windows, cut = encode_questions(
             tokenizer,
             examples.questions,
             examples.contexts,
             max_seq_len=max_seq_len,
             overlap=self.overlap,
-        ).windows
+        )
         masks = [np.zeros(len(window.input_ids), bool) for window in windows]
         for mask, window in zip(masks, windows, strict=True):
             mask[[0, *range(window.first, window.first + len(window.offsets))]] = True
@@ -116,6 +118,7 @@ class QuestionAnswering(Task):
             labels,
             masks,
             references,
+            cut,
         )
 
 

@@ -90,6 +90,7 @@ class TokenClassification(Task):
             labels,
             masks,
             references,
+            sum(row.cut for row in rows),
         )
 
 

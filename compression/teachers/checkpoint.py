@@ -37,8 +37,17 @@ WEIGHTS_FILE = "model.safetensors"
 PICKLE_FILES = ("pytorch_model.bin", "model_state.pdparams")
 
 _PLACEHOLDER_LABEL = re.compile(r"LABEL_\d+")
-# Classes whose "classifier" is not one of whole sentences.
-_OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering")
+_PROBLEM_TYPES = {
+    "single_label_classification": "classification",
+    "multi_label_classification": "multi_label",
+    "regression": "regression",
+}
+# Classes whose classifier reads every token, and what transformers calls one of them.
+_TOKEN_HEADS = {
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering",
+}
+_ANSWER_HEAD = "qa_outputs."
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class Checkpoint:
     labels: tuple[str, ...] | None
     layout: str
     ignored: tuple[str, ...]
+    head_task: str | None = None  # the kind of task that the head is said to be for
 
 
 def read_config(model_dir: Path) -> ModelConfig:
@@ -174,6 +184,9 @@ def _read(model_dir: Path, *, keep: bool) -> Checkpoint:
         if raw.get("type_vocab_size") is None and types is not None and len(types.shape) == 2:
             config = _parse_config(path.name, raw, type_vocab_size=types.shape[0])
     encoder = _with_head(config, sources)
+    if encoder.head == "token":  # some toolkits keep a pooler that such a head never reads
+        unread = sources.keys() & {"pooler.weight", "pooler.bias"}
+        ignored = tuple(sorted({*ignored, *(sources.pop(name).name for name in unread)}))
     _account(encoder, sources)
     tensors = {}
     for name in parameter_shapes(encoder):
@@ -188,6 +201,7 @@ def _read(model_dir: Path, *, keep: bool) -> Checkpoint:
         labels=config.labels if encoder.num_labels is not None else None,
         layout=layout_name,
         ignored=ignored,
+        head_task=_head_task(config, encoder, sources),
     )
 
 
@@ -314,7 +328,13 @@ def _foreign_sources(
 ) -> tuple[str, dict[str, _Source], tuple[str, ...]]:
     """Our name for every parameter of the file, by the layout that knows most of them."""
     ignored = tuple(sorted(name for name in file.entries if family.ignored(name)))
-    names = {name: family.normalised(name) for name in file.entries if name not in set(ignored)}
+    names = {
+        name: f"classifier.{name.removeprefix(_ANSWER_HEAD)}"
+        if name.startswith(_ANSWER_HEAD)
+        else family.normalised(name)
+        for name in file.entries
+        if name not in set(ignored)
+    }
 
     def known(layout: Layout) -> int:
         return sum(layout.ours(name) is not None for name in names.values())
@@ -355,10 +375,10 @@ def _with_head(config: ModelConfig, sources: Mapping[str, _Source]) -> EncoderCo
     if weight is None and "classifier.bias" not in sources:
         return dataclasses.replace(config.encoder, num_labels=None)
     for name in _classes(config.raw):
-        if name.endswith(_OTHER_HEADS):
+        if name.endswith("ForMultipleChoice"):
             raise InvalidModel(
-                f"{config.file} says {name[:60]}: only sentence and sentence-pair classifiers can "
-                "be compressed as yet. Remove the head's weights to fine-tune a new one",
+                f"{config.file} says {name[:60]}: multiple choice cannot be compressed as yet. "
+                "Remove the head's weights to fine-tune a new one",
                 pointer=config.file,
             )
     stated = config.encoder.num_labels
@@ -368,15 +388,42 @@ def _with_head(config: ModelConfig, sources: Mapping[str, _Source]) -> EncoderCo
             raise InvalidModel(
                 f"parameter {weight.name!r} has {stated} outputs", pointer=WEIGHTS_FILE
             )
+    head = "token" if _token_task(config, sources) else config.encoder.head
+    return dataclasses.replace(config.encoder, num_labels=stated, head=head)
+
+
+def _token_task(config: ModelConfig, sources: Mapping[str, _Source]) -> str | None:
+    """What a classifier that reads every token is for, by its name or the class that saved it."""
+    weight = sources.get("classifier.weight")
+    if weight is not None and weight.name.startswith(_ANSWER_HEAD):
+        return "question_answering"
+    for end, task in _TOKEN_HEADS.items():
+        if any(name.endswith(end) for name in _classes(config.raw)):
+            return task
+    return None
+
+
+def _head_task(
+    config: ModelConfig, encoder: EncoderConfig, sources: Mapping[str, _Source]
+) -> str | None:
+    """The task that the head's class, Hugging Face's `problem_type` or a single output tell."""
+    if encoder.num_labels is None:
+        return None
+    if (task := _token_task(config, sources)) is not None:
+        return task
     kind = config.raw.get("problem_type")
-    if stated == 1 or kind not in (None, "single_label_classification"):
+    if kind is None:
+        return "regression" if encoder.num_labels == 1 else None
+    task = _PROBLEM_TYPES.get(kind) if isinstance(kind, str) else None
+    if task is None or (task == "regression") != (encoder.num_labels == 1):
         raise InvalidModel(
-            f"the classifier is one for {kind if isinstance(kind, str) else 'regression'}; only "
-            "single-label classification can be compressed as yet. Remove the head's weights to "
-            "fine-tune a new one",
+            f"{config.file} has the problem_type {str(kind)[:40]!r}, which does not suit a "
+            f"classifier of {encoder.num_labels} outputs; known: {', '.join(_PROBLEM_TYPES)} (one "
+            "output for regression, more for the others). Remove the head's weights to fine-tune "
+            "a new one",
             pointer=config.file,
         )
-    return dataclasses.replace(config.encoder, num_labels=stated)
+    return task
 
 
 def _account(encoder: EncoderConfig, sources: Mapping[str, _Source]) -> None:

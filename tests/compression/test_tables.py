@@ -26,6 +26,7 @@ from compression.tables import (
     MAX_ROW_ERRORS,
     DatasetProfile,
     Table,
+    guess_columns,
     profile,
     read_splits,
     write_clean,
@@ -325,11 +326,6 @@ def parquet(folder: Path, **columns: Any) -> Path:
     return folder
 
 
-def listed(kind: pa.DataType) -> pa.DataType:
-    """A list as Parquet names its items."""
-    return pa.list_(pa.field("element", kind))
-
-
 def test_parquet_text_and_numbers_become_text(tmp_path: Path) -> None:
     nan = float("nan")
     parquet(
@@ -351,15 +347,19 @@ def test_parquet_text_and_numbers_become_text(tmp_path: Path) -> None:
     assert table.lines == [1, 2, 3]
 
 
+def _list_of(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", kind))  # as Parquet names it when it is read back
+
+
 @pytest.mark.parametrize(
     "column",
     [
         pa.array([True]),
         pa.array([b"bytes"]),
-        pa.array([[["a"]]], listed(listed(pa.string()))),
+        pa.array([[["a"]]], _list_of(_list_of(pa.string()))),
         pa.array([{"a": {"b": 1}}]),
-        pa.array([[{"a": ["b"]}]], listed(pa.struct({"a": listed(pa.string())}))),
-        pa.array([[True]], listed(pa.bool_())),
+        pa.array([[{"a": ["b"]}]], _list_of(pa.struct({"a": _list_of(pa.string())}))),
+        pa.array([[True]], _list_of(pa.bool_())),
         pa.array([0], pa.timestamp("ms")),
         pa.array([0], pa.date32()),
     ],
@@ -421,12 +421,12 @@ def test_a_list_columns_values_are_its_items(tmp_path: Path) -> None:
     table = read_train(tmp_path, train_jsonl=lines)
     tags = profile({"train": table}).splits["train"].column("tags")
     assert tags is not None
-    assert (tags.kind, tags.distinct, tags.empty, tags.empty_lines) == ("list", 2, 1, (3,))
+    assert (tags.kind, tags.distinct, tags.empty) == ("list", 2, 0)
     assert [(v.value, v.count, v.first_line) for v in tags.values or ()] == [
         ("O", 3, 1),
         ("B-x", 1, 1),
     ]
-    assert tags.mean_characters == (5 + 1 + 0 + 1) / 4
+    assert tags.mean_characters == (4 + 1 + 0 + 1) / 4
     assert profile({"train": table}).label == "label"  # a list is no class
 
 
@@ -461,10 +461,26 @@ def test_a_damaged_parquet_file_is_refused_or_read_never_a_crash(data: st.DataOb
             assert "train.parquet" in error.message
 
 
+def test_lists_are_read_as_texts_from_jsonl_and_parquet(tmp_path: Path) -> None:
+    train = read_train(
+        tmp_path,
+        train_jsonl='{"t": "a", "l": ["x", 1.50]}\n{"t": "b", "l": []}\n{"t": "c", "l": null}\n',
+    )
+    assert [row["l"] for row in train.rows] == [("x", "1.50"), (), None]
+    (tmp_path / "train.jsonl").unlink()
+    parquet(tmp_path, t=["a", "b", "c"], l=pa.array([[1, 2], [], None]))
+    assert [row["l"] for row in read_train(tmp_path).rows] == [("1", "2"), (), None]
+    parquet(tmp_path, t=["a", "b"], l=pa.array([["x"], ["y", None]]))
+    error = refused(tmp_path)
+    assert broken_lines(error) == [("train.parquet", 2)]
+    assert "null among its items" in error.message
+
+
 # --- properties -----------------------------------------------------------------------------
 
 # What a file may hold: any Unicode text without NUL; of control characters JSON escapes the rest.
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+kinds = (st.none() | texts, st.none() | st.lists(texts, max_size=3).map(tuple))  # of a column
 names = st.lists(
     texts.filter(lambda name: name not in ("", LINE_KEY) and "\r" not in name),
     min_size=1,
@@ -473,9 +489,16 @@ names = st.lists(
 )
 
 
-def tables(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Table]:
+def tables(*kinds: st.SearchStrategy[Any]) -> st.SearchStrategy[Table]:
     def build(columns: list[str]) -> st.SearchStrategy[Table]:
-        row = st.tuples(*[values] * len(columns)).map(lambda r: dict(zip(columns, r, strict=True)))
+        return st.tuples(*[st.sampled_from(kinds)] * len(columns)).flatmap(
+            lambda own: filled(columns, own)
+        )
+
+    def filled(
+        columns: list[str], own: tuple[st.SearchStrategy[Any], ...]
+    ) -> st.SearchStrategy[Table]:
+        row = st.tuples(*own).map(lambda r: dict(zip(columns, r, strict=True)))
         return st.lists(st.tuples(row, st.integers(1, 10**9)), min_size=1, max_size=6).map(
             lambda rows: Table(tuple(columns), [r for r, _ in rows], [n for _, n in rows])
         )
@@ -484,7 +507,7 @@ def tables(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Table]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(tables(st.none() | texts), tables(st.none() | texts))
+@given(tables(*kinds), tables(*kinds))
 def test_clean_rows_read_back_identically(train: Table, dev: Table) -> None:
     with tempfile.TemporaryDirectory() as folder:
         written = write_clean({"train": train, "dev": dev}, Path(folder))
@@ -665,6 +688,37 @@ def test_a_dataset_without_labels_is_refused(
     with pytest.raises(InvalidDataset, match=says) as caught:
         profile(splits)
     assert caught.value.pointer == "train.csv"
+
+
+def test_lists_of_labels_are_profiled_item_by_item(tmp_path: Path) -> None:
+    found = profile_of(
+        tmp_path,
+        train_jsonl='{"text": "a b", "labels": ["x", "y"]}\n{"text": "c", "labels": []}\n'
+        '{"text": "d", "labels": ["y"]}\n{"text": "e", "labels": null}\n',
+    )
+    column = found.splits["train"].column("labels")
+    assert column is not None
+    assert column.values is not None
+    assert (column.kind, column.distinct, column.empty_lines) == ("list", 2, (4,))
+    assert [(v.value, v.count, v.lines) for v in column.values] == [
+        ("x", 1, (1,)),
+        ("y", 2, (1, 3)),
+    ]
+    assert (found.label, found.label_candidates) == (None, ())
+    assert guess_columns(found.splits, "multi_label").label == "labels"
+
+
+def test_scores_that_never_repeat_are_accepted_for_a_regression(tmp_path: Path) -> None:
+    found = profile_of(
+        tmp_path,
+        train_csv=labelled("text,score", lambda i: f"t {i},{i / 7:.3f}"),
+        dev_csv="text,score\na,0.5\nb,nan\nc,high\n",
+    )
+    assert guess_columns(found.splits).label is None
+    assert guess_columns(found.splits, "regression").label == "score"
+    column = found.splits["dev"].column("score")
+    assert column is not None
+    assert (column.kind, column.not_numbers, column.not_number_lines) == ("text", 2, (3, 4))
 
 
 def test_an_unlabelled_split_needs_no_label(tmp_path: Path) -> None:
