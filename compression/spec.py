@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -165,12 +166,13 @@ class TaskSpec(_Asked):
     def head(self) -> Head:
         return TASK_KINDS[self.kind].head
 
-    @model_validator(mode="after")
-    def _known_metric(self) -> TaskSpec:
-        known = TASK_KINDS[self.kind].metrics
-        if self.metric is not None and self.metric not in known:
-            raise ValueError(f"a {self.kind} task has the metrics {', '.join(known)}")
-        return self
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, value: str | None, info: ValidationInfo) -> str | None:
+        kind = info.data.get("kind")  # absent where it was refused itself
+        if value is not None and kind is not None and value not in TASK_KINDS[kind].metrics:
+            raise ValueError(f"a {kind} task has the metrics {', '.join(TASK_KINDS[kind].metrics)}")
+        return value
 
 
 class FineTuneSpec(_Asked):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import paddle
 import pytest
 
-from compression.batches import Encoded
+from compression.batches import Encoded, training_batches
 from compression.encoder import numpy_weights
 from compression.errors import TrainingDiverged
 from compression.evaluate import predict
 from compression.spec import DistillationSpec, FineTuneSpec
+from compression.supernet import subnetwork_of
 from compression.training import Optimizer, fine_tune, step_count
 from tests.encoders import CLASSIFICATION, random_rows, tiny_encoder
 
@@ -74,6 +77,36 @@ def test_fine_tuning_learns_a_rule_and_repeats_itself() -> None:
         ends.append(numpy_weights(encoder))
     for name in ends[0]:
         np.testing.assert_array_equal(ends[0][name], ends[1][name])
+
+
+def test_subnetworks_are_fine_tuned_together_with_one_step_a_batch() -> None:
+    data, spec = random_rows(16), FineTuneSpec(max_steps=1, batch_size=16)
+    calm = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    tuned, by_hand = tiny_encoder(**calm), tiny_encoder(**calm)
+    subnetworks = [subnetwork_of(tuned.config, Fraction(w)) for w in ("1", "1/2")]
+    seen: list[float] = []
+    steps = fine_tune(
+        tuned,
+        data,
+        spec,
+        TASK.label_loss,
+        subnetworks=subnetworks,
+        seed=0,
+        on_step=lambda done, total, loss: seen.append(loss),
+    )
+    (batch,) = training_batches(data, batch_size=16, steps=1, seed=0, pad_id=0)
+    optimizer = Optimizer(by_hand, spec, steps=1)
+    losses = [
+        TASK.label_loss(by_hand(*batch.inputs, subnetwork=each), batch) for each in subnetworks
+    ]
+    sum(losses).backward()
+    optimizer.step()
+    assert (steps, len(seen)) == (1, 1)
+    assert seen[0] == pytest.approx(sum(map(float, losses)) / 2, rel=1e-5)
+    after, before = numpy_weights(tuned), numpy_weights(tiny_encoder(**calm))
+    for name, value in numpy_weights(by_hand).items():
+        np.testing.assert_allclose(after[name], value, atol=1e-6, err_msg=name)
+    assert any(not np.array_equal(after[name], before[name]) for name in before)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step() -> None:
