@@ -19,14 +19,16 @@ class Encoded:
 
     `labels` is an array [rows, ...], or for token-level tasks an array [T_i, ...] a row;
     None where the rows have none. `label_mask` then says, True or False [T_i] a row,
-    which tokens a token-level loss counts. `cut` counts the rows of a whole split that
-    were longer than the model takes.
+    which tokens a token-level loss counts. `references` are what only the task's metric
+    reads of a row: where its words or answers stand. `cut` counts the rows of a whole split
+    that were longer than the model takes.
     """
 
     input_ids: Sequence[Sequence[int]]
     token_type_ids: Sequence[Sequence[int]]
     labels: np.ndarray | Sequence[np.ndarray] | None
     label_mask: Sequence[np.ndarray] | None = None
+    references: Sequence[Any] | None = None
     cut: int = 0
 
     def __len__(self) -> int:
@@ -43,6 +45,7 @@ class Encoded:
             [self.token_type_ids[r] for r in rows],
             _taken(self.labels, rows),
             _taken(self.label_mask, rows),
+            _taken(self.references, rows),
         )
 
     def joined(self, other: Encoded) -> Encoded:

@@ -35,7 +35,7 @@ from compression.report import (
     TeacherReport,
 )
 from compression.selection import FORMAT_NAMES
-from compression.spec import Frozen, Spec
+from compression.spec import Frozen, Spec, TaskSpec
 
 MANIFEST_VERSION = 1
 GZIP_LEVEL = 1  # trained weights hardly compress: 8 % here, 9 % at level 6
@@ -43,6 +43,8 @@ KIND_NAMES = {  # what the model of a task is called
     "classification": "classifier",
     "multi_label": "multi-label classifier",
     "regression": "regression model",
+    "token_classification": "tagger of words",
+    "question_answering": "model that finds answers",
 }
 PREDICT_SOURCE = Path(__file__).with_name("bundle_predict.py")
 
@@ -116,6 +118,7 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str,
             "labels": list(dataset.label_names),
             "max_seq_len": facts.spec.task.max_seq_len,
             "pad_token_id": facts.pad_token_id,
+            **_windows(facts.spec.task),
         },
         "inputs": [
             {"name": name, "dtype": "int64", "shape": ["batch", "length"]} for name in INPUTS
@@ -254,13 +257,28 @@ def model_card(facts: BundleFacts) -> str:
         f"- {metric[0].upper()}{metric[1:]} is of all rows together; it says nothing about single "
         "groups of rows. "
         "Compare the two models on those that matter to you.",
-        f"- Inputs longer than {facts.spec.task.max_seq_len} tokens are cut.",
+        f"- {_too_long(facts.spec.task)}",
         "- Whatever the uploaded model and the dataset got wrong, this model has learnt too. "
         "Their licences apply to it.",
         "## How to run it",
         _how_to_run(facts),
     ]
     return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
+
+
+def _too_long(task: TaskSpec) -> str:
+    if task.kind == "question_answering":
+        return (
+            f"A context is read in windows of {task.max_seq_len} tokens; a question longer than "
+            f"half of one is cut. An answer has at most {task.max_answer_length} tokens."
+        )
+    return f"Inputs longer than {task.max_seq_len} tokens are cut."
+
+
+def _windows(task: TaskSpec) -> dict[str, int]:
+    if task.kind != "question_answering":
+        return {}
+    return {"overlap": task.overlap, "max_answer_length": task.max_answer_length}
 
 
 def _answer(facts: BundleFacts) -> str:
@@ -270,6 +288,8 @@ def _answer(facts: BundleFacts) -> str:
         "classification": f"one of {count} labels: {names}",
         "multi_label": f"those of {count} labels that apply, which may be none: {names}",
         "regression": f"a score: {names}",
+        "token_classification": f"a tag for each of its words, one of {count}: {names}",
+        "question_answering": f"a passage of {_code(facts.dataset.text_pair or '')}",
     }[facts.spec.task.kind]
 
 
@@ -347,6 +367,8 @@ def _latency_words(formats: Sequence[FormatReport], environment: Mapping[str, st
 def _how_to_run(facts: BundleFacts) -> str:
     published = {report.format for report in facts.subnetwork.formats if report.published}
     texts = '"a text" "its pair"' if facts.dataset.text_pair else '"a text"'
+    if facts.spec.task.kind == "question_answering":
+        texts = '"a question" "its context"'
     sentences = []
     if served := [fmt for fmt in ("onnx", "paddle") if fmt in published]:
         runtime = {"onnx": "onnxruntime", "paddle": "paddlepaddle"}[served[0]]

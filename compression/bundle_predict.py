@@ -3,11 +3,14 @@
 
     python predict.py "first text" "second text" ...
     python predict.py --json "a text"
+    python predict.py "a question" "its context" ...
 
-A model of sentence pairs takes its texts two at a time. Prints each text's label
-and its probability, its labels if it may have several, or its score. Needs numpy and
-tokenizers, and onnxruntime for the ONNX file or paddlepaddle for the Paddle Inference
-one; nothing else of the service that made it.
+A model of sentence pairs, or of questions, takes its texts two at a time. Prints each
+text's label and its probability, its labels if it may have several, its score, or the
+answer to each question; of a model that tags words a line with each word and its tag
+(blanks set words apart, and each Chinese character is one). Needs numpy and tokenizers,
+and onnxruntime for the ONNX file or paddlepaddle for the Paddle Inference one; nothing
+else of the service that made it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +29,8 @@ HERE = Path(__file__).resolve().parent
 RUNTIMES = {"onnx": "onnxruntime", "paddle": "paddle"}
 PACKAGES = {"paddle": "paddlepaddle"}  # where the package to install has another name
 BATCH_ROWS = 32
+CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(f"[{CHINESE}]|[^\\s{CHINESE}]+")
 
 
 def refuse(message: str) -> NoReturn:
@@ -116,25 +122,27 @@ def load(manifest: dict[str, Any], fmt: str) -> Callable[[dict[str, Any]], Any]:
     return load_onnx(files) if fmt == "onnx" else load_paddle(files)
 
 
-def batches(manifest: dict[str, Any], texts: list[str]) -> Iterator[dict[str, Any]]:
-    """Padded inputs, int64 [rows, tokens] by name, BATCH_ROWS texts (or pairs) at a time."""
-    np = need("numpy")
+def read_tokenizer() -> Any:
     tokenizer = need("tokenizers").Tokenizer.from_file(str(need_file("tokenizer/tokenizer.json")))
-    task = manifest["task"]
     tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length=task["max_seq_len"], strategy="longest_first")
-    rows: list[Any] = list(texts)
-    if task["text_pair"]:
-        rows = list(zip(texts[::2], texts[1::2], strict=True))
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def logits_of(
+    manifest: dict[str, Any], run: Callable[[dict[str, Any]], Any], rows: list[Any]
+) -> Iterator[Any]:
+    """The logits of each encoded row, BATCH_ROWS of them at a time, padded to the longest."""
+    np = need("numpy")
     for start in range(0, len(rows), BATCH_ROWS):
-        encoded = tokenizer.encode_batch(rows[start : start + BATCH_ROWS])
-        shape = (len(encoded), max(len(row.ids) for row in encoded))
-        ids = np.full(shape, task["pad_token_id"], np.int64)
+        part = rows[start : start + BATCH_ROWS]
+        shape = (len(part), max(len(row.ids) for row in part))
+        ids = np.full(shape, manifest["task"]["pad_token_id"], np.int64)
         types, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        for i, row in enumerate(encoded):
+        for i, row in enumerate(part):
             length = len(row.ids)
             ids[i, :length], types[i, :length], mask[i, :length] = row.ids, row.type_ids, 1
-        yield {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
+        yield from run({"input_ids": ids, "token_type_ids": types, "attention_mask": mask})
 
 
 def one_label(np: Any, labels: list[str], logits: Any) -> dict[str, Any]:
@@ -163,25 +171,97 @@ def score(np: Any, labels: list[str], logits: Any) -> dict[str, Any]:
     return {"score": float(logits[0])}
 
 
-ANSWERS = {"classification": one_label, "multi_label": any_labels, "regression": score}
-
-
-def predict(manifest: dict[str, Any], fmt: str, texts: list[str]) -> list[dict[str, Any]]:
-    np = need("numpy")
+def judge(manifest: dict[str, Any], fmt: str, texts: list[str]) -> Iterator[dict[str, Any]]:
+    """One answer a text, or a pair of them."""
     task = manifest["task"]
+    read = {"classification": one_label, "multi_label": any_labels, "regression": score}
+    tokenizer = read_tokenizer()
+    tokenizer.enable_truncation(max_length=task["max_seq_len"], strategy="longest_first")
+    rows: list[Any] = list(texts)
+    if task["text_pair"]:
+        rows = list(zip(texts[::2], texts[1::2], strict=True))
+    for logits in logits_of(manifest, load(manifest, fmt), tokenizer.encode_batch(rows)):
+        yield read[task["kind"]](need("numpy"), task["labels"], logits)
+
+
+def tag(manifest: dict[str, Any], fmt: str, texts: list[str]) -> Iterator[dict[str, Any]]:
+    """The words of each text with their tags; null where a word was cut off."""
+    labels = manifest["task"]["labels"]
+    tokenizer = read_tokenizer()
+    tokenizer.enable_truncation(max_length=manifest["task"]["max_seq_len"])
+    rows = [WORD.findall(text) for text in texts]
+    encoded = tokenizer.encode_batch(rows, is_pretokenized=True)
     run = load(manifest, fmt)
-    return [
-        ANSWERS[task["kind"]](np, task["labels"], logits)
-        for batch in batches(manifest, texts)
-        for logits in run(batch)
-    ]
+    for words, row, logits in zip(rows, encoded, logits_of(manifest, run, encoded), strict=True):
+        tags = [None] * len(words)
+        for position, word in reversed(list(enumerate(row.word_ids))):
+            if word is not None:  # a word's first token, which is met last, has its tag
+                tags[word] = labels[int(logits[position].argmax())]
+        yield {"words": words, "tags": tags}
 
 
-def in_words(result: dict[str, Any]) -> str:
-    """One answer in the columns of a line."""
-    if "label" in result:
-        return f"{result['label']}\t{result['probability']:.4f}"
-    return ", ".join(result["labels"]) if "labels" in result else f"{result['score']:.4f}"
+def answer(manifest: dict[str, Any], fmt: str, texts: list[str]) -> Iterator[dict[str, Any]]:
+    """The best answer to each question in the windows of its context."""
+    task = manifest["task"]
+    tokenizer = read_tokenizer()
+    run = load(manifest, fmt)
+    longest = task["max_seq_len"] // 2  # of a question
+    for question, context in zip(texts[::2], texts[1::2], strict=True):
+        tokenizer.no_truncation()
+        alone = tokenizer.encode(question, add_special_tokens=False)
+        if len(alone) > longest:
+            question = question[: alone.offsets[longest - 1][1]]
+        tokenizer.enable_truncation(
+            max_length=task["max_seq_len"], stride=task["overlap"], strategy="only_second"
+        )
+        whole = tokenizer.encode(question, context)
+        windows = [whole, *whole.overflowing]
+        found = [
+            best_span(logits, window, task["max_answer_length"])
+            for logits, window in zip(logits_of(manifest, run, windows), windows, strict=True)
+        ]
+        score, first, last = max(found)
+        yield {"answer": context[first:last], "probability": float(need("numpy").exp(score))}
+
+
+def best_span(logits: Any, window: Any, longest: int) -> tuple[float, int, int]:
+    """(log probability, first character, end) of the best answer of `longest` tokens at most.
+
+    The probabilities are over the tokens of the context and [CLS], as in training.
+    """
+    np = need("numpy")
+    tokens = [i for i, sequence in enumerate(window.sequence_ids) if sequence == 1]
+    scores = logits[[0, *tokens]].astype(np.float64)
+    scores = (scores - np.logaddexp.reduce(scores, axis=0))[1:]
+    best = (-np.inf, 0, 0)
+    for length in range(min(longest, len(tokens))):
+        both = scores[: len(tokens) - length, 0] + scores[length:, 1]
+        start = int(both.argmax())
+        if both[start] > best[0]:
+            first, last = window.offsets[tokens[start]], window.offsets[tokens[start + length]]
+            best = (float(both[start]), first[0], last[1])
+    return best
+
+
+ANSWERS = {
+    "classification": judge,
+    "multi_label": judge,
+    "regression": judge,
+    "token_classification": tag,
+    "question_answering": answer,
+}
+
+
+def in_words(result: dict[str, Any], given: list[str]) -> str:
+    """One answer as a line, or of tags a line a word and an empty one."""
+    if "tags" in result:
+        pairs = zip(result["words"], result["tags"], strict=True)
+        return "\n".join(f"{word}\t{tag or '(cut off)'}" for word, tag in pairs) + "\n"
+    for name in ("label", "answer"):
+        if name in result:
+            return f"{result[name]}\t{result['probability']:.4f}\t{' | '.join(given)}"
+    found = ", ".join(result["labels"]) if "labels" in result else f"{result['score']:.4f}"
+    return f"{found}\t{' | '.join(given)}"
 
 
 def main() -> None:
@@ -202,19 +282,20 @@ def main() -> None:
     if not arguments.texts and not arguments.check:
         parser.error("give at least one text")
     if task["text_pair"] and len(arguments.texts) % 2:
-        parser.error("this model compares two texts: give them in pairs")
+        parser.error("this model reads two texts together: give them in pairs")
     if not arguments.texts:
         print(f"all {len(manifest['files'])} files are as published")
         return
     fmt = choose_format(manifest, arguments.format)
     step = 2 if task["text_pair"] else 1
-    for i, result in enumerate(predict(manifest, fmt, arguments.texts)):
+    answers = ANSWERS[task["kind"]](manifest, fmt, arguments.texts)
+    for i, result in enumerate(answers):
         given = arguments.texts[i * step : (i + 1) * step]
         if arguments.json:
             shown = {"text": given[0], **({"text_pair": given[1]} if step == 2 else {}), **result}
             print(json.dumps(shown, ensure_ascii=False))
         else:
-            print(f"{in_words(result)}\t{' | '.join(given)}")
+            print(in_words(result, given))
 
 
 if __name__ == "__main__":

@@ -105,8 +105,7 @@ def compress(
             every_seconds=checkpoint_seconds,
             on_saved=on_checkpoint,
         )
-        rows = {split: len(rows) for split, rows in job.splits.items()}
-        advance(1, 1, resumption(checkpoints), rows=rows, resumed=checkpoints.resumed)
+        advance(1, 1, resumption(checkpoints), rows=dict(job.rows), resumed=checkpoints.resumed)
     until = deadlines(spec, job.plan)
     trainings: dict[str, TrainingReport] = {}
     with stages("teacher") as advance:
@@ -211,7 +210,7 @@ def compress(
             spec=spec,
             main_metric=job.task.main_metric,
             dataset=DatasetReport(
-                rows={split: len(rows) for split, rows in job.splits.items()},
+                rows=job.rows,
                 labels=job.plan.labels,
                 label_names=job.plan.label_names,
                 text=job.plan.text,
@@ -290,6 +289,7 @@ class Job:
     plan: Plan
     task: Task
     checkpoint: Checkpoint
+    rows: Mapping[str, int]  # of the dataset; long contexts are several rows of `splits`
     splits: Mapping[str, Encoded]
     shared_rows: Mapping[str, int]
     seq_len: int  # of the latency measurement, tokens
@@ -359,7 +359,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
     tokenizer = load_tokenizer(model_dir)
     tables = read_splits(dataset_dir)
     plan = make_plan(spec, model_info(checkpoint), profile(tables))
-    task = make_task(spec.task, plan.labels)
+    task = make_task(spec.task, plan.label_names)
     examples = resolve_rows(spec, plan, tables, spec.seed)
     splits = {
         split: task.encode(tokenizer, examples[split], spec.task.max_seq_len) for split in examples
@@ -370,6 +370,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
         plan=plan,
         task=task,
         checkpoint=checkpoint,
+        rows={split: len(examples[split]) for split in examples},
         splits=splits,
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
@@ -630,8 +631,8 @@ def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) ->
 
 def cut_notes(job: Job) -> tuple[str, ...]:
     return tuple(
-        f"{rows.cut} of {len(rows)} rows of {split} are longer than {job.spec.task.max_seq_len} "
-        "tokens and were cut"
+        f"{rows.cut} of {job.rows[split]} rows of {split} have {job.task.too_long} "
+        f"{job.spec.task.max_seq_len} tokens and were cut"
         for split, rows in job.splits.items()
         if rows.cut
     )

@@ -19,9 +19,19 @@ import numpy.typing as npt
 from pydantic import Field
 
 from compression import cost
+from compression.alignment import longest_overlap
 from compression.errors import InvalidDataset, InvalidSpec
+from compression.examples import (
+    AskedExamples,
+    SequenceColumns,
+    TaggedExamples,
+    mark_entities,
+    read_sequences,
+    refuse_defects,
+    sequence_columns,
+)
 from compression.report import METRIC_NAMES
-from compression.spec import DistillationSpec, FineTuneSpec, Format, Frozen, Spec, WidthMult
+from compression.spec import Format, Frozen, Spec, TrainingSpec, WidthMult
 from compression.supernet import subnetwork_name
 from compression.tables import (
     LABELLED_SPLITS,
@@ -48,6 +58,8 @@ from compression.targets import (
 )
 from compression.teachers import Checkpoint, EncoderConfig, legal_widths
 
+SEQUENCE_KINDS = ("token_classification", "question_answering")
+ANSWER_OUTPUTS = ("start", "end")  # of question answering
 DEV_SHARE = 10  # one row in ten of train becomes dev where there is none
 FEW_DEV_ROWS = 100
 
@@ -103,13 +115,15 @@ class PlannedSubnetwork(Frozen):
 class Plan(Frozen):
     """What a job will do. `labels[i]` is the dataset's value for the classifier's output i.
 
-    A regression has no labels; `label_names` names its one output.
+    A regression has no labels; `label_names` names its one output. Question answering has
+    none either, and the outputs "start" and "end".
     """
 
     subnetworks: tuple[PlannedSubnetwork, ...]
     text: str
     text_pair: str | None
     label: str
+    answer_start: str | None = Field(None, description="Of question answering alone.")
     labels: tuple[str, ...]
     label_names: tuple[str, ...] = Field(
         description="What output i is called: the model's own name where it keeps its head and "
@@ -151,6 +165,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def groups(self) -> list[tuple[str, str]]:
+        """What rows that stay together have in common: their texts."""
+        return list(zip(self.texts, self.pairs or [""] * len(self), strict=True))
+
     def take(self, rows: Sequence[int]) -> Examples:
         """These rows, in this order."""
         return Examples(
@@ -159,6 +178,9 @@ class Examples:
             labels=None if self.labels is None else self.labels[np.asarray(rows, np.int64)],
             lines=[self.lines[i] for i in rows],
         )
+
+
+AnyExamples = Examples | TaggedExamples | AskedExamples
 
 
 def model_info(checkpoint: Checkpoint) -> ModelInfo:
@@ -195,9 +217,17 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
     if spec.task.kind == "regression":
         labels: tuple[str, ...] = ()
         label_names = (columns.label,) if fine_tune or model.labels is None else model.labels
+    elif spec.task.kind == "question_answering":
+        labels, label_names = (), ANSWER_OUTPUTS
     else:
         labels, label_names = _label_order(
             spec, model, [v.value for v in values], fine_tune=fine_tune
+        )
+    if spec.task.main_metric.startswith("entity") and not mark_entities(label_names):
+        raise InvalidSpec(
+            f"the tags ({_listed(label_names)}) do not mark entities as O, B-..., I-...: name the "
+            'metric "accuracy", or tags that do',
+            pointer="/task/metric",
         )
     _check_lengths(spec, encoder, pair=columns.text_pair is not None)
     full = dataclasses.replace(encoder, num_labels=len(label_names), head=spec.task.head)
@@ -248,6 +278,7 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
         text=columns.text,
         text_pair=columns.text_pair,
         label=columns.label,
+        answer_start=columns.answer_start,
         labels=labels,
         label_names=label_names,
         fine_tune=fine_tune,
@@ -284,11 +315,18 @@ class _TaskColumns:
     text: str
     text_pair: str | None
     label: str
+    answer_start: str | None = None
 
 
 def _columns(spec: Spec, dataset: DatasetProfile) -> _TaskColumns:
     """The spec's columns, the others guessed; all of them stand in the splits that need them."""
     task = spec.task
+    if task.kind in SEQUENCE_KINDS:
+        columns = sequence_columns(task, dataset)
+        refuse_defects(task.kind, columns, dataset)
+        return _TaskColumns(columns.text, columns.text_pair, columns.label, columns.answer_start)
+    if task.answer_start is not None:
+        raise InvalidSpec(f"a {task.kind} task has no answer_start", pointer="/task/answer_start")
     for field, name in (("text", task.text), ("text_pair", task.text_pair), ("label", task.label)):
         if name is not None:
             _require_column(dataset, field, name)
@@ -348,11 +386,11 @@ def _columns_of(dataset: DatasetProfile, split: str) -> str:
 
 def _label_values(spec: Spec, name: str, dataset: DatasetProfile) -> tuple[DistinctValue, ...]:
     """Train's labels, none of a regression. InvalidDataset names rows that have no usable one."""
-    if spec.task.kind != "multi_label" and any(
+    if spec.task.kind in ("classification", "regression") and any(
         column.kind == "list" for column in labelled_columns(name, dataset).values()
     ):
         raise InvalidSpec(
-            f"the column {name!r} holds lists, which are labels of a multi_label task alone",
+            f"the column {name!r} holds lists: a {spec.task.kind} task reads none, but multi_label",
             pointer="/task/label",
         )
     match spec.task.kind:
@@ -363,7 +401,11 @@ def _label_values(spec: Spec, name: str, dataset: DatasetProfile) -> tuple[Disti
                 raise InvalidSpec("a regression has no labels to list", pointer="/task/labels")
             check_scores(name, dataset)
             return ()
-        case "classification":
+        case "question_answering":
+            if spec.task.labels is not None:
+                raise InvalidSpec("answers are no labels to list", pointer="/task/labels")
+            return ()
+        case "classification" | "token_classification":
             return _class_values(name, dataset)
 
 
@@ -403,8 +445,11 @@ def _fine_tune(spec: Spec, model: ModelInfo) -> bool:
         return True
     one_output = model.num_labels == 1
     made_for = model.head_task or ("regression" if one_output else None)
-    if made_for not in (None, spec.task.kind) or (
-        spec.task.kind == "regression" and not one_output
+    outputs_wanted = {"regression": 1, "question_answering": len(ANSWER_OUTPUTS)}
+    if (
+        made_for not in (None, spec.task.kind)
+        or model.encoder.get("head", "sequence") != spec.task.head
+        or outputs_wanted.get(spec.task.kind, model.num_labels) != model.num_labels
     ):
         outputs = "one output" if one_output else f"{model.num_labels} outputs"
         raise InvalidSpec(
@@ -499,6 +544,14 @@ def _check_lengths(spec: Spec, encoder: EncoderConfig, *, pair: bool) -> None:
                 f"{length} tokens are more than the model's {encoder.max_positions} positions",
                 pointer=pointer,
             )
+    if spec.task.kind == "question_answering":
+        room = longest_overlap(spec.task.max_seq_len)
+        if spec.task.overlap > room:
+            raise InvalidSpec(
+                f"windows of {spec.task.max_seq_len} tokens can share at most {max(0, room)}, "
+                f"not {spec.task.overlap}",
+                pointer="/task/max_seq_len" if room < 0 else "/task/doc_stride",
+            )
     if pair and encoder.type_vocab_size < 2:
         raise InvalidSpec(
             "the model knows one token type only and cannot tell two sentences apart",
@@ -585,7 +638,7 @@ def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
     return {"teacher": predicted["teacher"] * share, "distil": distilled * share, "final": left}
 
 
-def _trained_rows(training: FineTuneSpec | DistillationSpec, rows: int) -> int:
+def _trained_rows(training: TrainingSpec, rows: int) -> int:
     steps = math.ceil(rows / training.batch_size * training.epochs)
     if training.max_steps is not None:
         steps = min(steps, training.max_steps)
@@ -650,7 +703,7 @@ def _warnings(
 
 def resolve_rows(
     spec: Spec, plan: Plan, splits: Mapping[str, Table], seed: int
-) -> dict[str, Examples]:
+) -> dict[str, AnyExamples]:
     """The plan's splits as texts and targets; a missing dev is taken from train.
 
     Columns and labels are the plan's. The same seed and tables give the same dev.
@@ -666,7 +719,11 @@ def resolve_rows(
     return {split: examples[split] for split in SPLITS if split in examples}
 
 
-def _examples(spec: Spec, plan: Plan, split: str, table: Table) -> Examples:
+def _examples(spec: Spec, plan: Plan, split: str, table: Table) -> AnyExamples:
+    if spec.task.kind in SEQUENCE_KINDS:
+        columns = SequenceColumns(plan.text, plan.text_pair, plan.label, plan.answer_start)
+        numbers = {label: i for i, label in enumerate(plan.labels)}
+        return read_sequences(columns, table, split, numbers=numbers)
     pair = plan.text_pair
     labels = None
     if split in LABELLED_SPLITS:
@@ -696,20 +753,20 @@ def _dev_quotas(counts: Sequence[int]) -> list[int]:
     return quotas
 
 
-def _dev_rows(train: Examples, seed: int, *, stratified: bool) -> tuple[list[int], list[int]]:
+def _dev_rows(train: AnyExamples, seed: int, *, stratified: bool) -> tuple[list[int], list[int]]:
     """Row numbers that stay in train, and those that become dev, both in their order.
 
     Stratified by label where a row has one of a few; rows of equal texts stay together,
     and those that contradict each other (equal texts, several labels) stay in train.
     """
-    assert train.labels is not None
-    stratum = train.labels if stratified else np.zeros(len(train), np.int64)
-    groups: dict[tuple[str, str], list[int]] = {}
-    for i, text in enumerate(train.texts):
-        groups.setdefault((text, train.pairs[i] if train.pairs is not None else ""), []).append(i)
+    labels = train.labels if isinstance(train, Examples) else None
+    stratum = labels if stratified and labels is not None else np.zeros(len(train), np.int64)
+    groups: dict[Any, list[int]] = {}
+    for i, group in enumerate(train.groups):
+        groups.setdefault(group, []).append(i)
     strata: dict[int, list[list[int]]] = {}
     for members in groups.values():
-        if len({train.labels[i].tobytes() for i in members}) == 1:
+        if labels is None or len({labels[i].tobytes() for i in members}) == 1:
             strata.setdefault(int(stratum[members[0]]), []).append(members)
     counts = np.bincount(stratum)
     rng = np.random.default_rng(seed)

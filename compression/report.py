@@ -53,6 +53,9 @@ METRIC_NAMES: Mapping[str, str] = {  # what people call them
     "exact_match": "exact match",
     "pearson": "Pearson correlation",
     "spearman": "Spearman correlation",
+    "entity_f1": "entity F1",
+    "entity_precision": "entity precision",
+    "entity_recall": "entity recall",
 }
 MAIN_METRIC = "The report's `main_metric` on dev, whatever it is; at most 1."
 METRICS = "Every metric of the task on dev, by name."

@@ -97,21 +97,35 @@ TASK_KINDS: Mapping[str, TaskKind] = {
     "classification": TaskKind("sequence", ("accuracy", "f1", "matthews")),
     "multi_label": TaskKind("sequence", ("micro_f1", "macro_f1", "exact_match")),
     "regression": TaskKind("sequence", ("pearson", "spearman")),
+    "token_classification": TaskKind(
+        "token", ("entity_f1", "entity_precision", "entity_recall", "accuracy")
+    ),
+    "question_answering": TaskKind("token", ("f1", "exact_match")),
 }
 
 
 class TaskSpec(_Asked):
     """What the model predicts, and which columns hold it. Columns not named are guessed."""
 
-    kind: Literal["classification", "multi_label", "regression"] = "classification"
+    kind: Literal[
+        "classification", "multi_label", "regression", "token_classification", "question_answering"
+    ] = "classification"
     metric: Text | None = Field(
         None,
         description="The main metric, which the accuracy drop is measured in; by default the "
         "first of the task's.",
     )
-    text: Text | None = Field(None, description="Column of the (first) sentence.")
-    text_pair: Text | None = Field(None, description="Column of the second sentence, for pairs.")
-    label: Text | None = Field(None, description="Column of the label.")
+    text: Text | None = Field(
+        None, description="Column of the (first) sentence, the list of words or the question."
+    )
+    text_pair: Text | None = Field(
+        None, description="Column of the second sentence, for pairs, or of the context."
+    )
+    label: Text | None = Field(
+        None,
+        description="Column of the label, the list of tags or the answers' texts. Fields of an "
+        'object are columns: "answers.text".',
+    )
     labels: tuple[Text, ...] | None = Field(
         None,
         description="Label values in the order of the classifier's outputs. Needed where the "
@@ -122,7 +136,27 @@ class TaskSpec(_Asked):
         min_length=1,
         description="Between the labels of one row, where a multi-label column holds texts.",
     )
-    max_seq_len: int = Field(128, ge=8, le=512, description="Tokens; longer rows are cut.")
+    answer_start: Text | None = Field(
+        None, description="Column of the character of the context that each answer starts at."
+    )
+    max_seq_len: int = Field(
+        128,
+        ge=8,
+        le=512,
+        description="Tokens; longer rows are cut, longer contexts read in windows.",
+    )
+    doc_stride: int | None = Field(
+        None,
+        ge=0,
+        le=512,
+        description="Tokens of a context that neighbouring windows share; by default a quarter of "
+        "max_seq_len.",
+    )
+    max_answer_length: int = Field(30, ge=1, le=512, description="Tokens of an answer.")
+
+    @property
+    def overlap(self) -> int:
+        return self.max_seq_len // 4 if self.doc_stride is None else self.doc_stride
 
     @property
     def main_metric(self) -> str:
@@ -141,7 +175,7 @@ class TaskSpec(_Asked):
         return value
 
 
-class _Training(_Asked):
+class TrainingSpec(_Asked):
     """What every training is told."""
 
     epochs: float = Field(3.0, gt=0, le=100)
@@ -169,7 +203,7 @@ class _Training(_Asked):
     )
 
 
-class FineTuneSpec(_Training):
+class FineTuneSpec(TrainingSpec):
     """Training of the teacher on the dataset's labels, before compression.
 
     `when`: "auto" fine-tunes only where the model has no classifier head; "always"
@@ -203,7 +237,7 @@ class SupernetSpec(_Asked):
         return value
 
 
-class DistillationSpec(_Training):
+class DistillationSpec(TrainingSpec):
     """DynaBERT's width stage; the loss weights are named as in the paper (equation 3)."""
 
     dropout: float | None = Field(
@@ -224,7 +258,7 @@ class DistillationSpec(_Training):
         return self
 
 
-class FinalSpec(_Training):
+class FinalSpec(TrainingSpec):
     """DynaBERT's optional last stage: all sub-networks are fine-tuned on train's labels.
 
     One optimizer step after all widths, as in distillation, and with its dropout.

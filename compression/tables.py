@@ -62,8 +62,9 @@ class Table:
     """One split: `rows[i]` stands on line `lines[i]` of its file and has every column.
 
     Values are text as it stands in the file, numbers included, or a list of such; None is
-    a null of .jsonl or .parquet. A line counts from 1 and a row that spans several lines has
-    the number of its first; in .parquet it is the number of the row.
+    a null of .jsonl or .parquet. The fields of an object, or of a list of objects, are
+    columns called "answers.text". A line counts from 1 and a row that spans several lines
+    has the number of its first; in .parquet it is the number of the row.
     """
 
     columns: tuple[str, ...]
@@ -330,7 +331,7 @@ def _check_columns(name: str, columns: Sequence[str]) -> None:
 def _check_row(columns: Sequence[str], values: Sequence[Value]) -> None:
     total = 0
     for column, value in zip(columns, values, strict=True):
-        for item in _items(value):
+        for item in texts_of(value):
             if len(item) > MAX_FIELD_CHARACTERS:
                 raise _BadRow(
                     f"{column!r} has {len(item)} characters; at most {MAX_FIELD_CHARACTERS} "
@@ -343,7 +344,7 @@ def _check_row(columns: Sequence[str], values: Sequence[Value]) -> None:
         raise _BadRow(f"the row has {total} characters; at most {MAX_ROW_CHARACTERS} are read")
 
 
-def _items(value: Value) -> tuple[str, ...]:
+def texts_of(value: Value) -> tuple[str, ...]:
     """The texts of one value: those of its list, itself, or none."""
     return value if isinstance(value, tuple) else () if value is None else (value,)
 
@@ -387,6 +388,7 @@ def _read_jsonl(path: Path, errors: _Errors) -> Table | None:
     name = path.name
     columns: tuple[str, ...] = ()
     keys: Set[str] = frozenset()
+    lists: dict[str, bool] = {}  # whether a column holds them, by its first value
     rows: list[Row] = []
     lines: list[int] = []
     before = len(errors.rows)
@@ -405,6 +407,11 @@ def _read_jsonl(path: Path, errors: _Errors) -> Table | None:
                     elif row.keys() != keys:
                         raise _BadRow(_other_keys(row, columns))
                     _check_row(tuple(row), tuple(row.values()))
+                    for key, value in row.items():
+                        given = isinstance(value, tuple)
+                        if value is not None and lists.setdefault(key, given) != given:
+                            kind = "an array" if given else "no array"
+                            raise _BadRow(f"{_shown(key)} is {kind}, unlike in the rows above")
                 except _BadRow as error:
                     errors.add(name, number, str(error))
                     if errors.full:
@@ -437,26 +444,60 @@ def _json_row(text: str, number: int) -> tuple[Row, int]:
         if not isinstance(written, str) or not re.fullmatch("[1-9][0-9]{0,11}", written):
             raise _BadRow(f"{LINE_KEY!r} is reserved for a line number")
         line = int(written)
-    for key, value in row.items():
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            written = str(value).lower()
-            raise _BadRow(f'{_shown(key)} is {written}; write a text or a number, "{written}" or 1')
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            row[key] = tuple(value)
-        elif not isinstance(value, str):
-            kind = "an array of more than texts" if isinstance(value, list) else "an object"
-            raise _BadRow(f"{_shown(key)} is {kind}; write a text, a number or an array of them")
+    row = _flat(row)
     if "\\u" in text:  # the only way in for half a surrogate pair
         for key, value in row.items():
             try:
-                "".join((key, *_items(value))).encode()
+                "".join((key, *texts_of(value))).encode()
             except UnicodeEncodeError as error:
                 raise _BadRow(
                     f"{_shown(key)} holds half a surrogate pair: not Unicode text"
                 ) from error
     return row, line
+
+
+def _flat(record: Mapping[str, Any]) -> Row:
+    """Values by column: the fields of an object, or of a list of objects, become columns."""
+    row: Row = {}
+    for key, value in record.items():
+        for column, own in _fields(key, value):
+            if column in row:
+                raise _BadRow(f"{_shown(column)} stands in it twice")
+            row[column] = own
+    return row
+
+
+def _fields(key: str, value: Any) -> Iterator[tuple[str, Value]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield f"{key}.{name}", _value(f"{key}.{name}", inner)
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        for name in value[0]:
+            if any(item.keys() != value[0].keys() for item in value):
+                raise _BadRow(f"the objects in {_shown(key)} do not all have the same keys")
+            yield f"{key}.{name}", _value(f"{key}.{name}", [item[name] for item in value])
+    else:
+        yield key, _value(key, value)
+
+
+def _value(key: str, value: Any) -> Value:
+    if isinstance(value, list):
+        items = [_text(key, item) for item in value]
+        if None in items:
+            raise _BadRow(f"{_shown(key)} has a null among its items")
+        return tuple(item for item in items if item is not None)
+    return _text(key, value)
+
+
+def _text(key: str, value: Any) -> str | None:
+    """A text or a number as text; None of a null, and of the NaN that data frames write for it."""
+    if isinstance(value, bool):
+        written = str(value).lower()
+        raise _BadRow(f'{_shown(key)} is {written}; write a text or a number, "{written}" or 1')
+    if isinstance(value, (list, dict)):
+        kind = "an array" if isinstance(value, list) else "an object"
+        raise _BadRow(f"{_shown(key)} holds {kind} in another; write texts or numbers there")
+    return None if value is None or value != value else str(value)
 
 
 def _other_keys(row: Row, columns: Sequence[str]) -> str:
@@ -481,11 +522,11 @@ def _read_parquet(path: Path, errors: _Errors) -> Table | None:
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            columns = tuple(schema.names)
-            if not columns:
+            if not schema.names:
                 _refuse_empty(name, "there are no columns")
-            if "" in columns:
+            if "" in schema.names:
                 raise InvalidDataset(f"{name} has a column without a name", pointer=name)
+            columns = tuple(column for entry in schema for column in _parquet_columns(entry))
             _check_columns(name, columns)
             for entry in schema:
                 if not _readable(entry.type):
@@ -498,7 +539,7 @@ def _read_parquet(path: Path, errors: _Errors) -> Table | None:
                 values = [_parquet_values(column) for column in batch.columns]
                 for record in zip(*values, strict=True):
                     try:
-                        rows.append(_parquet_row(columns, record))
+                        rows.append(_parquet_row(schema.names, columns, record))
                     except _BadRow as error:
                         rows.append({})
                         errors.add(name, len(rows), str(error))
@@ -514,11 +555,41 @@ def _read_parquet(path: Path, errors: _Errors) -> Table | None:
     return Table(columns, rows, list(range(1, len(rows) + 1)), name)
 
 
-def _readable(kind: Any) -> bool:
+def _struct_fields(kind: Any) -> list[Any]:
+    """The fields of a struct, or of a list of structs; none of any other type."""
     from pyarrow import types
 
     if types.is_list(kind) or types.is_large_list(kind):
         kind = kind.value_type
+    return [kind.field(i) for i in range(kind.num_fields)] if types.is_struct(kind) else []
+
+
+def _parquet_columns(entry: Any) -> list[str]:
+    """What `_flat` makes of the entry's values."""
+    return [f"{entry.name}.{field.name}" for field in _struct_fields(entry.type)] or [entry.name]
+
+
+def _readable(kind: Any) -> bool:
+    """Texts and numbers, lists of them, and objects (or lists of objects) that hold them."""
+    from pyarrow import types
+
+    fields = _struct_fields(kind)
+    if not fields:
+        return _readable_value(kind)
+    readable = _readable_value if types.is_struct(kind) else _readable_text
+    return all(readable(field.type) for field in fields)
+
+
+def _readable_value(kind: Any) -> bool:
+    from pyarrow import types
+
+    listed = types.is_list(kind) or types.is_large_list(kind)
+    return _readable_text(kind.value_type if listed else kind)
+
+
+def _readable_text(kind: Any) -> bool:
+    from pyarrow import types
+
     if types.is_dictionary(kind):
         kind = kind.value_type
     return bool(
@@ -545,20 +616,13 @@ def _parquet_values(column: Any) -> list[Any]:
     return values
 
 
-def _parquet_row(columns: Sequence[str], record: Sequence[Any]) -> Row:
-    row: Row = {}
-    for column, value in zip(columns, record, strict=True):
+def _parquet_row(names: Sequence[str], columns: Sequence[str], record: Sequence[Any]) -> Row:
+    for name, value in zip(names, record, strict=True):
         if isinstance(value, UnicodeDecodeError):
-            raise _BadRow(f"{column!r} is not UTF-8 text")
-        if value is None or value != value:  # data frames write NaN for no value
-            row[column] = None
-            continue
-        if isinstance(value, list):
-            if any(item is None or item != item for item in value):
-                raise _BadRow(f"{column!r} holds a list with an empty place in it")
-            row[column] = tuple(map(str, value))
-            continue
-        row[column] = str(value)
+            raise _BadRow(f"{name!r} is not UTF-8 text")
+    found = _flat(dict(zip(names, record, strict=True)))
+    # A null, or a list without objects, says nothing of the columns that it stands for.
+    row = {column: found.get(column) for column in columns}
     _check_row(columns, tuple(row.values()))
     return row
 
@@ -638,6 +702,14 @@ class SplitProfile(Frozen):
         return next((column for column in self.columns if column.name == name), None)
 
 
+class Defects(Frozen):
+    """Broken rows of these columns, were they to be read for a task: ten at most, told in words."""
+
+    columns: tuple[str | None, ...]
+    message: str
+    rows: tuple[RowError, ...]
+
+
 class DatasetProfile(Frozen):
     """What a dataset holds, without its rows: kept with the dataset, read by `make_plan`."""
 
@@ -648,6 +720,9 @@ class DatasetProfile(Frozen):
     label_candidates: tuple[str, ...]
     shared_rows: Mapping[str, int] = Field(
         description='"train/dev": rows of dev whose texts stand in train too, and so on.'
+    )
+    defects: Mapping[str, Defects] = Field(
+        {}, description="What a kind of task would refuse, by the kind, where its columns are here."
     )
     warnings: tuple[str, ...]
 
@@ -820,7 +895,7 @@ def _column_profile(table: Table, name: str, keep_values: Set[str] | None) -> Co
             not_numbers += 1
             if len(not_number_lines) < MAX_LINES_NAMED:
                 not_number_lines.append(line)
-        for value in _items(cell):
+        for value in texts_of(cell):
             items += 1
             lengths[i] += len(value)
             if value not in seen:
@@ -867,9 +942,10 @@ def _refuse_unlabelled(
                     "a classifier needs two",
                     pointer=train.file,
                 )
-    # Scores that never repeat, and lists of labels, are for a task that the spec will name.
+    # Scores that never repeat, lists of labels and answers are for a task that the spec names.
     if candidates or any(
-        column.kind in ("number", "list") and _everywhere(splits, column.name)
+        (column.kind in ("number", "list") or column.name == "answer_start")
+        and _everywhere(splits, column.name)
         for column in train.columns
         if column.name not in (guess.text, guess.text_pair)
     ):

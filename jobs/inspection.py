@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from compression.examples import with_defects
 from compression.plan import ModelInfo, model_info
 from compression.tables import DatasetProfile, profile, read_splits, write_clean
 from compression.teachers import (
@@ -251,7 +252,7 @@ def _try_tokenizer(folder: Path, config: EncoderConfig) -> None:
 
 def _inspect_dataset(folder: Path, out_dir: Path) -> dict[str, Any]:
     splits = read_splits(folder)
-    found = profile(splits)
+    found = with_defects(profile(splits), splits)
     write_clean(splits, out_dir)
     return {"profile": found.model_dump(mode="json")}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -23,6 +23,8 @@ PLAIN_WORDS = (
     "very", "quite", "some", "of", "in", "at", "end", "start", "plot", "song", "camera", "light",
 )  # fmt: skip
 PIECES = ("##s", "##ed", "##ly", ".", ",", "!")
+CHINESE_PLACE = ("\u5317", "\u4eac")
+CHINESE = (*CHINESE_PLACE, "\u8c01", "\u4e2d", "\u56fd")
 WORDS = (*GOOD_WORDS, *BAD_WORDS, *PLAIN_WORDS, *PIECES)
 
 
@@ -68,6 +70,24 @@ def tiny_bert(
     }
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(folder, vocabulary)
+    return folder
+
+
+def with_token_head(folder: Path, head: str) -> Path:
+    """Makes a `tiny_bert` with a classifier one that transformers saves as "BertFor<head>".
+
+    TokenClassification or QuestionAnswering: no pooler, and the latter's own parameter name.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "architectures": [f"BertFor{head}"]})
+    weights = load_file(folder / "model.safetensors")
+    own = "qa_outputs" if head == "QuestionAnswering" else "classifier"
+    stored = {
+        name.replace("classifier", own): array
+        for name, array in weights.items()
+        if "pooler" not in name
+    }
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
@@ -240,6 +260,49 @@ def tiny_dataset(
         chooser.shuffle(body)
         (folder / f"{split}.tsv").write_text("\n".join([header, *body]) + "\n", encoding="utf-8")
     return folder
+
+
+def tiny_tags(folder: Path, *, rows: dict[str, int], seed: int = 0) -> Path:
+    """train.jsonl and so on with the columns tokens and tags: good words are B-GOOD, others O.
+
+    Each row also has a Chinese place of two words, B-LOC and I-LOC.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    chooser = random.Random(seed)
+    for split, count in rows.items():
+        lines = []
+        for _ in range(count):
+            words = [*_sentence(chooser, GOOD_WORDS).split(), *CHINESE_PLACE]
+            tags = ["B-GOOD" if word in GOOD_WORDS else "O" for word in words[:-2]]
+            lines.append({"tokens": words, "tags": [*tags, "B-LOC", "I-LOC"]})
+        _write_lines(folder / f"{split}.jsonl", lines)
+    return folder
+
+
+def tiny_questions(folder: Path, *, rows: dict[str, int], seed: int = 0) -> Path:
+    """train.jsonl and so on in SQuAD's layout: "which good" asks for the context's good word.
+
+    Every third question is Chinese and asks for the place.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    chooser = random.Random(seed)
+    for split, count in rows.items():
+        lines = []
+        for i in range(count):
+            good = chooser.choice(GOOD_WORDS)
+            context = (
+                f"{_sentence(chooser, (good,))} {''.join(CHINESE_PLACE)} {PLAIN_WORDS[i % 9]}."
+            )
+            question, answer = ("\u8c01", "".join(CHINESE_PLACE)) if i % 3 == 0 else ("this", good)
+            answers = {"text": [answer], "answer_start": [context.index(answer)]}
+            lines.append({"question": question, "context": context, "answers": answers})
+        _write_lines(folder / f"{split}.jsonl", lines)
+    return folder
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _sentence(chooser: random.Random, telling: tuple[str, ...]) -> str:

@@ -12,17 +12,21 @@ from compression.spec import TaskSpec
 from compression.tasks.base import Predictions, Task
 from compression.tasks.classification import Classification
 from compression.tasks.multi_label import MultiLabel
+from compression.tasks.question_answering import QuestionAnswering
 from compression.tasks.regression import Regression
+from compression.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "multi_label": MultiLabel,
     "regression": Regression,
+    "token_classification": TokenClassification,
+    "question_answering": QuestionAnswering,
 }
 
 __all__ = ["TASKS", "Predictions", "Task", "make_task"]
 
 
 def make_task(spec: TaskSpec, labels: Sequence[str]) -> Task:
-    """The task that a spec names; `labels` are the dataset's values in the outputs' order."""
-    return TASKS[spec.kind](tuple(labels), spec.main_metric)
+    """The task that a spec names; `labels` are what the outputs are called."""
+    return TASKS[spec.kind].of(spec, labels)

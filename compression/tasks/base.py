@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from paddle import Tensor
 from tokenizers import Tokenizer
 
 from compression.batches import Batch, Encoded
-from compression.plan import Examples
+from compression.spec import TaskSpec
 from compression.tokenization import encode_rows
 
 Predictions = np.ndarray | Sequence[np.ndarray]
@@ -29,12 +30,18 @@ class Task(ABC):
     Padding never contributes. A part of a batch is given the whole batch's total, and
     the parts' losses then add up to the whole's.
 
-    `labels` are the dataset's values in the outputs' order (empty where outputs are no
-    labels); `main_metric` names the entry of `metrics` that an accuracy drop is measured in.
+    `labels` are what the outputs are called; `main_metric` names the entry of `metrics`
+    that an accuracy drop is measured in.
     """
 
+    too_long: ClassVar[str] = "more than"  # "rows have ... 128 tokens and were cut"
     labels: tuple[str, ...]
     main_metric: str
+
+    @classmethod
+    def of(cls, spec: TaskSpec, labels: Sequence[str]) -> Task:
+        """The task as a spec asks for it; `labels` are what the outputs are called."""
+        return cls(tuple(labels), spec.main_metric)
 
     def count(self, batch: Batch) -> Count:
         """How many units a loss of this batch is the mean of: its rows."""
@@ -58,8 +65,8 @@ class Task(ABC):
         """The main metric."""
         return self.metrics(predictions, data)[self.main_metric]
 
-    def encode(self, tokenizer: Tokenizer, examples: Examples, max_seq_len: int) -> Encoded:
-        """Rows as token ids with their labels."""
+    def encode(self, tokenizer: Tokenizer, examples: Any, max_seq_len: int) -> Encoded:
+        """Rows as token ids with their labels; `examples` are those that the plan deals out."""
         rows = encode_rows(tokenizer, examples.texts, examples.pairs, max_seq_len)
         return Encoded(
             [row.ids for row in rows],

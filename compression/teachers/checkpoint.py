@@ -42,8 +42,12 @@ _PROBLEM_TYPES = {
     "multi_label_classification": "multi_label",
     "regression": "regression",
 }
-# Classes whose "classifier" is not one of whole sentences.
-_OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering")
+# Classes whose classifier reads every token, and what transformers calls one of them.
+_TOKEN_HEADS = {
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "question_answering",
+}
+_ANSWER_HEAD = "qa_outputs."
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,9 @@ def _read(model_dir: Path, *, keep: bool) -> Checkpoint:
         if raw.get("type_vocab_size") is None and types is not None and len(types.shape) == 2:
             config = _parse_config(path.name, raw, type_vocab_size=types.shape[0])
     encoder = _with_head(config, sources)
+    if encoder.head == "token":  # some toolkits keep a pooler that such a head never reads
+        unread = sources.keys() & {"pooler.weight", "pooler.bias"}
+        ignored = tuple(sorted({*ignored, *(sources.pop(name).name for name in unread)}))
     _account(encoder, sources)
     tensors = {}
     for name in parameter_shapes(encoder):
@@ -194,7 +201,7 @@ def _read(model_dir: Path, *, keep: bool) -> Checkpoint:
         labels=config.labels if encoder.num_labels is not None else None,
         layout=layout_name,
         ignored=ignored,
-        head_task=_head_task(config, encoder),
+        head_task=_head_task(config, encoder, sources),
     )
 
 
@@ -321,7 +328,13 @@ def _foreign_sources(
 ) -> tuple[str, dict[str, _Source], tuple[str, ...]]:
     """Our name for every parameter of the file, by the layout that knows most of them."""
     ignored = tuple(sorted(name for name in file.entries if family.ignored(name)))
-    names = {name: family.normalised(name) for name in file.entries if name not in set(ignored)}
+    names = {
+        name: f"classifier.{name.removeprefix(_ANSWER_HEAD)}"
+        if name.startswith(_ANSWER_HEAD)
+        else family.normalised(name)
+        for name in file.entries
+        if name not in set(ignored)
+    }
 
     def known(layout: Layout) -> int:
         return sum(layout.ours(name) is not None for name in names.values())
@@ -362,10 +375,10 @@ def _with_head(config: ModelConfig, sources: Mapping[str, _Source]) -> EncoderCo
     if weight is None and "classifier.bias" not in sources:
         return dataclasses.replace(config.encoder, num_labels=None)
     for name in _classes(config.raw):
-        if name.endswith(_OTHER_HEADS):
+        if name.endswith("ForMultipleChoice"):
             raise InvalidModel(
-                f"{config.file} says {name[:60]}: only sentence and sentence-pair classifiers can "
-                "be compressed as yet. Remove the head's weights to fine-tune a new one",
+                f"{config.file} says {name[:60]}: multiple choice cannot be compressed as yet. "
+                "Remove the head's weights to fine-tune a new one",
                 pointer=config.file,
             )
     stated = config.encoder.num_labels
@@ -375,13 +388,29 @@ def _with_head(config: ModelConfig, sources: Mapping[str, _Source]) -> EncoderCo
             raise InvalidModel(
                 f"parameter {weight.name!r} has {stated} outputs", pointer=WEIGHTS_FILE
             )
-    return dataclasses.replace(config.encoder, num_labels=stated)
+    head = "token" if _token_task(config, sources) else config.encoder.head
+    return dataclasses.replace(config.encoder, num_labels=stated, head=head)
 
 
-def _head_task(config: ModelConfig, encoder: EncoderConfig) -> str | None:
-    """What Hugging Face's `problem_type` or a single output say that the classifier is for."""
+def _token_task(config: ModelConfig, sources: Mapping[str, _Source]) -> str | None:
+    """What a classifier that reads every token is for, by its name or the class that saved it."""
+    weight = sources.get("classifier.weight")
+    if weight is not None and weight.name.startswith(_ANSWER_HEAD):
+        return "question_answering"
+    for end, task in _TOKEN_HEADS.items():
+        if any(name.endswith(end) for name in _classes(config.raw)):
+            return task
+    return None
+
+
+def _head_task(
+    config: ModelConfig, encoder: EncoderConfig, sources: Mapping[str, _Source]
+) -> str | None:
+    """The task that the head's class, Hugging Face's `problem_type` or a single output tell."""
     if encoder.num_labels is None:
         return None
+    if (task := _token_task(config, sources)) is not None:
+        return task
     kind = config.raw.get("problem_type")
     if kind is None:
         return "regression" if encoder.num_labels == 1 else None

@@ -270,10 +270,16 @@ def test_jsonl_keeps_digits_nulls_and_line_numbers(tmp_path: Path) -> None:
     ("row", "says"),
     [
         ('{"text": "a", "label": true}', '"true"'),
-        ('{"text": ["a", null], "label": "1"}', "array"),
-        ('{"text": [["a"]], "label": "1"}', "array"),
-        ('{"text": ["a\\ud800"], "label": "1"}', "surrogate"),
-        ('{"text": {"a": "b"}, "label": "1"}', "object"),
+        ('{"text": ["a"], "label": "1"}', "an array, unlike"),
+        ('{"text": {"a": "b"}, "label": "1"}', "'text' of the first row is missing"),
+        ('{"text": [["a"]], "label": "1"}', "an array in another"),
+        ('{"text": {"a": {"b": "c"}}, "label": "1"}', "an object in another"),
+        ('{"text": ["a", null], "label": "1"}', "null among its items"),
+        ('{"text": [true], "label": "1"}', '"true"'),
+        ('{"text": ["\\ud800"], "label": "1"}', "surrogate"),
+        ('{"text": ["\\u0000"], "label": "1"}', "NUL"),
+        ('{"text": [{"a": 1}, {"b": 1}], "label": "1"}', "same keys"),
+        ('{"t": {"a": 1}, "t.a": 2, "label": "1"}', "twice"),
         ('{"text": "a", "text": "b", "label": "1"}', "twice"),
         ('{"text": "a", "label": NaN}', "NaN"),
         ('{"text": "a", "label": -Infinity}', "Infinity"),
@@ -351,8 +357,9 @@ def _list_of(kind: pa.DataType) -> pa.DataType:
         pa.array([True]),
         pa.array([b"bytes"]),
         pa.array([[["a"]]], _list_of(_list_of(pa.string()))),
+        pa.array([{"a": {"b": 1}}]),
+        pa.array([[{"a": ["b"]}]], _list_of(pa.struct({"a": _list_of(pa.string())}))),
         pa.array([[True]], _list_of(pa.bool_())),
-        pa.array([{"a": 1}]),
         pa.array([0], pa.timestamp("ms")),
         pa.array([0], pa.date32()),
     ],
@@ -363,6 +370,64 @@ def test_other_parquet_types_are_refused_by_column(tmp_path: Path, column: Any) 
     error = refused(tmp_path)
     assert "'odd'" in error.message
     assert str(column.type) in error.message
+
+
+LISTS = [
+    {"id": "1", "words": ["a", "\u4e2d"], "answers": {"text": ["b", "c"], "at": [1, 20]}},
+    {"id": "2", "words": [], "answers": {"text": ["d"], "at": [0]}},
+    {"id": "3", "words": None, "answers": {"text": [], "at": []}},
+]
+READ = [
+    {"id": "1", "words": ("a", "\u4e2d"), "answers.text": ("b", "c"), "answers.at": ("1", "20")},
+    {"id": "2", "words": (), "answers.text": ("d",), "answers.at": ("0",)},
+    {"id": "3", "words": None, "answers.text": (), "answers.at": ()},
+]
+
+
+def test_lists_and_the_fields_of_objects_are_read_and_survive_the_clean_form(
+    tmp_path: Path,
+) -> None:
+    for name in ("json", "parquet"):
+        (tmp_path / name).mkdir()
+    lines = "\n".join(json.dumps(row) for row in LISTS)
+    table = read_train(tmp_path / "json", train_jsonl=lines)
+    assert table.columns == ("id", "words", "answers.text", "answers.at")
+    assert table.rows == READ
+    write_clean({"train": table}, tmp_path / "clean")
+    assert read_splits(tmp_path / "clean")["train"] == table
+    pq.write_table(pa.Table.from_pylist(LISTS), tmp_path / "parquet" / "train.parquet")
+    assert read_splits(tmp_path / "parquet")["train"].rows == READ
+
+
+def test_a_list_of_objects_is_read_as_an_object_of_lists(tmp_path: Path) -> None:
+    rows = [
+        {"id": "1", "answers": [{"text": "b", "at": 1}, {"text": "c", "at": 20}]},
+        {"id": "2", "answers": [{"text": "d", "at": 0}]},
+    ]
+    for name in ("json", "parquet"):
+        (tmp_path / name).mkdir()
+    expected = [{k: row[k] for k in ("id", "answers.text", "answers.at")} for row in READ[:2]]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    assert read_train(tmp_path / "json", train_jsonl=lines).rows == expected
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "parquet" / "train.parquet")
+    assert read_splits(tmp_path / "parquet")["train"].rows == expected
+
+
+def test_a_list_columns_values_are_its_items(tmp_path: Path) -> None:
+    lines = "\n".join(
+        json.dumps({"words": words, "tags": tags, "label": str(len(words) % 2)})
+        for words, tags in ((["a", "bb"], ["O", "B-x"]), (["c"], ["O"]), ([], []), (["d"], ["O"]))
+    )
+    table = read_train(tmp_path, train_jsonl=lines)
+    tags = profile({"train": table}).splits["train"].column("tags")
+    assert tags is not None
+    assert (tags.kind, tags.distinct, tags.empty) == ("list", 2, 0)
+    assert [(v.value, v.count, v.first_line) for v in tags.values or ()] == [
+        ("O", 3, 1),
+        ("B-x", 1, 1),
+    ]
+    assert tags.mean_characters == (4 + 1 + 0 + 1) / 4
+    assert profile({"train": table}).label == "label"  # a list is no class
 
 
 def test_parquet_text_that_is_no_text_is_refused_by_row(tmp_path: Path) -> None:
@@ -408,14 +473,14 @@ def test_lists_are_read_as_texts_from_jsonl_and_parquet(tmp_path: Path) -> None:
     parquet(tmp_path, t=["a", "b"], l=pa.array([["x"], ["y", None]]))
     error = refused(tmp_path)
     assert broken_lines(error) == [("train.parquet", 2)]
-    assert "empty place" in error.message
+    assert "null among its items" in error.message
 
 
 # --- properties -----------------------------------------------------------------------------
 
 # What a file may hold: any Unicode text without NUL; of control characters JSON escapes the rest.
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
-cells = st.none() | texts | st.lists(texts, max_size=3).map(tuple)
+kinds = (st.none() | texts, st.none() | st.lists(texts, max_size=3).map(tuple))  # of a column
 names = st.lists(
     texts.filter(lambda name: name not in ("", LINE_KEY) and "\r" not in name),
     min_size=1,
@@ -424,9 +489,16 @@ names = st.lists(
 )
 
 
-def tables(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Table]:
+def tables(*kinds: st.SearchStrategy[Any]) -> st.SearchStrategy[Table]:
     def build(columns: list[str]) -> st.SearchStrategy[Table]:
-        row = st.tuples(*[values] * len(columns)).map(lambda r: dict(zip(columns, r, strict=True)))
+        return st.tuples(*[st.sampled_from(kinds)] * len(columns)).flatmap(
+            lambda own: filled(columns, own)
+        )
+
+    def filled(
+        columns: list[str], own: tuple[st.SearchStrategy[Any], ...]
+    ) -> st.SearchStrategy[Table]:
+        row = st.tuples(*own).map(lambda r: dict(zip(columns, r, strict=True)))
         return st.lists(st.tuples(row, st.integers(1, 10**9)), min_size=1, max_size=6).map(
             lambda rows: Table(tuple(columns), [r for r, _ in rows], [n for _, n in rows])
         )
@@ -435,7 +507,7 @@ def tables(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Table]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(tables(cells), tables(cells))
+@given(tables(*kinds), tables(*kinds))
 def test_clean_rows_read_back_identically(train: Table, dev: Table) -> None:
     with tempfile.TemporaryDirectory() as folder:
         written = write_clean({"train": train, "dev": dev}, Path(folder))

@@ -1,0 +1,146 @@
+"""Whole jobs of the tasks that label tokens, on tiny models, Chinese among the words."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compression.pipeline import compress
+from compression.report import CompressionReport
+from compression.spec import Spec
+from compression.teachers import read_checkpoint
+from tests.builders import CHINESE, WORDS, tiny_bert, tiny_questions, tiny_tags, with_token_head
+
+ROWS = {"train": 48, "dev": 24, "test": 12, "unlabelled": 8}
+
+
+def spec(**task: Any) -> Spec:
+    return Spec.model_validate(
+        {
+            "task": task,
+            "teacher": {"epochs": 10, "batch_size": 8, "learning_rate": 5e-3},
+            "distillation": {"max_steps": 2},
+            "supernet": {"width_mults": ["1/2"]},
+            "importance": {"rows": 16},
+            "latency": {"rounds": 5},
+            "export": {"formats": ["onnx"]},
+        }
+    )
+
+
+def predict(run_dir: Path, *arguments: str) -> list[dict[str, Any]]:
+    """What the downloaded bundle's predict.py answers, in a process of its own."""
+    with tarfile.open(run_dir / "artifacts" / "w1_2" / "bundle.tar.gz") as archive:
+        archive.extractall(run_dir, filter="data")
+    done = subprocess.run(
+        [sys.executable, str(run_dir / "w1_2" / "predict.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    if "--json" not in arguments:
+        return [{"shown": done.stdout}]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def dev_rows(dataset: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (dataset / "dev.jsonl").read_text().splitlines()]
+
+
+def common(report: CompressionReport, run_dir: Path) -> None:
+    assert report.dataset.rows == ROWS
+    assert report.reorder_max_abs < 1e-5
+    (network,) = report.subnetworks
+    (fmt,) = network.formats
+    assert fmt.published, fmt.error
+    assert fmt.parity_max_abs is not None and fmt.parity_max_abs < 1e-4
+    assert network.selected
+    assert network.test_accuracy is not None
+    assert network.accuracy == network.metrics[report.main_metric]
+    assert network.accuracy_drop == pytest.approx(
+        100 * (report.teacher.accuracy - network.accuracy)
+    )
+
+
+def test_words_are_tagged_from_upload_to_bundle(tmp_path: Path) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=None, words=(*WORDS, *CHINESE), seed=1)
+    dataset = tiny_tags(tmp_path / "dataset", rows=ROWS, seed=1)
+    report = compress(spec(kind="token_classification", max_seq_len=32), model, dataset, tmp_path)
+    common(report, tmp_path)
+    assert report.main_metric == "entity_f1"
+    assert report.teacher.fine_tuned_steps == 60
+    assert report.teacher.accuracy > 0.8
+    assert report.dataset.labels == ("B-GOOD", "B-LOC", "I-LOC", "O")
+    right = words = 0
+    rows = dev_rows(dataset)
+    answers = predict(tmp_path, "--json", *(" ".join(row["tokens"]) for row in rows))
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer["words"] == row["tokens"]
+        right += sum(a == b for a, b in zip(answer["tags"], row["tags"], strict=True))
+        words += len(row["tags"])
+    assert right / words == pytest.approx(report.subnetworks[0].metrics["accuracy"], abs=1e-9)
+    shown = predict(tmp_path, "a good 北京")[0]["shown"]
+    assert [line.split("\t")[0] for line in shown.splitlines()] == ["a", "good", "北", "京", ""]
+    card = (tmp_path / "w1_2" / "MODEL_CARD.md").read_text()
+    assert "| entity F1 on dev |" in card
+    manifest = json.loads((tmp_path / "w1_2" / "manifest.json").read_text())
+    assert manifest["output"]["shape"] == ["batch", "length", 4]
+
+
+def test_questions_are_answered_from_upload_to_bundle(tmp_path: Path) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=None, words=(*WORDS, *CHINESE), seed=1)
+    dataset = tiny_questions(tmp_path / "dataset", rows=ROWS, seed=1)
+    task = {"kind": "question_answering", "max_seq_len": 36, "doc_stride": 4}
+    report = compress(spec(**task, max_answer_length=4), model, dataset, tmp_path)
+    common(report, tmp_path)
+    assert report.main_metric == "f1"
+    assert report.teacher.accuracy > 0.3
+    rows = dev_rows(dataset)
+    asked = [text for row in rows for text in (row["question"], row["context"])]
+    answers = [answer["answer"] for answer in predict(tmp_path, "--json", *asked)]
+    exact = np.mean(
+        [
+            answer.strip() == row["answers"]["text"][0]
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+    )
+    assert exact == pytest.approx(report.subnetworks[0].metrics["exact_match"], abs=1e-9)
+    card = (tmp_path / "w1_2" / "MODEL_CARD.md").read_text()
+    assert "a passage of `context`" in card
+    assert "| exact match on dev |" in card
+
+
+@pytest.mark.parametrize(
+    ("head", "kind", "outputs"),
+    [
+        ("TokenClassification", "token_classification", 4),
+        ("QuestionAnswering", "question_answering", 2),
+    ],
+)
+def test_an_uploaded_head_is_kept(tmp_path: Path, head: str, kind: str, outputs: int) -> None:
+    names = ("O", "B-GOOD", "B-LOC", "I-LOC") if outputs == 4 else None
+    folder = tiny_bert(
+        tmp_path / "model", num_labels=outputs, labels=names, words=(*WORDS, *CHINESE), seed=1
+    )
+    model = with_token_head(folder, head)
+    make = tiny_tags if outputs == 4 else tiny_questions
+    dataset = make(tmp_path / "dataset", rows={"train": 16, "dev": 8}, seed=1)
+    report = compress(
+        spec(kind=kind, max_seq_len=36, doc_stride=4 if outputs == 2 else None),
+        model,
+        dataset,
+        tmp_path,
+    )
+    assert report.teacher.fine_tuned_steps == 0
+    assert report.dataset.label_names == (names or ("start", "end"))
+    checkpoint = read_checkpoint(model)
+    assert checkpoint.config.head == "token"
+    assert not any(name.startswith("pooler") for name in checkpoint.tensors)
