@@ -23,7 +23,7 @@ from compression.distillation import StepReport, distil
 from compression.encoder import Encoder, build_encoder, numpy_weights, with_new_head
 from compression.errors import DeviceUnavailable
 from compression.evaluate import predict
-from compression.export import Exported, export_formats, format_report, verify
+from compression.export import Exported, export_formats, format_report, graph_inputs, verify
 from compression.importance import measure_importance
 from compression.plan import Examples, Plan, make_plan, model_info, resolve_rows
 from compression.reorder import descending, reorder
@@ -199,6 +199,7 @@ def compress(
                 provenance=provenance,
                 environment=report.environment,
                 pad_token_id=supernet.config.pad_token_id,
+                inputs=graph_inputs(supernet.config),
             )
             if any(fmt.published for fmt in subnetwork_report.formats):
                 folder = artifacts / subnetwork_report.name

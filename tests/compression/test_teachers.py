@@ -332,7 +332,7 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -
         ("activation", "evil"),
         ("family", ["bert"]),
         ("labels", ["a", "a"]),
-        ("widthwise_format", 2),
+        ("widthwise_format", 3),
     ],
 )
 def test_our_own_config_is_not_trusted_either(tmp_path: Path, field: str, value: Any) -> None:
