@@ -167,6 +167,36 @@ def test_huggingface_names_are_those_that_paddlenlp_converts(tmp_path: Path, fam
         np.testing.assert_array_equal(found.tensors[name], array)
 
 
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_a_config_as_paddlenlp_saves_it_reads_the_same(tmp_path: Path, family: str) -> None:
+    folder = tiny_family(tmp_path, family, layout="paddlenlp", num_labels=NUM_LABELS)
+    expected = read_checkpoint(folder).config
+    model = paddlenlps_own(folder, family)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(str(folder))
+    saved = json.loads((folder / "config.json").read_text())
+    assert "paddlenlp_version" in saved
+    assert read_checkpoint(folder).config == expected
+
+
+def test_an_old_nested_ernie_config_that_leaves_out_its_neurons_is_read(tmp_path: Path) -> None:
+    folder = tiny_family(tmp_path, "ernie", layout="paddlenlp", intermediate_size=3072)
+    expected = read_checkpoint(folder).config
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("architectures", "model_type", "intermediate_size", "layer_norm_eps"):
+        del config[name]
+    (folder / "config.json").unlink()
+    write_json(
+        folder / "model_config.json",
+        {
+            "init_args": [{**config, "init_class": "ErnieModel"}],
+            "num_classes": 2,
+            "init_class": "ErnieForSequenceClassification",
+        },
+    )
+    assert read_checkpoint(folder).config == expected
+
+
 def test_what_a_toolkit_fixes_in_its_code_is_taken_from_there(tmp_path: Path) -> None:
     def config(family: str, layout: str, **changes: Any) -> EncoderConfig:
         folder = tiny_family(tmp_path / f"{family}-{layout}", family, layout=layout, **changes)

@@ -169,7 +169,7 @@ def _bytes(*tokens: str) -> list[int]:
     return [byte_tokens(WORDS).index(token) for token in tokens]
 
 
-def test_bpe_puts_roberta_s_marks_around_a_sentence_and_a_pair(tmp_path: Path) -> None:
+def test_bpe_puts_robertas_marks_around_a_sentence_and_a_pair(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny_family(tmp_path, "roberta"))
     ((ids, types),) = encode(tokenizer, ["a good film"], None, 32)
     assert ids == _bytes("<s>", "a", "Ġgood", "Ġfilm", "</s>")
@@ -231,7 +231,7 @@ def test_a_byte_level_vocabulary_that_does_not_fit_is_refused(
     assert caught.value.pointer == name
 
 
-def test_ids_are_those_of_paddlenlp_s_own_tokenizers(tmp_path: Path) -> None:
+def test_ids_are_those_of_paddlenlps_own_tokenizers(tmp_path: Path) -> None:
     words = (*WORDS, "你", "好", "电", "影", "。")
     texts = ["The GOODS, unknownword", "你好, good 电影。", "cöld  film\n was slow", "a <b> it's"]
     with warnings.catch_warnings():
