@@ -67,6 +67,7 @@ class BundleFacts:
     provenance: Provenance
     environment: Mapping[str, str]
     pad_token_id: int
+    inputs: tuple[str, ...] = INPUTS
 
 
 def input_digests(folder: Path) -> dict[str, str]:
@@ -121,7 +122,7 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str,
             **_windows(facts.spec.task),
         },
         "inputs": [
-            {"name": name, "dtype": "int64", "shape": ["batch", "length"]} for name in INPUTS
+            {"name": name, "dtype": "int64", "shape": ["batch", "length"]} for name in facts.inputs
         ],
         "output": {
             "name": OUTPUT,  # in ONNX; Paddle Inference numbers its one output

@@ -95,7 +95,8 @@ def load_onnx(files: dict[str, Path]) -> Callable[[dict[str, Any]], Any]:
     session = need("onnxruntime").InferenceSession(
         str(files["model.onnx"]), providers=["CPUExecutionProvider"]
     )
-    return lambda batch: session.run(["logits"], batch)[0]
+    names = [value.name for value in session.get_inputs()]
+    return lambda batch: session.run(["logits"], {name: batch[name] for name in names})[0]
 
 
 def load_paddle(files: dict[str, Path]) -> Callable[[dict[str, Any]], Any]:
@@ -108,8 +109,8 @@ def load_paddle(files: dict[str, Path]) -> Callable[[dict[str, Any]], Any]:
     predictor = inference.create_predictor(config)
 
     def run(batch: dict[str, Any]) -> Any:
-        for name, values in batch.items():
-            predictor.get_input_handle(name).copy_from_cpu(values)
+        for name in predictor.get_input_names():  # not every model reads token types
+            predictor.get_input_handle(name).copy_from_cpu(batch[name])
         predictor.run()
         return predictor.get_output_handle(predictor.get_output_names()[0]).copy_to_cpu()
 

@@ -20,7 +20,7 @@ def flops(config: EncoderConfig, seq_len: int) -> int:
     attention. Embedding look-ups, biases, normalisation, activations and softmax
     are left out; in a BERT they are some hundredths of the whole.
     """
-    multiply_adds = 0
+    multiply_adds = seq_len * (config.embedding_size or 0) * config.hidden  # projection
     for heads, ffn in zip(config.heads, config.ffn, strict=True):
         units = heads * config.head_dim
         multiply_adds += 4 * seq_len * config.hidden * units  # query, key, value, output

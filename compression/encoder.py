@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 from paddle import Tensor, nn
+from paddle.nn import functional as F
 
-from compression.elastic import ElasticAttention, ElasticFeedForward, Norm
+from compression.elastic import ACTIVATIONS, ElasticAttention, ElasticFeedForward, Norm
 from compression.errors import InvalidModel
 from compression.noise import Noise, dropout
 from compression.spec import Head
@@ -24,6 +25,12 @@ from compression.teachers.config import EncoderConfig
 
 MASKED = -1e9  # added to scores of padding: its softmax weight is exactly 0 in fp32
 INITIAL_STD = 0.02  # of new weights, as in BERT
+POOLER_ACTIVATIONS = {
+    "tanh": paddle.tanh,
+    # In this order: Paddle Inference's oneDNN gives wrong numbers for ReLU after tanh.
+    "relu_tanh": lambda x: paddle.tanh(F.relu(x)),
+    **ACTIVATIONS,
+}
 
 
 @dataclass(frozen=True)
@@ -37,19 +44,36 @@ class EncoderStates:
 class Embeddings(nn.Layer):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden)
-        self.position = nn.Embedding(config.max_positions, config.hidden)
-        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden)
-        self.norm = Norm(config.hidden, epsilon=config.layer_norm_eps)
+        self.config = config
+        width = config.embedding_size or config.hidden
+        self.word = nn.Embedding(config.vocab_size, width)
+        self.position = nn.Embedding(config.max_positions, width)
+        if config.type_vocab_size:
+            self.token_type = nn.Embedding(config.type_vocab_size, width)
+        if config.task_type_vocab_size:
+            self.task_type = nn.Embedding(config.task_type_vocab_size, width)
+        self.norm = Norm(width, epsilon=config.layer_norm_eps)
         self.dropout = config.hidden_dropout
+        if config.embedding_size is not None:
+            self.projection = nn.Linear(width, config.hidden)
 
     def forward(
-        self, input_ids: Tensor, token_type_ids: Tensor, *, noise: Noise | None = None
+        self, input_ids: Tensor, token_type_ids: Tensor | None, *, noise: Noise | None = None
     ) -> Tensor:
-        # A running count, not arange(T): it keeps the exported length dynamic.
-        positions = paddle.cumsum(paddle.ones_like(input_ids), axis=1) - 1
-        total = self.word(input_ids) + self.position(positions) + self.token_type(token_type_ids)
-        return dropout(self.norm(total), self.dropout, noise)
+        """ids [B, T] -> [B, T, H]; types are not looked at where `reads_token_types` is False."""
+        config = self.config
+        # A running count, not arange(T): it keeps the exported length dynamic. A token's
+        # number depends on those before it alone, so padding behind a row cannot change it.
+        positions = paddle.cumsum(paddle.ones_like(input_ids), axis=1)
+        total = self.word(input_ids) + self.position(positions + (config.position_offset - 1))
+        if config.reads_token_types:
+            total = total + self.token_type(token_type_ids)
+        elif config.type_vocab_size:
+            total = total + self.token_type.weight[0]
+        if config.task_type_vocab_size:
+            total = total + self.task_type.weight[config.task_id]
+        x = dropout(self.norm(total), self.dropout, noise)
+        return x if config.embedding_size is None else self.projection(x)
 
 
 class Layer(nn.Layer):
@@ -102,7 +126,7 @@ class Encoder(nn.Layer):
     def encode(
         self,
         input_ids: Tensor,
-        token_type_ids: Tensor,
+        token_type_ids: Tensor | None,
         attention_mask: Tensor,
         *,
         subnetwork: Subnetwork | None = None,
@@ -111,9 +135,10 @@ class Encoder(nn.Layer):
     ) -> EncoderStates:
         """All hidden states and the logits of one batch; the first three are int64 [B, T].
 
-        `head_gates` multiplies each head's output, one tensor [heads] a layer: ones
-        change nothing, and their gradient is the head importance. `noise` makes the
-        pass one of training, with the config's dropout.
+        `token_type_ids` may be None where the config reads none. `head_gates` multiplies
+        each head's output, one tensor [heads] a layer: ones change nothing, and their
+        gradient is the head importance. `noise` makes the pass one of training, with the
+        config's dropout.
         """
         return self.encode_embedded(
             self.embeddings(input_ids, token_type_ids, noise=noise),
@@ -146,13 +171,14 @@ class Encoder(nn.Layer):
             )
             hidden.append(x)
         if self.config.head == "sequence":
-            x = paddle.tanh(self.pooler(x[:, 0]))  # [B, T, H] -> [B, H], of the first token
+            activation = POOLER_ACTIVATIONS[self.config.pooler_activation]
+            x = activation(self.pooler(x[:, 0]))  # [B, T, H] -> [B, H], of the first token
         return EncoderStates(hidden, self.classifier(dropout(x, self.dropout, noise)))
 
     def forward(
         self,
         input_ids: Tensor,
-        token_type_ids: Tensor,
+        token_type_ids: Tensor | None,
         attention_mask: Tensor,
         subnetwork: Subnetwork | None = None,
     ) -> Tensor:

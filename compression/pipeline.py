@@ -32,7 +32,7 @@ from compression.encoder import (
 )
 from compression.errors import DeviceUnavailable, Interrupted, OutOfMemory
 from compression.evaluate import largest_difference, padded_logits, predict
-from compression.export import Exported, export_formats, format_report, verify
+from compression.export import Exported, export_formats, format_report, graph_inputs, verify
 from compression.importance import measure_importance
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.reorder import descending, reorder
@@ -264,6 +264,7 @@ def compress(
                 provenance=provenance,
                 environment=report.environment,
                 pad_token_id=supernet.config.pad_token_id,
+                inputs=graph_inputs(supernet.config),
             )
             if any(fmt.published for fmt in subnetwork_report.formats):
                 folder = artifacts / subnetwork_report.name

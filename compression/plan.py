@@ -85,7 +85,7 @@ class ModelInfo(Frozen):
     hidden: int
     ffn: int = Field(description="FFN neurons of the widest layer.")
     vocab_size: int
-    max_positions: int
+    max_positions: int = Field(description="Tokens of the longest row that it takes.")
     parameters: int
     num_labels: int | None = Field(description="Outputs of the classifier; null without one.")
     labels: tuple[str, ...] | None = Field(description="Names of the outputs, where it has any.")
@@ -193,7 +193,7 @@ def model_info(checkpoint: Checkpoint) -> ModelInfo:
         hidden=config.hidden,
         ffn=max(config.ffn),
         vocab_size=config.vocab_size,
-        max_positions=config.max_positions,
+        max_positions=config.max_tokens,
         parameters=cost.parameters(config),
         num_labels=config.num_labels,
         labels=checkpoint.labels,
@@ -539,9 +539,9 @@ def _check_lengths(spec: Spec, encoder: EncoderConfig, *, pair: bool) -> None:
         ("/latency/seq_len", spec.latency.seq_len or 0),
     )
     for pointer, length in lengths:
-        if length > encoder.max_positions:
+        if length > encoder.max_tokens:
             raise InvalidSpec(
-                f"{length} tokens are more than the model's {encoder.max_positions} positions",
+                f"{length} tokens are more than the model's {encoder.max_tokens} positions",
                 pointer=pointer,
             )
     if spec.task.kind == "question_answering":
@@ -552,11 +552,6 @@ def _check_lengths(spec: Spec, encoder: EncoderConfig, *, pair: bool) -> None:
                 f"not {spec.task.overlap}",
                 pointer="/task/max_seq_len" if room < 0 else "/task/doc_stride",
             )
-    if pair and encoder.type_vocab_size < 2:
-        raise InvalidSpec(
-            "the model knows one token type only and cannot tell two sentences apart",
-            pointer="/task/text_pair",
-        )
 
 
 def _narrowed(

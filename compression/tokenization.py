@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Encoding, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.decoders import WordPiece as WordPieceDecoder
-from tokenizers.models import WordPiece
+from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import BertNormalizer
-from tokenizers.pre_tokenizers import BertPreTokenizer
-from tokenizers.processors import TemplateProcessing
+from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
+from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
 from compression.errors import InvalidModel
 from compression.teachers import read_config
@@ -20,29 +21,42 @@ from compression.teachers.fields import Fields, read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
 VOCABULARY_FILE = "vocab.txt"
+BYTE_VOCABULARY_FILE = "vocab.json"
+MERGES_FILE = "merges.txt"
 SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 ADDED_TOKENS_FILE = "added_tokens.json"
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
     VOCABULARY_FILE,
+    BYTE_VOCABULARY_FILE,
+    MERGES_FILE,
     SETTINGS_FILE,
     SPECIAL_TOKENS_FILE,
     ADDED_TOKENS_FILE,
 )
 
-_SPECIAL_TOKENS = {
+_SPECIAL_TOKENS = {  # BERT's
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
     "cls_token": "[CLS]",
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+_BYTE_SPECIAL_TOKENS = {  # RoBERTa's
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "mask_token": "<mask>",
+}
 _MAX_VOCABULARY_BYTES = 64 * 2**20
 
 
 def load_tokenizer(model_dir: Path) -> Tokenizer:
-    """tokenizer.json, else WordPiece over vocab.txt as BERT's tokenizer does it.
+    """tokenizer.json, else BPE over vocab.json as RoBERTa's, or WordPiece over vocab.txt as BERT's.
 
     Neither pads nor truncates, whatever the file says: that is the caller's to ask for.
     InvalidModel where there is none, where it cannot be read, where it adds no
@@ -50,11 +64,14 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     """
     if (model_dir / TOKENIZER_FILE).is_file():
         tokenizer, file = _fast_tokenizer(model_dir / TOKENIZER_FILE), TOKENIZER_FILE
+    elif (model_dir / BYTE_VOCABULARY_FILE).is_file():
+        tokenizer, file = _byte_level(model_dir), BYTE_VOCABULARY_FILE
     elif (model_dir / VOCABULARY_FILE).is_file():
         tokenizer, file = _wordpiece(model_dir), VOCABULARY_FILE
     else:
         raise InvalidModel(
-            f"the model folder has neither {TOKENIZER_FILE} nor {VOCABULARY_FILE}",
+            f"the model folder has neither {TOKENIZER_FILE} nor {VOCABULARY_FILE}, nor "
+            f"{BYTE_VOCABULARY_FILE} with {MERGES_FILE}",
             pointer=TOKENIZER_FILE,
         )
     tokenizer.no_padding()
@@ -128,12 +145,8 @@ def _fast_tokenizer(path: Path) -> Tokenizer:
 def _wordpiece(model_dir: Path) -> Tokenizer:
     path = model_dir / VOCABULARY_FILE
     settings = _optional_json(model_dir / SETTINGS_FILE)
-    special = _special_tokens({**settings, **_optional_json(model_dir / SPECIAL_TOKENS_FILE)})
     vocabulary = _read_vocabulary(path)
-    absent = [token for token in special.values() if token not in vocabulary]
-    # Only a mask is never needed to classify.
-    if absent and absent != [special["mask_token"]]:
-        raise InvalidModel(f"{path.name} lacks {', '.join(absent)[:200]}", pointer=path.name)
+    special, present = _special_tokens(model_dir, settings, _SPECIAL_TOKENS, vocabulary, path)
     fields = Fields(settings, file=SETTINGS_FILE)
     lowercase = True if settings.get("do_lower_case") is None else fields.flag("do_lower_case")
     accents = None if settings.get("strip_accents") is None else fields.flag("strip_accents")
@@ -158,15 +171,68 @@ def _wordpiece(model_dir: Path) -> Tokenizer:
         special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])],
     )
     tokenizer.decoder = WordPieceDecoder(prefix="##")
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True) for token in special.values() if token not in absent]
-    )
-    _add_tokens(tokenizer, model_dir / ADDED_TOKENS_FILE)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in present])
+    _add_tokens(tokenizer, model_dir / ADDED_TOKENS_FILE, vocabulary_file=VOCABULARY_FILE)
     return tokenizer
+
+
+def _byte_level(model_dir: Path) -> Tokenizer:
+    """Byte-level BPE with "<s> a </s>" and "<s> a </s></s> b </s>", all of token type 0."""
+    path, settings = model_dir / BYTE_VOCABULARY_FILE, _optional_json(model_dir / SETTINGS_FILE)
+    vocabulary = read_json_object(path)
+    if not all(type(number) is int and 0 <= number < 2**31 for number in vocabulary.values()):
+        raise InvalidModel(f"{path.name} does not map tokens to ids", pointer=path.name)
+    special, present = _special_tokens(model_dir, settings, _BYTE_SPECIAL_TOKENS, vocabulary, path)
+    prefix_space = Fields(settings, file=SETTINGS_FILE).flag("add_prefix_space")
+    merges = _read_merges(model_dir / MERGES_FILE)
+    try:
+        tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
+    except Exception as error:  # the library raises nothing more exact
+        raise InvalidModel(
+            f"{MERGES_FILE} does not fit {path.name}: {str(error)[:200]}", pointer=MERGES_FILE
+        ) from error
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=prefix_space)
+    tokenizer.decoder = ByteLevelDecoder()
+    cls, sep = special["cls_token"], special["sep_token"]
+    tokenizer.post_processor = RobertaProcessing(
+        (sep, vocabulary[sep]),
+        (cls, vocabulary[cls]),
+        trim_offsets=True,
+        add_prefix_space=prefix_space,
+    )
+    # A mask takes the space before it, as a word does.
+    mask = special["mask_token"]
+    tokenizer.add_special_tokens(
+        [AddedToken(token, lstrip=token == mask, special=True) for token in present]
+    )
+    _add_tokens(tokenizer, model_dir / ADDED_TOKENS_FILE, vocabulary_file=path.name)
+    return tokenizer
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    """Pairs of tokens that BPE joins, the most frequent first; "#version" may stand above them."""
+    merges: list[tuple[str, str]] = []
+    for number, line in enumerate(_read_lines(path), start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        left, space, right = line.partition(" ")
+        if not (left and space and right) or " " in right:
+            raise InvalidModel(
+                f"{path.name}, line {number}: not two tokens with a space between them",
+                pointer=path.name,
+            )
+        merges.append((left, right))
+    return merges
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
     """Token -> id, which is its line; as in BERT, the last one where it stands twice."""
+    return {line: i for i, line in enumerate(_read_lines(path))}
+
+
+def _read_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise InvalidModel(f"the model folder lacks {path.name}", pointer=path.name)
     if path.stat().st_size > _MAX_VOCABULARY_BYTES:
         raise InvalidModel(f"{path.name} is too large for a vocabulary", pointer=path.name)
     try:
@@ -174,25 +240,37 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InvalidModel(f"{path.name}, line {line}: not UTF-8", pointer=path.name) from error
-    lines = text.removesuffix("\n").split("\n")
-    return {line.rstrip("\r"): i for i, line in enumerate(lines)}
+    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
 
-def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+def _special_tokens(
+    model_dir: Path,
+    settings: dict[str, Any],
+    defaults: Mapping[str, str],
+    vocabulary: Mapping[str, int],
+    file: Path,
+) -> tuple[dict[str, str], list[str]]:
+    """The special tokens by name, and those that the vocabulary has: all but perhaps the mask."""
+    stated = {**settings, **_optional_json(model_dir / SPECIAL_TOKENS_FILE)}
     special = {}
-    for name, default in _SPECIAL_TOKENS.items():
-        value = settings.get(name)
+    for name, default in defaults.items():
+        value = stated.get(name)
         if isinstance(value, dict):  # an AddedToken, spelt out
             value = value.get("content")
         special[name] = value if isinstance(value, str) and value else default
-    return special
+    tokens = dict.fromkeys(special.values())
+    absent = [token for token in tokens if token not in vocabulary]
+    # Only a mask is never needed to classify.
+    if absent and absent != [special["mask_token"]]:
+        raise InvalidModel(f"{file.name} lacks {', '.join(absent)[:200]}", pointer=file.name)
+    return special, [token for token in tokens if token not in absent]
 
 
-def _add_tokens(tokenizer: Tokenizer, path: Path) -> None:
+def _add_tokens(tokenizer: Tokenizer, path: Path, *, vocabulary_file: str) -> None:
     """Tokens that a slow tokenizer keeps beside its vocabulary: {"token": id}."""
     added = _optional_json(path)
     if not all(type(n) is int for n in added.values()):
@@ -202,6 +280,6 @@ def _add_tokens(tokenizer: Tokenizer, path: Path) -> None:
         if tokenizer.token_to_id(token) != number:
             raise InvalidModel(
                 f"{path.name} gives {token[:40]!r} the id {number}, which does not follow "
-                f"{VOCABULARY_FILE}",
+                f"{vocabulary_file}",
                 pointer=path.name,
             )

@@ -32,7 +32,7 @@ from compression.teachers import (
     check_checkpoint,
 )
 from compression.teachers.fields import read_json_object
-from compression.tokenization import TOKENIZER_FILES, VOCABULARY_FILE, encode, load_tokenizer
+from compression.tokenization import TOKENIZER_FILES, encode, load_tokenizer
 from jobs import archives, pickles
 from jobs.errors import UploadRejected, as_json
 from jobs.sandbox import Limits, run_sandboxed
@@ -203,7 +203,7 @@ def _inspect_model(folder: Path, out_dir: Path) -> dict[str, Any]:
         warnings.append(f"{pickled[0]} was converted to {WEIGHTS_FILE}.")
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
-            if name != VOCABULARY_FILE:
+            if name.endswith(".json"):
                 read_json_object(folder / name)
             shutil.copyfile(folder / name, out_dir / name)
     checkpoint = check_checkpoint(out_dir)
@@ -234,15 +234,14 @@ def _try_tokenizer(folder: Path, config: EncoderConfig) -> None:
         ) from error
     if not alone[0]:
         raise UploadRejected("The tokenizer makes no tokens of a text.", code="invalid-model")
-    # A model of one token type is never given pairs.
-    for ids, types in (alone, pair) if config.type_vocab_size > 1 else (alone,):
+    for ids, types in (alone, pair):
         if max(ids) >= config.vocab_size:
             raise UploadRejected(
                 f"The tokenizer gives the token id {max(ids)}, but the model embeds only "
                 f"{config.vocab_size} tokens.",
                 code="invalid-model",
             )
-        if max(types) >= config.type_vocab_size:
+        if config.reads_token_types and max(types) >= config.type_vocab_size:
             raise UploadRejected(
                 f"The tokenizer gives the token type {max(types)}, but the model has only "
                 f"{config.type_vocab_size}.",

@@ -1,4 +1,4 @@
-"""Tiny real inputs for tests: random BERT folders and datasets, with numpy and no paddle."""
+"""Tiny real inputs for tests: random model folders and datasets, with numpy and no paddle."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -130,6 +131,131 @@ def tiny_paddlenlp(
     return folder
 
 
+# Each family's class names in both toolkits, and what its config has beyond BERT's.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", {}),
+    "tinybert": ("TinyBert", {}),
+    "roberta": (
+        "Roberta",
+        {"type_vocab_size": 1, "pad_token_id": 1, "layer_norm_eps": 1e-5},
+    ),
+    "ernie": (
+        "Ernie",
+        {
+            "hidden_act": "relu",
+            "type_vocab_size": 4,
+            "use_task_id": True,
+            "task_type_vocab_size": 3,
+            "task_id": 2,
+        },
+    ),
+    "electra": ("Electra", {"embedding_size": 16}),
+    "distilbert": ("DistilBert", {}),
+}
+_DISTILBERT_FIELDS = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "hidden_act": "activation",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
+_DISTILBERT_NAMES = (
+    ("encoder.layer.", "transformer.layer."),
+    ("attention.self.query", "attention.q_lin"),
+    ("attention.self.key", "attention.k_lin"),
+    ("attention.self.value", "attention.v_lin"),
+    ("attention.output.dense", "attention.out_lin"),
+    ("attention.output.LayerNorm", "sa_layer_norm"),
+    ("intermediate.dense", "ffn.lin1"),
+    ("output.dense", "ffn.lin2"),
+    ("output.LayerNorm", "output_layer_norm"),
+)
+
+
+def tiny_family(
+    folder: Path,
+    family: str,
+    *,
+    layout: str = "huggingface",
+    num_labels: int | None = 2,
+    words: tuple[str, ...] = WORDS,
+    max_tokens: int = 64,
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
+    """A random model of any family in one toolkit's layout, with a tokenizer of its own.
+
+    The weights, [in, out] or [out, in], are the same in both layouts. `changes` go into the
+    config. Without `num_labels` there is no classifier, no prefix, and a pooler only where
+    the family's bare model has one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = byte_tokens(words) if family == "roberta" else (*SPECIAL_TOKENS, *words)
+    class_name, own = FAMILIES[family]
+    config = {
+        **bert_config(vocab_size=len(vocabulary), num_labels=num_labels, max_positions=max_tokens),
+        "model_type": family,
+        "architectures": [
+            f"{class_name}{'Model' if num_labels is None else 'ForSequenceClassification'}"
+        ],
+        **own,
+        **changes,
+    }
+    if family == "roberta":
+        config["max_position_embeddings"] += config["pad_token_id"] + 1
+    weights = family_weights(family, config, layout=layout, num_labels=num_labels, seed=seed)
+    if family == "distilbert":
+        del config["type_vocab_size"]
+        if layout == "huggingface":
+            config = {_DISTILBERT_FIELDS.get(name, name): value for name, value in config.items()}
+    write_json(folder / "config.json", config)
+    save_file(weights, folder / "model.safetensors")
+    if family == "roberta":
+        write_byte_tokenizer(folder, words)
+    else:
+        _write_tokenizer(folder, vocabulary)
+    return folder
+
+
+def family_weights(
+    family: str, config: dict[str, Any], *, layout: str, num_labels: int | None, seed: int = 0
+) -> Arrays:
+    """The weights of `tiny_family` by the names of one toolkit; `config` has BERT's fields."""
+    weights = huggingface_weights(config, num_labels=num_labels, seed=seed)
+    generator = np.random.default_rng(seed + 1)
+    hidden = config["hidden_size"]
+    if family == "ernie" and config["use_task_id"]:
+        table = generator.normal(0, 0.3, (config["task_type_vocab_size"], hidden))
+        weights["embeddings.task_type_embeddings.weight"] = table.astype(np.float32)
+    if family == "electra" and config["embedding_size"] != hidden:
+        projection = generator.normal(0, 0.2, (hidden, config["embedding_size"]))
+        weights["embeddings_project.weight"] = projection.astype(np.float32)
+        weights["embeddings_project.bias"] = generator.normal(0, 0.1, hidden).astype(np.float32)
+    if family == "distilbert":
+        del weights["embeddings.token_type_embeddings.weight"]
+    if num_labels is None and family in ("electra", "distilbert"):
+        del weights["pooler.dense.weight"], weights["pooler.dense.bias"]
+    renamed: Arrays = {}
+    for name, array in weights.items():
+        if layout == "paddlenlp":
+            name, array = _as_paddlenlp(name, array)
+        elif family == "distilbert":
+            for berts, own in _DISTILBERT_NAMES:
+                name = name.replace(berts, own)
+        head = name.startswith("classifier")
+        if num_labels is not None and family in ("roberta", "electra", "distilbert"):
+            head = head or name.startswith("pooler")
+            if family == "distilbert":
+                name = name.replace("pooler.dense", "pre_classifier")
+            else:
+                name = name.replace("classifier.", "classifier.out_proj.")
+                name = name.replace("pooler.dense", "classifier.dense")
+        renamed[name if head or num_labels is None else f"{family}.{name}"] = array
+    return renamed
+
+
 def bert_config(
     *,
     vocab_size: int,
@@ -173,14 +299,15 @@ def huggingface_weights(config: dict[str, Any], *, num_labels: int | None, seed:
     """
     generator = np.random.default_rng(seed)
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
+    width = config.get("embedding_size", hidden)
     weights: Arrays = {}
 
     def table(name: str, rows: int) -> None:
-        weights[f"{name}.weight"] = generator.normal(0, 0.3, (rows, hidden))
+        weights[f"{name}.weight"] = generator.normal(0, 0.3, (rows, width))
 
-    def norm(name: str) -> None:
-        weights[f"{name}.weight"] = 1 + generator.normal(0, 0.1, hidden)
-        weights[f"{name}.bias"] = generator.normal(0, 0.1, hidden)
+    def norm(name: str, size: int = hidden) -> None:
+        weights[f"{name}.weight"] = 1 + generator.normal(0, 0.1, size)
+        weights[f"{name}.bias"] = generator.normal(0, 0.1, size)
 
     def linear(name: str, inputs: int, outputs: int) -> None:
         weights[f"{name}.weight"] = generator.normal(0, inputs**-0.5, (outputs, inputs))
@@ -189,7 +316,7 @@ def huggingface_weights(config: dict[str, Any], *, num_labels: int | None, seed:
     table("embeddings.word_embeddings", config["vocab_size"])
     table("embeddings.position_embeddings", config["max_position_embeddings"])
     table("embeddings.token_type_embeddings", config["type_vocab_size"])
-    norm("embeddings.LayerNorm")
+    norm("embeddings.LayerNorm", width)
     for i in range(config["num_hidden_layers"]):
         layer = f"encoder.layer.{i}"
         for part in ("query", "key", "value"):
@@ -224,12 +351,17 @@ def paddlenlp_weights(huggingface: Arrays) -> Arrays:
     headless = "classifier.weight" not in huggingface
     renamed: Arrays = {}
     for name, array in huggingface.items():
-        if array.ndim == 2 and not name.startswith("embeddings"):
-            array = np.ascontiguousarray(array.T)
-        for theirs, paddles in _PADDLENLP_NAMES:
-            name = name.replace(theirs, paddles)
+        name, array = _as_paddlenlp(name, array)
         renamed[name if headless or name.startswith("classifier") else f"bert.{name}"] = array
     return renamed
+
+
+def _as_paddlenlp(name: str, array: npt.NDArray[np.float32]) -> tuple[str, npt.NDArray[np.float32]]:
+    if array.ndim == 2 and not name.startswith("embeddings."):
+        array = np.ascontiguousarray(array.T)
+    for theirs, paddles in _PADDLENLP_NAMES:
+        name = name.replace(theirs, paddles)
+    return name, array
 
 
 def tiny_dataset(
@@ -318,6 +450,31 @@ def _write_tokenizer(folder: Path, vocabulary: tuple[str, ...]) -> None:
         folder / "tokenizer_config.json",
         {"do_lower_case": True, "tokenizer_class": "BertTokenizer", "model_max_length": 64},
     )
+
+
+def byte_tokens(words: tuple[str, ...]) -> tuple[str, ...]:
+    """A byte-level vocabulary: special tokens, every byte, and the beginnings of " word"."""
+    alphabet = sorted(ByteLevel.alphabet())
+    merged = ["".join(pair) for pair in _merges(words)]
+    return ("<s>", "<pad>", "</s>", "<unk>", *alphabet, *merged, "<mask>")
+
+
+def write_byte_tokenizer(folder: Path, words: tuple[str, ...]) -> None:
+    """RoBERTa's vocab.json and merges.txt."""
+    write_json(folder / "vocab.json", {token: i for i, token in enumerate(byte_tokens(words))})
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in _merges(words))]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "RobertaTokenizer"})
+
+
+def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """What joins the letters of each word, and the space before it, from left to right."""
+    pairs: dict[tuple[str, str], None] = {}
+    for word in words:
+        if word.isascii() and word.isalpha():
+            spelt = f"\u0120{word}"  # byte-level BPE's sign for a space
+            pairs.update(dict.fromkeys((spelt[:i], spelt[i]) for i in range(1, len(spelt))))
+    return list(pairs)
 
 
 def write_json(path: Path, data: object) -> None:

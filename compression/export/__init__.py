@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from compression.errors import ExportFailed
-from compression.export.base import INPUTS, OUTPUT, Exporter, ExportSource
+from compression.export.base import INPUTS, OUTPUT, Exporter, ExportSource, graph_inputs
 from compression.export.fresh import run_fresh
 from compression.export.onnx import OnnxExporter
 from compression.export.paddle import PaddleExporter
@@ -43,6 +43,7 @@ __all__ = [
     "export",
     "export_formats",
     "format_report",
+    "graph_inputs",
     "served_bytes",
     "sha256_of",
     "verify",
@@ -72,7 +73,7 @@ def export(
 ) -> list[Path]:
     """Writes one format's files into `out_dir` and returns them. ExportFailed says what failed.
 
-    Inputs are named as INPUTS (int64, batch and length dynamic), the ONNX output OUTPUT.
+    Inputs are named as in INPUTS (int64, batch and length dynamic), the ONNX output OUTPUT.
     """
     with ExportSource(encoder, labels) as source:
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from compression.encoder import Encoder
+    from compression.teachers import EncoderConfig
 
-INPUTS = ("input_ids", "token_type_ids", "attention_mask")
+INPUTS = ("input_ids", "token_type_ids", "attention_mask")  # what every `Run` is given
 OUTPUT = "logits"
 
 Logits = NDArray[np.float32]
@@ -24,6 +25,11 @@ Run = Callable[[Mapping[str, NDArray[np.int64]]], Logits]
 
 A token head's logits are [B, T, labels].
 """
+
+
+def graph_inputs(config: EncoderConfig) -> tuple[str, ...]:
+    """Those of INPUTS that the traced program has: paddle refuses to save an unused one."""
+    return tuple(name for name in INPUTS if name != "token_type_ids" or config.reads_token_types)
 
 
 class Program(NamedTuple):

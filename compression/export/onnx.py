@@ -51,8 +51,10 @@ class OnnxExporter(Exporter):
             str(folder / FILE), options, providers=["CPUExecutionProvider"]
         )
 
+        names = [value.name for value in session.get_inputs()]
+
         def run(batch: Mapping[str, NDArray[np.int64]]) -> Logits:
-            logits: Logits = session.run([OUTPUT], dict(batch))[0]
+            logits: Logits = session.run([OUTPUT], {name: batch[name] for name in names})[0]
             return logits
 
         return run
@@ -62,8 +64,8 @@ class OnnxExporter(Exporter):
 
 
 def convert(graph: Path, weights: Path, out: Path) -> None:
-    """Writes `out` with inputs INPUTS [batch, length] and output OUTPUT, [batch, labels] or of a
-    token head [batch, length, labels]."""
+    """Writes `out` with inputs of INPUTS [batch, length] and output OUTPUT, [batch, labels] or
+    of a token head [batch, length, labels]."""
     import onnx
     import paddle2onnx
 
@@ -91,7 +93,8 @@ def convert(graph: Path, weights: Path, out: Path) -> None:
 def _name_ends(graph: Any) -> None:
     """Readable names for the output and the open axes, which paddle2onnx numbers."""
     names = [value.name for value in graph.input]
-    if sorted(names) != sorted(INPUTS) or len(graph.output) != 1:
+    required = {"input_ids", "attention_mask"}
+    if not required <= set(names) <= set(INPUTS) or len(graph.output) != 1:
         raise ExportFailed(f"the converted graph has inputs {names}, expected {list(INPUTS)}")
     (output,) = graph.output
     for node in graph.node:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compression.export.base import INPUTS, Exporter, ExportSource, Logits, Run
+from compression.export.base import Exporter, ExportSource, Logits, Run
 
 GRAPH, WEIGHTS = "inference.json", "inference.pdiparams"
 
@@ -41,7 +41,7 @@ class PaddleExporter(Exporter):
         config.set_cpu_math_library_num_threads(threads)
         config.enable_mkldnn()
         predictor = inference.create_predictor(config)
-        inputs = {name: predictor.get_input_handle(name) for name in INPUTS}
+        inputs = {name: predictor.get_input_handle(name) for name in predictor.get_input_names()}
         output = predictor.get_output_handle(predictor.get_output_names()[0])
 
         def run(batch: Mapping[str, NDArray[np.int64]]) -> Logits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import paddle
@@ -10,13 +11,13 @@ from paddle import Tensor, nn
 
 from compression.encoder import Encoder
 from compression.errors import ExportFailed
-from compression.export.base import INPUTS, Program
+from compression.export.base import INPUTS, Program, graph_inputs
 
 STEM = "inference"
 
 
 class _Served(nn.Layer):
-    """The encoder as it is served: three inputs, logits out.
+    """The encoder as it is served: INPUTS in, logits out.
 
     Tracing replaces the forward of the layer that it is given; it is given this
     one, so the encoder itself stays as it was.
@@ -31,13 +32,23 @@ class _Served(nn.Layer):
         return logits
 
 
+class _ServedWithoutTypes(_Served):
+    """One that reads no token types."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.encoder(input_ids, None, attention_mask)
+        return logits
+
+
 def save_program(encoder: Encoder, folder: Path) -> Program:
     """Traces the encoder, with batch and length left open."""
+    names = graph_inputs(encoder.config)
+    served = _Served(encoder) if names == INPUTS else _ServedWithoutTypes(encoder)
     try:
         with warnings.catch_warnings():
             # Paddle's tracer asks symbolic tensors for their device, then warns of that.
             warnings.filterwarnings("ignore", message="Tensor do not have 'place' interface")
-            _trace(_Served(encoder), folder)
+            _trace(served, names, folder)
     except Exception as error:  # paddle raises whatever its tracer met
         raise ExportFailed(f"the encoder could not be traced: {error}") from error
     program = Program(folder / f"{STEM}.json", folder / f"{STEM}.pdiparams")
@@ -47,7 +58,7 @@ def save_program(encoder: Encoder, folder: Path) -> Program:
     return program
 
 
-def _trace(served: nn.Layer, folder: Path) -> None:
-    inputs = [paddle.static.InputSpec([None, None], "int64", name) for name in INPUTS]
+def _trace(served: nn.Layer, names: Sequence[str], folder: Path) -> None:
+    inputs = [paddle.static.InputSpec([None, None], "int64", name) for name in names]
     static = paddle.jit.to_static(served, input_spec=inputs, full_graph=True)
     paddle.jit.save(static, str(folder / STEM))

@@ -1,154 +1,39 @@
-"""BERT (arXiv:1810.04805), as Hugging Face transformers and PaddleNLP store it."""
+"""BERT (arXiv:1810.04805), as Hugging Face transformers and PaddleNLP store it.
+
+MiniLM and Hugging Face's TinyBERT are BERTs by another training. Left out: decoders,
+relative positions, PaddleNLP's fused layers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from compression.teachers import fields as limits
+from compression.teachers.bert_like import (
+    HUGGINGFACE_ENCODER,
+    PADDLENLP_ENCODER,
+    POOLER_HEAD,
+    any_of,
+    parse_bert_like,
+    without_prefix,
+)
 from compression.teachers.config import EncoderConfig
 from compression.teachers.family import Family, Layout
-from compression.teachers.fields import Fields
-
-# What each toolkit calls an activation that our encoder has.
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "relu": "relu",
-    "gelu_new": "gelu_new",
-    "gelu_pytorch_tanh": "gelu_new",
-}
-
-_HUGGINGFACE = Layout(
-    name="huggingface",
-    linear_out_in=True,
-    names={
-        "embeddings.word_embeddings": "embeddings.word",
-        "embeddings.position_embeddings": "embeddings.position",
-        "embeddings.token_type_embeddings": "embeddings.token_type",
-        "embeddings.LayerNorm": "embeddings.norm",
-        "encoder.layer.{i}.attention.self.query": "layers.{i}.attention.query",
-        "encoder.layer.{i}.attention.self.key": "layers.{i}.attention.key",
-        "encoder.layer.{i}.attention.self.value": "layers.{i}.attention.value",
-        "encoder.layer.{i}.attention.output.dense": "layers.{i}.attention.output",
-        "encoder.layer.{i}.attention.output.LayerNorm": "layers.{i}.attention.norm",
-        "encoder.layer.{i}.intermediate.dense": "layers.{i}.ffn.intermediate",
-        "encoder.layer.{i}.output.dense": "layers.{i}.ffn.output",
-        "encoder.layer.{i}.output.LayerNorm": "layers.{i}.ffn.norm",
-        "pooler.dense": "pooler",
-        "classifier": "classifier",
-    },
-)
-
-_PADDLENLP = Layout(
-    name="paddlenlp",
-    linear_out_in=False,
-    names={
-        "embeddings.word_embeddings": "embeddings.word",
-        "embeddings.position_embeddings": "embeddings.position",
-        "embeddings.token_type_embeddings": "embeddings.token_type",
-        "embeddings.layer_norm": "embeddings.norm",
-        "encoder.layers.{i}.self_attn.q_proj": "layers.{i}.attention.query",
-        "encoder.layers.{i}.self_attn.k_proj": "layers.{i}.attention.key",
-        "encoder.layers.{i}.self_attn.v_proj": "layers.{i}.attention.value",
-        "encoder.layers.{i}.self_attn.out_proj": "layers.{i}.attention.output",
-        "encoder.layers.{i}.norm1": "layers.{i}.attention.norm",
-        "encoder.layers.{i}.linear1": "layers.{i}.ffn.intermediate",
-        "encoder.layers.{i}.linear2": "layers.{i}.ffn.output",
-        "encoder.layers.{i}.norm2": "layers.{i}.ffn.norm",
-        "pooler.dense": "pooler",
-        "classifier": "classifier",
-    },
-)
 
 
-def _parse(data: Mapping[str, Any], file: str, type_vocab_size: int | None) -> EncoderConfig:
-    fields = Fields(data, file=file)
-    for name in ("is_decoder", "add_cross_attention", "fuse"):
-        if fields.flag(name):
-            raise fields.error(f"{name} is true; only plain encoders can be compressed")
-    position = fields.text("position_embedding_type", default="absolute")
-    if position != "absolute":
-        raise fields.error(f"position_embedding_type {position[:40]!r} is not supported")
-    pooling = fields.text("pool_act", default="tanh")
-    if pooling != "tanh":
-        raise fields.error(f"pool_act {pooling[:40]!r} is not supported, only 'tanh'")
-    activation = fields.text("hidden_act", default="gelu")
-    if activation not in _ACTIVATIONS:
-        raise fields.error(
-            f"hidden_act {activation[:40]!r} is not supported; known: {', '.join(_ACTIVATIONS)}"
-        )
-    hidden = fields.integer("hidden_size", low=1, high=limits.MAX_HIDDEN)
-    layers = fields.integer("num_hidden_layers", low=1, high=limits.MAX_LAYERS)
-    heads = fields.integer("num_attention_heads", low=1, high=limits.MAX_HEADS)
-    ffn = fields.integer("intermediate_size", low=1, high=limits.MAX_FFN)
-    if hidden % heads:
-        raise fields.error(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    if type_vocab_size is None:
-        type_vocab_size = 2
-    vocabulary = fields.integer("vocab_size", low=1, high=limits.MAX_VOCABULARY)
-    return EncoderConfig(
-        family="bert",
-        vocab_size=vocabulary,
-        hidden=hidden,
-        layers=layers,
-        heads=_kept_heads(fields, layers=layers, heads=heads),
-        head_dim=hidden // heads,
-        ffn=(ffn,) * layers,
-        max_positions=fields.integer("max_position_embeddings", low=1, high=limits.MAX_POSITIONS),
-        # PaddleNLP's default is 16 and Hugging Face's 2: the weights know better.
-        type_vocab_size=fields.integer(
-            "type_vocab_size", low=1, high=limits.MAX_TYPES, default=type_vocab_size
-        ),
-        layer_norm_eps=fields.number("layer_norm_eps", low=0.0, high=1.0, default=1e-12),
-        activation=_ACTIVATIONS[activation],
-        hidden_dropout=fields.number("hidden_dropout_prob", low=0.0, high=1.0, default=0.1),
-        attention_dropout=fields.number(
-            "attention_probs_dropout_prob", low=0.0, high=1.0, default=0.1
-        ),
-        pad_token_id=fields.integer("pad_token_id", low=0, high=vocabulary - 1, default=0),
-        num_labels=None,
-    )
-
-
-def _kept_heads(fields: Fields, *, layers: int, heads: int) -> tuple[int, ...]:
-    """Heads of each layer; Hugging Face lists those it has pruned as {"layer": [heads]}."""
-    pruned = fields.data.get("pruned_heads") or {}
-    kept = [heads] * layers
-    if not isinstance(pruned, Mapping):
-        raise fields.error("pruned_heads is not an object")
-    for layer, gone in pruned.items():
-        if layer not in {str(i) for i in range(layers)} or not isinstance(gone, list):
-            raise fields.error(f"pruned_heads names the layer {str(layer)[:20]!r}")
-        known = {head for head in gone if type(head) is int and 0 <= head < heads}
-        if len(known) != len(gone) or len(known) >= heads:
-            raise fields.error(f"pruned_heads of layer {layer} does not name heads to remove")
-        kept[int(layer)] = heads - len(known)
-    return tuple(kept)
-
-
-def _normalised(name: str) -> str:
-    """Without "bert."; TensorFlow's gamma and beta, kept by old conversions, as weight and bias."""
-    name = name.removeprefix("bert.")
-    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
-        if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
-
-
-def _ignored(name: str) -> bool:
-    """Pre-training heads and the buffers that some versions store beside the parameters."""
-    return name.startswith("cls.") or name.removeprefix("bert.") in (
-        "embeddings.position_ids",
-        "embeddings.token_type_ids",
-    )
+def _parse(data: Mapping[str, Any], file: str, found_types: int | None) -> EncoderConfig:
+    return parse_bert_like(data, file, family="bert", found_types=found_types)
 
 
 BERT = Family(
     name="bert",
     class_prefixes=("Bert",),
-    layouts=(_HUGGINGFACE, _PADDLENLP),
+    layouts=(
+        Layout("huggingface", {**HUGGINGFACE_ENCODER, **POOLER_HEAD}, linear_out_in=True),
+        Layout("paddlenlp", {**PADDLENLP_ENCODER, **POOLER_HEAD}, linear_out_in=False),
+    ),
     parse=_parse,
-    normalised=_normalised,
-    ignored=_ignored,
+    normalised=without_prefix("bert."),
+    # Pre-training heads, and the layers that a TinyBERT learnt its hidden states with.
+    ignored=any_of("bert.", "cls.", "fit_dense.", "fit_denses."),
 )

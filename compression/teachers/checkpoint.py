@@ -48,6 +48,8 @@ _TOKEN_HEADS = {
     "ForQuestionAnswering": "question_answering",
 }
 _ANSWER_HEAD = "qa_outputs."
+# Parameters of heads that no task here has: extraction (UIE), tags (UTC), choices.
+_OTHER_TASKS = ("linear_start.", "linear_end.", "linear_q.", "linear_k.", "sequence_summary.")
 
 
 @dataclass(frozen=True)
@@ -179,10 +181,13 @@ def _read(model_dir: Path, *, keep: bool) -> Checkpoint:
     if config.family is None:
         layout_name, sources, ignored = _own_sources(file)
     else:
-        layout_name, sources, ignored = _foreign_sources(file, config.family)
+        layout, sources, ignored = _foreign_sources(file, config.family)
+        layout_name = layout.name
         types = sources.get("embeddings.token_type.weight")
         if raw.get("type_vocab_size") is None and types is not None and len(types.shape) == 2:
             config = _parse_config(path.name, raw, type_vocab_size=types.shape[0])
+        fixed = dataclasses.replace(config.encoder, **layout.fixed)
+        config = dataclasses.replace(config, encoder=fixed)
     encoder = _with_head(config, sources)
     if encoder.head == "token":  # some toolkits keep a pooler that such a head never reads
         unread = sources.keys() & {"pooler.weight", "pooler.bias"}
@@ -325,7 +330,7 @@ def _own_sources(file: SafetensorsFile) -> tuple[str, dict[str, _Source], tuple[
 
 def _foreign_sources(
     file: SafetensorsFile, family: Family
-) -> tuple[str, dict[str, _Source], tuple[str, ...]]:
+) -> tuple[Layout, dict[str, _Source], tuple[str, ...]]:
     """Our name for every parameter of the file, by the layout that knows most of them."""
     ignored = tuple(sorted(name for name in file.entries if family.ignored(name)))
     names = {
@@ -348,6 +353,14 @@ def _foreign_sources(
             pointer=file.path.name,
         )
     unexpected = [name for name, plain in names.items() if layout.ours(plain) is None]
+    other = [name for name in unexpected if name.startswith(_OTHER_TASKS)]
+    if other:
+        raise InvalidModel(
+            f"{file.path.name} holds the head of another task: {_listed(other)}; only sentence and "
+            "sentence-pair classifiers can be compressed as yet. Remove the head's weights to "
+            "fine-tune a new one",
+            pointer=file.path.name,
+        )
     if unexpected:
         raise InvalidModel(
             f"unexpected parameters for {family.name} in the {layout.name} layout: "
@@ -366,7 +379,7 @@ def _foreign_sources(
         shape = file.entries[name].shape
         transposed = layout.transposed(ours, shape)
         sources[ours] = _Source(name, shape[::-1] if transposed else shape, transposed)
-    return layout.name, sources, ignored
+    return layout, sources, ignored
 
 
 def _with_head(config: ModelConfig, sources: Mapping[str, _Source]) -> EncoderConfig:

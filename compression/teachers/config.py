@@ -12,7 +12,8 @@ from compression.errors import InvalidModel, InvalidSpec
 from compression.spec import Head
 
 MODEL_TYPE = "widthwise-encoder"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 was BERT alone: the fields with a default are absent
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,15 @@ class EncoderConfig:
     `heads[i]` and `ffn[i]` are those of layer i; every head has `head_dim` units,
     so a layer's attention is `heads[i] * head_dim` wide, whatever `hidden` is.
     `num_labels` is None where there is no classifier head; `head` says what it classifies:
-    "sequence" the pooled first token, "token" every token, without a pooler.
+    "sequence" the pooled first token, "token" every token, without a pooler. The other fields
+    with a default are those in which BERT's relatives differ from it:
+
+    `embedding_size`: width of the embeddings where a linear layer projects them to
+        `hidden`; None where they are `hidden` wide.
+    `type_vocab_size`: 0 where there are no token types. With 1, all tokens are of that one.
+    `task_type_vocab_size`, `task_id`: a table of which one row is added to every token; 0: none.
+    `position_offset`: the row of the position table that belongs to the first token.
+    `pooler_activation`: what follows the linear layer between first token and classifier.
     """
 
     family: str
@@ -40,7 +49,22 @@ class EncoderConfig:
     attention_dropout: float
     pad_token_id: int
     num_labels: int | None
+    embedding_size: int | None = None
+    task_type_vocab_size: int = 0
+    task_id: int = 0
+    position_offset: int = 0
+    pooler_activation: str = "tanh"
     head: Head = "sequence"
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest row that has a position for every token."""
+        return self.max_positions - self.position_offset
+
+    @property
+    def reads_token_types(self) -> bool:
+        """Whether the numbers in token_type_ids make a difference."""
+        return self.type_vocab_size > 1
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object that `from_dict` reads back to an equal config."""
@@ -55,18 +79,19 @@ class EncoderConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EncoderConfig:
         """Reads what `to_dict` wrote. InvalidModel names the field that is missing or wrong."""
-        if data.get("widthwise_format") != FORMAT_VERSION:
+        if data.get("widthwise_format") not in READABLE_VERSIONS:
             raise InvalidModel(
                 f"config.json has widthwise_format {data.get('widthwise_format')!r}; "
-                f"this version reads {FORMAT_VERSION}",
+                f"this version reads {' and '.join(map(str, READABLE_VERSIONS))}",
                 pointer="config.json",
             )
         values: dict[str, Any] = {}
         for spec in dataclasses.fields(cls):
-            if spec.name in data:
-                values[spec.name] = data[spec.name]
-            elif spec.default is dataclasses.MISSING:
+            if spec.name not in data:
+                if data["widthwise_format"] == 1 and spec.default is not dataclasses.MISSING:
+                    continue
                 raise InvalidModel(f"config.json lacks {spec.name!r}", pointer="config.json")
+            values[spec.name] = data[spec.name]
         try:
             values["heads"] = tuple(int(n) for n in values["heads"])
             values["ffn"] = tuple(int(n) for n in values["ffn"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from compression.teachers.config import EncoderConfig
@@ -18,12 +18,14 @@ class Layout:
 
     `names` maps its names to ours; `{i}` in both stands for the layer's number, and
     both are stems: ".weight" and ".bias" follow. `linear_out_in` is True where its
-    linear weights are [out, in] and have to be transposed.
+    linear weights are [out, in] and have to be transposed. `fixed` are fields of our
+    config that this toolkit has in its code, whatever a model's config says.
     """
 
     name: str
     names: Mapping[str, str]
     linear_out_in: bool
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def ours(self, name: str) -> str | None:
         """Our name for a parameter (prefix already removed); None where it has none."""
@@ -40,9 +42,12 @@ class Layout:
 
     def transposed(self, ours: str, shape: Shape) -> bool:
         """Whether this parameter has to be transposed to become ours."""
-        return self.linear_out_in and len(shape) == 2 and not ours.startswith("embeddings.")
+        return self.linear_out_in and len(shape) == 2 and ours not in _TABLES
 
 
+_TABLES = frozenset(
+    f"embeddings.{table}.weight" for table in ("word", "position", "token_type", "task_type")
+)
 _NUMBER = re.compile(r"(?<=\.)(0|[1-9]\d{0,5})(?=\.)")
 
 

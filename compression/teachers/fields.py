@@ -26,6 +26,7 @@ MAX_TYPES = 1024
 MAX_LABELS = 10_000
 
 ACTIVATIONS = ("gelu", "gelu_new", "relu")  # those that our encoder has
+POOLER_ACTIVATIONS = ("tanh", "relu_tanh", *ACTIVATIONS)
 
 
 def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -52,52 +53,63 @@ def _refuse_constant(name: str) -> float:
 
 
 class Fields:
-    """Typed, bounded reads of a configuration's fields; InvalidModel names file and field."""
+    """Typed, bounded reads of a configuration's fields; InvalidModel names file and field.
 
-    def __init__(self, data: Mapping[str, Any], *, file: str) -> None:
+    `names` are the configuration's own, where they differ from those that are asked for.
+    """
+
+    def __init__(
+        self, data: Mapping[str, Any], *, file: str, names: Mapping[str, str] | None = None
+    ) -> None:
         self.data = data
         self.file = file
+        self.names = names or {}
+
+    def name(self, name: str) -> str:
+        return self.names.get(name, name)
 
     def error(self, message: str) -> InvalidModel:
         return InvalidModel(f"{self.file}: {message}", pointer=self.file)
 
     def integer(self, name: str, *, low: int, high: int, default: int | None = None) -> int:
-        value = self.data.get(name)
+        value = self.data.get(self.name(name))
         if value is None:
             if default is None:
-                raise self.error(f"{name} is missing")
+                raise self.error(f"{self.name(name)} is missing")
             return default
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(f"{name} is {_short(value)}, not a whole number")
+            raise self.error(f"{self.name(name)} is {_short(value)}, not a whole number")
         if not low <= value <= high:
-            raise self.error(f"{name} is {_short(value)}; it must be from {low} to {high}")
+            raise self.error(
+                f"{self.name(name)} is {_short(value)}; it must be from {low} to {high}"
+            )
         return value
 
     def number(self, name: str, *, low: float, high: float, default: float) -> float:
         """A number in [low, high)."""
-        value = self.data.get(name)
+        value = self.data.get(self.name(name))
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.error(f"{name} is {_short(value)}, not a number")
+            raise self.error(f"{self.name(name)} is {_short(value)}, not a number")
         if not (math.isfinite(value) and low <= value < high):
             raise self.error(
-                f"{name} is {_short(value)}; it must be at least {low:g}, below {high:g}"
+                f"{self.name(name)} is {_short(value)}; it must be at least {low:g}, below {high:g}"
             )
         return float(value)
 
     def text(self, name: str, *, default: str | None = None) -> str:
-        value = self.data.get(name)
+        value = self.data.get(self.name(name))
         if value is None and default is not None:
             return default
         if not isinstance(value, str):
-            raise self.error(f"{name} is {_short(value)}, not a string")
+            raise self.error(f"{self.name(name)} is {_short(value)}, not a string")
         return value
 
     def flag(self, name: str) -> bool:
-        value = self.data.get(name, False)
+        value = self.data.get(self.name(name), False)
         if value is not None and not isinstance(value, bool):
-            raise self.error(f"{name} is {_short(value)}, not true or false")
+            raise self.error(f"{self.name(name)} is {_short(value)}, not true or false")
         return bool(value)
 
 
@@ -119,7 +131,12 @@ def check_bounds(config: EncoderConfig, *, file: str) -> None:
     fields.integer("layers", low=1, high=MAX_LAYERS)
     fields.integer("head_dim", low=1, high=MAX_HIDDEN)
     fields.integer("max_positions", low=1, high=MAX_POSITIONS)
-    fields.integer("type_vocab_size", low=1, high=MAX_TYPES)
+    fields.integer("type_vocab_size", low=0, high=MAX_TYPES)
+    fields.integer("task_type_vocab_size", low=0, high=MAX_TYPES)
+    fields.integer("task_id", low=0, high=max(config.task_type_vocab_size - 1, 0))
+    fields.integer("position_offset", low=0, high=config.max_positions - 1)
+    if config.embedding_size is not None:
+        fields.integer("embedding_size", low=1, high=MAX_HIDDEN)
     fields.integer("pad_token_id", low=0, high=config.vocab_size - 1)
     fields.number("layer_norm_eps", low=0.0, high=1.0, default=math.nan)
     fields.number("hidden_dropout", low=0.0, high=1.0, default=math.nan)
@@ -129,6 +146,8 @@ def check_bounds(config: EncoderConfig, *, file: str) -> None:
         raise fields.error(f"activation is {_short(config.activation)}")
     if config.head not in get_args(Head):
         raise fields.error(f"head is {_short(config.head)}")
+    if fields.text("pooler_activation") not in POOLER_ACTIVATIONS:
+        raise fields.error(f"pooler_activation is {_short(config.pooler_activation)}")
     if config.num_labels is not None:
         fields.integer("num_labels", low=1, high=MAX_LABELS)
     for name, counts, high in (("heads", config.heads, MAX_HEADS), ("ffn", config.ffn, MAX_FFN)):

@@ -12,13 +12,20 @@ def parameter_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
     unless the head reads every token; the classifier only where `num_labels` is known.
     """
     hidden = config.hidden
+    width = config.embedding_size or hidden
     shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.word.weight": (config.vocab_size, hidden),
-        "embeddings.position.weight": (config.max_positions, hidden),
-        "embeddings.token_type.weight": (config.type_vocab_size, hidden),
-        "embeddings.norm.weight": (hidden,),
-        "embeddings.norm.bias": (hidden,),
+        "embeddings.word.weight": (config.vocab_size, width),
+        "embeddings.position.weight": (config.max_positions, width),
     }
+    if config.type_vocab_size:
+        shapes["embeddings.token_type.weight"] = (config.type_vocab_size, width)
+    if config.task_type_vocab_size:
+        shapes["embeddings.task_type.weight"] = (config.task_type_vocab_size, width)
+    shapes["embeddings.norm.weight"] = (width,)
+    shapes["embeddings.norm.bias"] = (width,)
+    if config.embedding_size is not None:
+        shapes["embeddings.projection.weight"] = (width, hidden)
+        shapes["embeddings.projection.bias"] = (hidden,)
     for i, (heads, ffn) in enumerate(zip(config.heads, config.ffn, strict=True)):
         units = heads * config.head_dim
         for name in ("query", "key", "value"):

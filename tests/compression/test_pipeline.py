@@ -28,7 +28,7 @@ from compression.report import STAGES, CompressionReport, Progress
 from compression.spec import DistillationSpec, Format, Spec
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer
-from tests.builders import WORDS, tiny_bert, tiny_dataset
+from tests.builders import WORDS, tiny_bert, tiny_dataset, tiny_family
 from tests.encoders import as_tensors, random_weights, tiny_config
 from tests.services import wait_until
 
@@ -230,6 +230,40 @@ def test_pairs_without_dev_test_or_width_1_and_a_format_that_drifts(
     exponents = np.exp(session.run(None, pad(row, [0], pad_id=0))[0][0])
     assert json.loads(done.stdout)["probabilities"] == pytest.approx(
         dict(zip(names, exponents / exponents.sum(), strict=True)), abs=1e-5
+    )
+
+
+def test_pairs_for_a_roberta_go_through_to_its_bundle(tmp_path: Path) -> None:
+    """No token types, positions with an offset, a byte-level tokenizer: what BERT has not."""
+    model = tiny_family(tmp_path / "model", "roberta", num_labels=None, max_tokens=32)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20}, pair=True)
+    spec = small_spec(
+        teacher={"max_steps": 2},
+        supernet={"width_mults": ["1/2"]},
+        distillation={"max_steps": 1},
+        export={"formats": ["onnx"]},
+    )
+    report = compress(spec, model, dataset, tmp_path / "run")
+    (half,) = report.subnetworks
+    assert report.teacher.family == "roberta"
+    assert report.reorder_max_abs < 1e-5
+    assert half.heads == (2, 2)
+    assert half.formats[0].published, half.formats[0].error
+
+    artifacts = tmp_path / "run" / "artifacts" / "w1_2"
+    pair = ["a very good film", " the plot was dull and slow"]
+    (answer,) = ask(tmp_path, "w1_2", *pair)
+    manifest = json.loads((tmp_path / "w1_2" / "manifest.json").read_text())
+    assert [item["name"] for item in manifest["inputs"]] == ["input_ids", "attention_mask"]
+    assert manifest["task"]["pad_token_id"] == 1
+    ((ids, types),) = encode(load_tokenizer(model), pair[:1], pair[1:], 32)
+    onnx = pytest.importorskip("onnxruntime")
+    session = onnx.InferenceSession(str(artifacts / "onnx" / "model.onnx"))
+    arrays = pad(Encoded([ids], [types], np.zeros(1, np.int64)), [0], pad_id=1)
+    del arrays["token_type_ids"]
+    exponents = np.exp(session.run(None, arrays)[0][0])
+    assert answer["probabilities"] == pytest.approx(
+        dict(zip(("0", "1"), exponents / exponents.sum(), strict=True)), abs=1e-5
     )
 
 

@@ -260,10 +260,18 @@ def test_a_label_that_cannot_be_guessed_is_asked_for() -> None:
     assert plan_of({"task": {"label": "genre"}}, train=train).labels == ("0", "1")
 
 
-def test_a_pair_needs_two_token_types() -> None:
+def test_a_pair_needs_no_token_types() -> None:
     train = table(["0", "1"] * 20, text_pair=["x"] * 40)
-    refused_spec("/task/text_pair", {}, model(type_vocab_size=1), train=train)
-    assert plan_of(info=model(type_vocab_size=1), train=TRAIN).text_pair is None
+    for types in (0, 1, 2):  # DistilBERT's, RoBERTa's and BERT's
+        assert plan_of(info=model(type_vocab_size=types), train=train).text_pair == "text_pair"
+
+
+def test_positions_below_the_offset_hold_no_tokens() -> None:
+    info = model(max_positions=66, position_offset=2)
+    assert info.max_positions == 64
+    plan_of({"task": {"max_seq_len": 64}}, info, train=TRAIN)
+    message = refused_spec("/task/max_seq_len", {"task": {"max_seq_len": 65}}, info, train=TRAIN)
+    assert "the model's 64 positions" in message
 
 
 # --- labels ---------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ from tokenizers import Tokenizer
 
 from compression.errors import InvalidModel
 from compression.tokenization import encode, load_tokenizer, save_tokenizer
-from tests.builders import SPECIAL_TOKENS, WORDS, tiny_bert, write_json
+from tests.builders import (
+    SPECIAL_TOKENS,
+    WORDS,
+    byte_tokens,
+    tiny_bert,
+    tiny_family,
+    write_json,
+)
 
 VOCABULARY = (*SPECIAL_TOKENS, *WORDS)
 
@@ -152,3 +160,101 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (folder / "vocab.txt").unlink()
     with pytest.raises(InvalidModel, match=r"neither tokenizer\.json nor vocab\.txt"):
         load_tokenizer(folder)
+
+
+# --- byte-level BPE, as RoBERTa's -----------------------------------------------------------
+
+
+def _bytes(*tokens: str) -> list[int]:
+    return [byte_tokens(WORDS).index(token) for token in tokens]
+
+
+def test_bpe_puts_robertas_marks_around_a_sentence_and_a_pair(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_family(tmp_path, "roberta"))
+    ((ids, types),) = encode(tokenizer, ["a good film"], None, 32)
+    assert ids == _bytes("<s>", "a", "Ġgood", "Ġfilm", "</s>")
+    assert types == [0] * 5
+    ((ids, types),) = encode(tokenizer, [" good"], [" bad é"], 32)
+    assert ids == _bytes("<s>", "Ġgood", "</s>", "</s>", "Ġbad", "Ġ", "Ã", "©", "</s>")
+    assert types == [0] * 9
+    ((ids, _),) = encode(tokenizer, [" good film music"], [" bad"], 7)
+    assert ids == _bytes("<s>", "Ġgood", "Ġfilm", "</s>", "</s>", "Ġbad", "</s>")
+
+
+def test_a_mask_takes_the_space_before_it_and_settings_are_kept(tmp_path: Path) -> None:
+    folder = tiny_family(tmp_path, "roberta")
+    ((ids, _),) = encode(load_tokenizer(folder), ["a <mask> good"], None, 32)
+    assert ids == _bytes("<s>", "a", "<mask>", "Ġgood", "</s>")
+    write_json(folder / "tokenizer_config.json", {"add_prefix_space": True})
+    ((ids, _),) = encode(load_tokenizer(folder), ["good"], None, 32)
+    assert ids == _bytes("<s>", "Ġgood", "</s>")
+    write_json(folder / "special_tokens_map.json", {"cls_token": {"content": "</s>"}})
+    ((ids, _),) = encode(load_tokenizer(folder), ["good"], None, 32)
+    assert ids == _bytes("</s>", "Ġgood", "</s>")
+
+
+def test_what_is_saved_of_a_roberta_tokenizes_alike_without_its_other_files(
+    tmp_path: Path,
+) -> None:
+    folder = tiny_family(tmp_path / "in", "roberta")
+    names = {path.name for path in save_tokenizer(folder, tmp_path / "out")}
+    assert names == {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"}
+    saved = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    texts = ["the good film.", "<s> slowed, badly!", "", "ünknown 你好 <mask>", "a\tb  c"]
+    loaded = load_tokenizer(folder)
+    assert encode(saved, texts, texts[::-1], 20) == encode(loaded, texts, texts[::-1], 20)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("vocab.json", '{"<s>": 0}', r"vocab\.json lacks </s>, <pad>, <unk>, <mask>"),
+        ("vocab.json", '{"<s>": -1}', r"vocab\.json does not map tokens to ids"),
+        ("vocab.json", '{"<s>": "0"}', r"vocab\.json does not map tokens to ids"),
+        ("vocab.json", "[]", r"vocab\.json does not hold a JSON object"),
+        ("merges.txt", "#version: 0.2\na b c\n", r"merges\.txt, line 2: not two tokens"),
+        ("merges.txt", "ab\n", r"merges\.txt, line 1: not two tokens"),
+        ("merges.txt", "a strange\n", r"merges\.txt does not fit vocab\.json"),
+        ("merges.txt", None, r"lacks merges\.txt"),
+    ],
+)
+def test_a_byte_level_vocabulary_that_does_not_fit_is_refused(
+    tmp_path: Path, name: str, text: str | None, message: str
+) -> None:
+    folder = tiny_family(tmp_path, "roberta")
+    if text is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidModel, match=message) as caught:
+        load_tokenizer(folder)
+    assert caught.value.pointer == name
+
+
+def test_ids_are_those_of_paddlenlps_own_tokenizers(tmp_path: Path) -> None:
+    words = (*WORDS, "你", "好", "电", "影", "。")
+    texts = ["The GOODS, unknownword", "你好, good 电影。", "cöld  film\n was slow", "a <b> it's"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # paddlenlp 2.8.1 uses what its dependencies deprecate
+        from paddlenlp.transformers import (
+            DistilBertTokenizer,
+            ElectraTokenizer,
+            ErnieTokenizer,
+            RobertaBPETokenizer,
+        )
+
+        for family, theirs in (
+            ("distilbert", DistilBertTokenizer),
+            ("electra", ElectraTokenizer),
+            ("ernie", ErnieTokenizer),
+            ("roberta", RobertaBPETokenizer),
+        ):
+            folder = tiny_family(tmp_path / family, family, words=words)
+            files = [folder / "vocab.txt"]
+            if family == "roberta":
+                files = [folder / "vocab.json", folder / "merges.txt"]
+            own, other = load_tokenizer(folder), theirs(*map(str, files))
+            expected = [other(text)["input_ids"] for text in texts]
+            assert [ids for ids, _ in encode(own, texts, None, 64)] == expected, family
+            pairs = [other(text, text_pair="good")["input_ids"] for text in texts]
+            assert [ids for ids, _ in encode(own, texts, ["good"] * 4, 64)] == pairs, family

@@ -23,7 +23,14 @@ from compression.tokenization import encode, load_tokenizer
 from jobs.errors import UploadRejected
 from jobs.inspection import ModelInspection, inspect_dataset_upload, inspect_model_upload
 from jobs.settings import Settings
-from tests.builders import tiny_bert, tiny_dataset, tiny_paddlenlp, torch_zip
+from tests.builders import (
+    FAMILIES,
+    tiny_bert,
+    tiny_dataset,
+    tiny_family,
+    tiny_paddlenlp,
+    torch_zip,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,6 +107,21 @@ def test_pickled_weights_become_safetensors(tmp_path: Path, settings: Settings, 
     assert not {"model_state.pdparams", "pytorch_model.bin"} & set(found.files)
     assert any("was converted" in warning for warning in found.warnings)
     _same_model(expected, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_described(tmp_path: Path, settings: Settings, family: str) -> None:
+    layout = "paddlenlp" if family in ("ernie", "tinybert") else "huggingface"
+    folder = tiny_family(tmp_path / "in", family, layout=layout, num_labels=3)
+    found = _model(_files(folder), tmp_path, settings)
+    info = found.info
+    assert (info.family, info.layers, info.heads, info.hidden) == (family, 2, 4, 32)
+    assert info.legal_widths == (Fraction(1), Fraction(3, 4), Fraction(1, 2), Fraction(1, 4))
+    assert (info.max_positions, info.num_labels, info.layout) == (64, 3, layout)
+    stored = load_file(folder / "model.safetensors")
+    assert info.parameters == sum(array.size for array in stored.values())
+    assert ("merges.txt" in found.files) == (family == "roberta")
+    _same_model(folder, tmp_path / "out")
 
 
 class _Touches:
