@@ -30,7 +30,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     """All figures of one seed, with the rows that each stage got right."""
     import numpy as np
 
-    from compression.batches import Encoded, sorted_batches
+    from compression.batches import Encoded, sorted_rows
     from compression.distillation import StepReport, distil
     from compression.encoder import build_encoder, numpy_weights, with_new_head
     from compression.evaluate import predict
@@ -74,7 +74,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
             if epochs[-1] > best[0]:
                 best = (epochs[-1], numpy_weights(teacher))
 
-    fine_tune(teacher, learnt, spec, task.label_loss, seed=seed, on_step=after_step)
+    fine_tune(teacher, learnt, spec, task, seed=seed, on_step=after_step)
     weights = best[1]
     teacher = build_encoder(config, weights)
     teacher_seconds = time.perf_counter() - started
@@ -98,8 +98,9 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     def reordered(rows: Encoded) -> object:
         scores = measure_importance(
             teacher,
-            sorted_batches(rows, batch_size=32, pad_id=config.pad_token_id),
-            task.label_loss,
+            rows,
+            sorted_rows(rows, batch_size=32),
+            task,
         )
         return build_encoder(
             learning_config(config, distillation),
@@ -130,7 +131,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
         train,
         subnetworks,
         distillation,
-        task.logit_loss,
+        task,
         seed=seed,
         on_step=after_distillation,
     )

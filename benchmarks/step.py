@@ -72,12 +72,10 @@ def main() -> None:
         return make_batch(data, numbers, pad_id=config.pad_token_id, length=PADDED)
 
     teacher, supernet = build_encoder(config, weights), build_encoder(config, weights)
-    teacher.eval()
-    supernet.train()
     spec = DistillationSpec()
     optimizer = Optimizer(supernet, spec, steps=1000)
     subnetworks = [subnetwork_of(config, Fraction(width)) for width in WIDTHS]
-    logit_loss = make_task(TaskSpec(), ("0", "1")).logit_loss
+    task = make_task(TaskSpec(), ("0", "1"))
 
     def step(batch: Batch) -> float:
         started = time.perf_counter()
@@ -85,7 +83,7 @@ def main() -> None:
             targets = teacher.encode(*batch.inputs)
         for subnetwork in subnetworks:
             states = supernet.encode(*batch.inputs, subnetwork=subnetwork)
-            distillation_loss(states, targets, batch, spec, logit_loss).backward()
+            distillation_loss(states, targets, batch, spec, task).backward()
         optimizer.step()
         return time.perf_counter() - started
 

@@ -48,8 +48,8 @@ class ProgressBar:
 def table(report: CompressionReport) -> str:
     """The sub-networks as text, a line for each served format."""
     lines = [
-        f"{'width':>6} {'format':>7} {'params':>8} {'size MB':>8} {'dev acc':>8} {'drop':>6} "
-        f"{'p50 ms':>7} {'p95 ms':>7} {'speedup':>8}  pareto selected"
+        f"{'width':>6} {'format':>7} {'params':>8} {'size MB':>8} {report.main_metric:>11} "
+        f"{'drop':>6} {'p50 ms':>7} {'p95 ms':>7} {'speedup':>8}  pareto selected"
     ]
     for network in report.subnetworks:
         for fmt in network.formats:
@@ -58,7 +58,7 @@ def table(report: CompressionReport) -> str:
             chosen = network.selected and fmt.format == report.selection.format
             lines.append(
                 f"{network.width_mult!s:>6} {fmt.format:>7} {network.parameters / 1e6:>7.1f}M "
-                f"{fmt.size_bytes / 1e6:>8.1f} {network.accuracy:>8.4f} "
+                f"{fmt.size_bytes / 1e6:>8.1f} {network.accuracy:>11.4f} "
                 f"{network.accuracy_drop:>6.2f} {fmt.latency.p50_ms:>7.2f} "
                 f"{fmt.latency.p95_ms:>7.2f} {fmt.speedup or float('nan'):>8.2f}  "
                 f"{'yes' if network.pareto else 'no':>6} {'yes' if chosen else 'no':>8}"

@@ -186,13 +186,18 @@ def model_card(facts: BundleFacts) -> str:
         if teacher.fine_tuned_steps
         else "used as it was uploaded"
     )
+    tuned = (
+        "All its sub-networks were then fine-tuned together on the labels of train. "
+        if facts.spec.final.when == "always"
+        else ""
+    )
     parts = [
         f"# {subnetwork.name}: a {teacher.family} {KIND_NAMES[facts.spec.task.kind]} at width "
         f"{subnetwork.width_mult}",
         f"It reads {_code(dataset.text)}{pair} and answers with {_answer(facts)}. "
         f"It is the sub-network of width {subnetwork.width_mult} of a supernet that was distilled "
         "from the uploaded model with DynaBERT's method (arXiv:2004.04037, width stage, without "
-        f"data augmentation). The uploaded model was {made}.",
+        f"data augmentation). {tuned}The uploaded model was {made}.",
         "## How good it is",
         _table(
             ("", "this model", "teacher"),

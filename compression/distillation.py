@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import paddle
 from paddle import Tensor
 
-from compression.batches import Batch, Encoded, training_batches
+from compression.batches import Batch, Encoded, make_batch, training_rows
 from compression.encoder import Encoder, EncoderStates
+from compression.noise import Noise
+from compression.parallel import Replicas
 from compression.spec import DistillationSpec
 from compression.supernet import Subnetwork
-from compression.tasks.base import Count
+from compression.tasks.base import Count, Task
 from compression.training import Optimizer, finite, step_count
-
-LogitLoss = Callable[..., Tensor]  # Task.logit_loss: (*, student, teacher, batch) -> scalar
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,45 @@ def distillation_loss(
     teacher: EncoderStates,
     batch: Batch,
     spec: DistillationSpec,
-    logit_loss: LogitLoss,
+    task: Task,
+    *,
+    totals: Totals | None = None,
 ) -> Tensor:
-    """lambda_rep * representation loss + lambda_logit * logit loss of one sub-network."""
+    """lambda_rep * representation loss + lambda_logit * logit loss of one sub-network.
+
+    `totals` are those of the whole, where the batch is a share of a larger one.
+    """
     mask = batch.attention_mask
-    loss = spec.lambda_logit * logit_loss(
-        student=student.logits, teacher=teacher.logits, batch=batch
+    loss = spec.lambda_logit * task.logit_loss(
+        student=student.logits,
+        teacher=teacher.logits,
+        batch=batch,
+        total=totals and totals.units,
     )
     if spec.lambda_rep:
         loss = loss + spec.lambda_rep * representation_loss(
             student=student.hidden,
             teacher=teacher.hidden,
             attention_mask=paddle.ones_like(mask) if spec.padded_mean else mask,
+            total=totals and totals.tokens,
         )
     return loss
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the losses of a batch's shares divide by; shares are padded to `length` tokens."""
+
+    units: Count  # of the task's logit loss
+    tokens: int
+    length: int | None
+
+    @classmethod
+    def of(cls, batch: Batch, task: Task, spec: DistillationSpec) -> Totals:
+        rows, length = batch.attention_mask.shape
+        if spec.padded_mean:
+            return cls(task.count(batch), rows * length, length)
+        return cls(task.count(batch), int(batch.attention_mask.sum()), None)
 
 
 def distil(
@@ -79,39 +105,77 @@ def distil(
     data: Encoded,
     subnetworks: Sequence[Subnetwork],
     spec: DistillationSpec,
-    logit_loss: LogitLoss,
+    task: Task,
     *,
     seed: int,
     on_step: Callable[[StepReport], None],
+    replicas: int = 1,
 ) -> int:
     """Trains the supernet in place and returns the steps done.
 
     Each batch: the teacher once, without gradients; every sub-network forward and
-    backward; one optimizer step.
+    backward; one optimizer step. `replicas` threads share each batch.
     """
     steps = step_count(spec, len(data))
-    paddle.seed(seed)
     optimizer = Optimizer(supernet, spec, steps=steps)
-    batches = training_batches(
-        data,
-        batch_size=spec.batch_size,
-        steps=steps,
-        seed=seed,
-        pad_id=supernet.config.pad_token_id,
-    )
-    teacher.eval()
-    supernet.train()
-    for done, batch in enumerate(batches, start=1):
-        start = time.perf_counter()
-        with paddle.no_grad():
-            targets = teacher.encode(*batch.inputs)
-        losses = {}
-        for subnetwork in subnetworks:
-            states = supernet.encode(*batch.inputs, subnetwork=subnetwork)
-            loss = distillation_loss(states, targets, batch, spec, logit_loss)
-            losses[subnetwork.name] = finite(float(loss), stage="distillation", step=done)
-            loss.backward()
-        optimizer.step()
-        on_step(StepReport(done, steps, losses, time.perf_counter() - start))
-    supernet.eval()
+    batches = training_rows(data, batch_size=spec.batch_size, steps=steps, seed=seed)
+    with Replicas(supernet, replicas) as parallel:
+        gradients = SupernetGradients(parallel, teacher, data, subnetworks, spec, task, seed)
+        for done, rows in enumerate(batches, start=1):
+            start = time.perf_counter()
+            losses = gradients(rows, step=done)
+            for loss in losses.values():
+                finite(loss, stage="distillation", step=done)
+            optimizer.step()
+            on_step(StepReport(done, steps, losses, time.perf_counter() - start))
     return steps
+
+
+@dataclass(frozen=True)
+class SupernetGradients:
+    """What one step does before the optimizer: every sub-network forward and backward.
+
+    The embedding output is computed once and shared by all sub-networks (and so is its
+    dropout), and the gradients that it gets from all of them go back together.
+    """
+
+    replicas: Replicas
+    teacher: Encoder
+    data: Encoded
+    subnetworks: Sequence[Subnetwork]
+    spec: DistillationSpec
+    task: Task
+    seed: int
+
+    def __call__(self, rows: np.ndarray, *, step: int) -> dict[str, float]:
+        """The losses of a batch by sub-network; the gradients are left in the supernet."""
+        pad_id = self.teacher.config.pad_token_id
+        totals = Totals.of(make_batch(self.data, rows, pad_id=pad_id), self.task, self.spec)
+
+        def share(member: Encoder, part: np.ndarray) -> list[float]:
+            batch = make_batch(self.data, part, pad_id=pad_id, length=totals.length)
+            return self._share(member, batch, totals, step=step)
+
+        losses = self.replicas.map(share, rows)
+        self.replicas.gather_gradients()
+        sums = [sum(parts) for parts in zip(*losses, strict=True)]
+        return {each.name: loss for each, loss in zip(self.subnetworks, sums, strict=True)}
+
+    def _share(self, supernet: Encoder, batch: Batch, totals: Totals, *, step: int) -> list[float]:
+        """Each sub-network's part of the loss, from a share of the batch."""
+        with paddle.no_grad():
+            targets = self.teacher.encode(*batch.inputs)
+        noise = Noise([self.seed, step, int(batch.rows[0])])
+        embedded = supernet.embeddings(batch.input_ids, batch.token_type_ids, noise=noise)
+        shared = embedded.detach()
+        shared.stop_gradient = False
+        losses = []
+        for subnetwork in self.subnetworks:
+            states = supernet.encode_embedded(
+                shared, batch.attention_mask, subnetwork=subnetwork, noise=noise
+            )
+            loss = distillation_loss(states, targets, batch, self.spec, self.task, totals=totals)
+            loss.backward()
+            losses.append(float(loss))
+        embedded.backward(shared.grad)
+        return losses

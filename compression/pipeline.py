@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import shutil
 import statistics
@@ -17,7 +18,7 @@ import numpy as np
 import paddle
 
 from compression import cost, latency, selection
-from compression.batches import Encoded, pad, sorted_batches
+from compression.batches import Encoded, pad, sorted_rows
 from compression.bundle import BundleFacts, Provenance, input_digests, write_bundle
 from compression.distillation import StepReport, distil
 from compression.encoder import Encoder, build_encoder, numpy_weights, with_new_head
@@ -38,7 +39,7 @@ from compression.report import (
     SubnetworkReport,
     TeacherReport,
 )
-from compression.runtime_env import cpu_name
+from compression.runtime_env import core_count, cpu_name, replica_count
 from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.tables import Columns, profile, read_splits, shared_rows
@@ -79,7 +80,7 @@ def compress(
         advance(1, 1, rows=dict(job.rows))
     with stages("teacher") as advance:
         teacher, fine_tuned_steps = make_teacher(job, advance)
-        teacher_logits = predict(teacher, job.splits["dev"])
+        teacher_logits = predict(teacher, job.splits["dev"], threads=job.replicas)
         teacher_metrics = job.task.metrics(teacher_logits, job.splits["dev"])
         teacher_accuracy = teacher_metrics[job.task.main_metric]
         advance(1, 1, accuracy=teacher_accuracy)
@@ -91,7 +92,8 @@ def compress(
             learning_config(teacher.config, spec.distillation),
             reorder(teacher.config, weights, head_orders=head_orders, neuron_orders=neuron_orders),
         )
-        reorder_max_abs = largest_difference(predict(supernet, job.splits["dev"]), teacher_logits)
+        reordered = predict(supernet, job.splits["dev"], threads=job.replicas)
+        reorder_max_abs = largest_difference(reordered, teacher_logits)
         advance(1, 1, max_abs=reorder_max_abs)
     subnetworks = [subnetwork_of(supernet.config, each.width_mult) for each in job.plan.subnetworks]
     with stages("distil") as advance:
@@ -103,7 +105,9 @@ def compress(
     with stages("evaluate") as advance:
         metrics = []
         for i, subnetwork in enumerate(subnetworks, start=1):
-            logits = predict(supernet, job.splits["dev"], subnetwork=subnetwork)
+            logits = predict(
+                supernet, job.splits["dev"], subnetwork=subnetwork, threads=job.replicas
+            )
             metrics.append(job.task.metrics(logits, job.splits["dev"]))
             accuracy = metrics[-1][job.task.main_metric]
             advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
@@ -236,6 +240,7 @@ class Job:
     splits: Mapping[str, Encoded]
     shared_rows: Mapping[str, int]
     seq_len: int  # of the latency measurement, tokens
+    replicas: int  # threads that share a batch in training, and the batches elsewhere
 
 
 @dataclass
@@ -302,6 +307,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
         splits=splits,
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
+        replicas=replica_count(os.environ, cores=core_count()) if spec.device == "cpu" else 1,
     )
 
 
@@ -310,7 +316,6 @@ def make_teacher(job: Job, advance: Advance) -> tuple[Encoder, int]:
     config, tensors = job.checkpoint.config, job.checkpoint.tensors
     if not job.plan.fine_tune:
         teacher = build_encoder(config, tensors)
-        teacher.eval()
         return teacher, 0
     config, tensors = with_new_head(
         config,
@@ -324,8 +329,9 @@ def make_teacher(job: Job, advance: Advance) -> tuple[Encoder, int]:
         teacher,
         job.splits["train"],
         job.spec.teacher,
-        job.task.label_loss,
+        job.task,
         seed=job.spec.seed,
+        replicas=job.replicas,
         on_step=lambda done, total, loss: advance(done, total, loss=loss),
     )
     return teacher, steps
@@ -343,8 +349,10 @@ def rank_units(
     total = -(-len(sample) // spec.batch_size)
     importance = measure_importance(
         teacher,
-        sorted_batches(sample, batch_size=spec.batch_size, pad_id=teacher.config.pad_token_id),
-        job.task.label_loss,
+        sample,
+        sorted_rows(sample, batch_size=spec.batch_size),
+        job.task,
+        replicas=job.replicas,
         on_batch=lambda done: advance(done, total),
     )
     return (
@@ -379,8 +387,9 @@ def train_supernet(
         rows,
         subnetworks,
         job.spec.distillation,
-        job.task.logit_loss,
+        job.task,
         seed=job.spec.seed,
+        replicas=job.replicas,
         on_step=on_step,
     )
     return steps, statistics.median(seconds)
@@ -396,9 +405,10 @@ def fine_tune_subnetworks(
         supernet,
         job.splits["train"],
         job.spec.final,
-        job.task.label_loss,
+        job.task,
         subnetworks=subnetworks,
         seed=job.spec.seed,
+        replicas=job.replicas,
         on_step=lambda done, total, loss: advance(done, total, loss=loss),
     )
 
@@ -413,13 +423,11 @@ def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderCon
 def extract(
     config: EncoderConfig, weights: Mapping[str, np.ndarray], subnetwork: Subnetwork
 ) -> Encoder:
-    """The physically smaller network, in evaluation mode; its config keeps the model's dropout."""
-    small = build_encoder(
+    """The physically smaller network; its config keeps the model's dropout."""
+    return build_encoder(
         dataclasses.replace(config, heads=subnetwork.heads, ffn=subnetwork.ffn),
         extract_weights(config, weights, subnetwork),
     )
-    small.eval()
-    return small
 
 
 def pass_parity_gate(
@@ -501,7 +509,7 @@ def test_accuracy(job: Job, encoder: Encoder, subnetwork: Subnetwork | None) -> 
     rows = job.splits.get("test")
     if rows is None:
         return None
-    return job.task.score(predict(encoder, rows, subnetwork=subnetwork), rows)
+    return job.task.score(predict(encoder, rows, subnetwork=subnetwork, threads=job.replicas), rows)
 
 
 def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) -> SubnetworkReport:

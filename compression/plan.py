@@ -31,15 +31,7 @@ from compression.examples import (
     sequence_columns,
 )
 from compression.report import METRIC_NAMES
-from compression.spec import (
-    DistillationSpec,
-    FinalSpec,
-    FineTuneSpec,
-    Format,
-    Frozen,
-    Spec,
-    WidthMult,
-)
+from compression.spec import DistillationSpec, FineTuneSpec, Format, Frozen, Spec, WidthMult
 from compression.supernet import subnetwork_name
 from compression.tables import (
     LABELLED_SPLITS,
@@ -608,7 +600,7 @@ def _predicted_seconds(
     return float(f"{seconds:.2g}")  # more digits would claim to know more
 
 
-def _trained_rows(training: FineTuneSpec | DistillationSpec | FinalSpec, rows: int) -> int:
+def _trained_rows(training: FineTuneSpec | DistillationSpec, rows: int) -> int:
     steps = math.ceil(rows / training.batch_size * training.epochs)
     if training.max_steps is not None:
         steps = min(steps, training.max_steps)

@@ -244,7 +244,7 @@ class DistillationSpec(_Asked):
         return self
 
 
-class FinalSpec(_Asked):
+class FinalSpec(FineTuneSpec):
     """DynaBERT's optional last stage: all sub-networks are fine-tuned on train's labels.
 
     One optimizer step after all widths, as in distillation, and with its dropout.
@@ -252,12 +252,7 @@ class FinalSpec(_Asked):
 
     when: Literal["never", "always"] = "never"
     epochs: float = Field(1.0, gt=0, le=100)
-    max_steps: int | None = Field(None, ge=1)
-    batch_size: int = Field(32, ge=1, le=1024)
     learning_rate: float = Field(2e-5, gt=0, lt=1)
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
 
 
 class LatencySpec(_Asked):

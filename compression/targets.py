@@ -85,10 +85,10 @@ def multi_label_values(
     for file, column in labelled_columns(name, dataset).items():
         if column.values is None:
             raise InvalidSpec(
-                f"the column {name!r} of {file} holds too many distinct texts to be told apart "
-                f"into labels before a job runs ({column.distinct}; at most {MAX_LABELS} that "
-                "repeat, each at most 200 characters): write the labels as lists, in .jsonl or "
-                ".parquet",
+                f"the column {name!r} of {file} has {column.distinct} distinct "
+                + ("labels" if column.kind == "list" else "texts")
+                + f", or long ones; at most {MAX_LABELS} that repeat are told apart"
+                + ("" if column.kind == "list" else ": write lists, in .jsonl or .parquet"),
                 pointer="/task/label",
             )
         counts: dict[str, tuple[int, tuple[int, ...]]] = {}

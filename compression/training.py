@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import paddle
-from paddle import Tensor, nn
+from paddle import nn
 
-from compression.batches import Batch, Encoded, training_batches
+from compression.batches import Encoded, make_batch, training_rows
 from compression.encoder import Encoder
 from compression.errors import TrainingDiverged
+from compression.noise import Noise
+from compression.parallel import Replicas
 from compression.supernet import Subnetwork
+from compression.tasks.base import Count, Task
 
 
 class Schedule(Protocol):
@@ -81,39 +85,50 @@ class Optimizer:
         """One update with the gradients that have been accumulated, which are then cleared."""
         self.optimizer.step()
         self.rate.step()
-        self.optimizer.clear_grad()
+        self.optimizer.clear_grad(set_to_zero=False)
 
 
 def fine_tune(
     encoder: Encoder,
     data: Encoded,
     spec: Schedule,
-    loss: Callable[[Tensor, Batch], Tensor],
+    task: Task,
     *,
     subnetworks: Sequence[Subnetwork | None] = (None,),
     seed: int,
     on_step: Callable[[int, int, float], None],
+    replicas: int = 1,
 ) -> int:
     """Trains the encoder in place on labels and returns the steps.
 
     `None` is the whole network. Of several sub-networks each batch takes the sum of the
     losses, one after the other, and then one optimizer step: DynaBERT's (arXiv:2004.04037)
-    final fine-tuning. on_step(done, total, mean loss of the sub-networks).
+    final fine-tuning. on_step(done, total, mean loss of the sub-networks). `replicas`
+    threads share each batch.
     """
     steps = step_count(spec, len(data))
-    paddle.seed(seed)
+    pad_id = encoder.config.pad_token_id
     optimizer = Optimizer(encoder, spec, steps=steps)
-    batches: Iterable[Batch] = training_batches(
-        data, batch_size=spec.batch_size, steps=steps, seed=seed, pad_id=encoder.config.pad_token_id
-    )
-    encoder.train()
-    for done, batch in enumerate(batches, start=1):
-        values = []
-        for subnetwork in subnetworks:
-            value = loss(encoder(*batch.inputs, subnetwork=subnetwork), batch)
-            values.append(finite(float(value), stage="fine-tuning", step=done))
-            value.backward()
-        optimizer.step()
-        on_step(done, steps, sum(values) / len(values))
-    encoder.eval()
+    batches = training_rows(data, batch_size=spec.batch_size, steps=steps, seed=seed)
+    with Replicas(encoder, replicas) as parallel:
+        for done, rows in enumerate(batches, start=1):
+            total = task.count(make_batch(data, rows, pad_id=pad_id))
+
+            def share(
+                member: Encoder, part: np.ndarray, total: Count = total, done: int = done
+            ) -> float:
+                batch = make_batch(data, part, pad_id=pad_id)
+                noise = Noise([seed, done, int(part[0])])
+                losses = 0.0
+                for subnetwork in subnetworks:
+                    states = member.encode(*batch.inputs, subnetwork=subnetwork, noise=noise)
+                    loss = task.label_loss(states.logits, batch, total=total)
+                    loss.backward()
+                    losses += float(loss)
+                return losses
+
+            loss = finite(sum(parallel.map(share, rows)), stage="fine-tuning", step=done)
+            parallel.gather_gradients()
+            optimizer.step()
+            on_step(done, steps, loss / len(subnetworks))
     return steps

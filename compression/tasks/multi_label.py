@@ -33,8 +33,8 @@ class MultiLabel(Task):
     def _entropy(
         self, logits: Tensor, targets: Tensor, batch: Batch, total: Count | None
     ) -> Tensor:
-        # Not F.binary_cross_entropy_with_logits, whose gradient at a logit of exactly 0 is wrong
-        # (that of max(x, 0) is taken for 1), as a test has shown with Paddle 3.3.1.
+        # Not F.binary_cross_entropy_with_logits: at a logit of exactly 0 its gradient is too small
+        # by 1 (Paddle 3.3.1, CPU).
         entropies = F.softplus(logits) - logits * targets
         rows = self.count(batch) if total is None else total
         return entropies.sum() / (rows * logits.shape[-1])

@@ -27,7 +27,7 @@ def loss_and_gradients(length: int | None) -> tuple[float, dict[str, np.ndarray]
     half = subnetwork_of(student.config, Fraction(1, 2))
     clear(student)
     states = student.encode(*batch.inputs, subnetwork=half)
-    loss = distillation_loss(states, targets, batch, SPEC, CLASSIFICATION.logit_loss)
+    loss = distillation_loss(states, targets, batch, SPEC, CLASSIFICATION)
     loss.backward()
     return float(loss), gradients(student)
 
@@ -79,7 +79,7 @@ def test_a_mean_over_padding_is_had_by_setting_alone() -> None:
             np.square(a.numpy() - b.numpy()).mean()
             for a, b in zip(states.hidden, targets.hidden, strict=True)
         )
-        found = distillation_loss(states, targets, batch, spec, CLASSIFICATION.logit_loss)
+        found = distillation_loss(states, targets, batch, spec, CLASSIFICATION)
         return float(found), float(plain)
 
     assert not SPEC.padded_mean
@@ -117,7 +117,7 @@ def test_the_loss_weights_are_those_of_the_spec() -> None:
 
     def loss(rep: float, logit: float) -> float:
         spec = DistillationSpec(lambda_rep=rep, lambda_logit=logit)
-        return float(distillation_loss(states, targets, batch, spec, logit_loss))
+        return float(distillation_loss(states, targets, batch, spec, CLASSIFICATION))
 
     assert loss(0.1, 1.0) == pytest.approx(0.1 * loss(1, 0) + loss(0, 1), rel=1e-5)
     assert loss(0, 1) == pytest.approx(
@@ -144,7 +144,7 @@ def test_distillation_brings_every_width_nearer_and_leaves_the_teacher() -> None
         data,
         subnetworks,
         DistillationSpec(epochs=15, batch_size=16, learning_rate=1e-2),
-        CLASSIFICATION.logit_loss,
+        CLASSIFICATION,
         seed=0,
         on_step=seen.append,
     )
@@ -152,7 +152,6 @@ def test_distillation_brings_every_width_nearer_and_leaves_the_teacher() -> None
     assert set(seen[0].losses) == {"w1_2", "w1_4"}
     assert distance(0) < 0.7 * start[0]
     assert distance(1) < 0.7 * start[1]
-    assert not teacher.training
     assert gradients(teacher) == {}
     for name, value in numpy_weights(teacher).items():
         np.testing.assert_array_equal(value, before[name])
@@ -169,7 +168,7 @@ def test_the_same_seed_ends_with_the_same_weights() -> None:
             data,
             subnetworks,
             DistillationSpec(epochs=2, batch_size=8),
-            CLASSIFICATION.logit_loss,
+            CLASSIFICATION,
             seed=9,
             on_step=lambda report: None,
         )

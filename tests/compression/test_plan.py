@@ -391,7 +391,7 @@ def test_what_is_wrong_with_several_labels_is_named() -> None:
     assert "needs two" in refused_rows(SEVERAL, train=table(["a", ""] * 20)).message
     unlike = table([f"{i};{i + 1}" for i in range(40)], other=["0", "1"] * 20)
     asked = {"task": {**SEVERAL["task"], "label": "label"}}
-    assert "as lists" in refused_spec("/task/label", asked, model(None), train=unlike)
+    assert "write lists" in refused_spec("/task/label", asked, model(None), train=unlike)
     plan = plan_of(SEVERAL, model(None), train=MARKS)
     with pytest.raises(InvalidDataset, match=r"null.*2 rows in all") as caught:
         broken = named(train=table(["a", None, "b", None]))

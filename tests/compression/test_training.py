@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 import pytest
 
-from compression.batches import Encoded, training_batches
+from compression.batches import Encoded, make_batch, training_rows
 from compression.encoder import numpy_weights
 from compression.errors import TrainingDiverged
 from compression.evaluate import predict
@@ -70,7 +70,7 @@ def test_fine_tuning_learns_a_rule_and_repeats_itself() -> None:
             assert total == 72
             seen.append(done)
 
-        steps = fine_tune(encoder, data, spec, TASK.label_loss, seed=5, on_step=on_step)
+        steps = fine_tune(encoder, data, spec, TASK, seed=5, on_step=on_step)
         assert steps == 72
         assert seen == list(range(1, 73))
         assert TASK.score(predict(encoder, data), data) > max(0.85, before)
@@ -89,12 +89,13 @@ def test_subnetworks_are_fine_tuned_together_with_one_step_a_batch() -> None:
         tuned,
         data,
         spec,
-        TASK.label_loss,
+        TASK,
         subnetworks=subnetworks,
         seed=0,
         on_step=lambda done, total, loss: seen.append(loss),
     )
-    (batch,) = training_batches(data, batch_size=16, steps=1, seed=0, pad_id=0)
+    (rows,) = training_rows(data, batch_size=16, steps=1, seed=0)
+    batch = make_batch(data, rows, pad_id=0)
     optimizer = Optimizer(by_hand, spec, steps=1)
     losses = [
         TASK.label_loss(by_hand(*batch.inputs, subnetwork=each), batch) for each in subnetworks
@@ -119,17 +120,13 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step() -> No
             encoder.classifier.weight.set_value(np.full((24, 3), np.nan, np.float32))
 
     with pytest.raises(TrainingDiverged, match="nan at step 3: lower its learning_rate"):
-        fine_tune(
-            encoder, data, FineTuneSpec(batch_size=8), TASK.label_loss, seed=0, on_step=on_step
-        )
+        fine_tune(encoder, data, FineTuneSpec(batch_size=8), TASK, seed=0, on_step=on_step)
     assert done == [1, 2]
 
 
-def test_predict_keeps_row_order_and_mode() -> None:
+def test_predict_keeps_row_order() -> None:
     encoder, data = tiny_encoder(), random_rows(10)
-    encoder.train()
     logits = predict(encoder, data, batch_size=3)
-    assert encoder.training
     for row in (0, 4, 9):
         np.testing.assert_allclose(predict(encoder, data.take([row]))[0], logits[row], atol=1e-5)
     assert not paddle.to_tensor(logits).isnan().any()
