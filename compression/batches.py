@@ -149,13 +149,20 @@ def epoch_order(
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def training_rows(data: Encoded, *, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """Row numbers of `steps` batches, epoch after epoch; the same seed gives the same ones."""
+def training_rows(
+    data: Encoded, *, batch_size: int, steps: int, seed: int, start: int = 0
+) -> Iterator[np.ndarray]:
+    """Row numbers of batches `start` to before `steps`, epoch after epoch.
+
+    A seed gives the same ones always.
+    """
     lengths = data.lengths
-    epoch = done = 0
+    each_epoch = -(-len(data) // batch_size)
+    epoch, done = start // each_epoch, start
     while True:
         generator = np.random.default_rng([seed, epoch])
-        for rows in epoch_order(lengths, batch_size=batch_size, generator=generator):
+        order = epoch_order(lengths, batch_size=batch_size, generator=generator)
+        for rows in order[done - epoch * each_epoch :]:
             if done == steps:
                 return
             yield rows

@@ -6,32 +6,22 @@ hidden size, C classes.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import paddle
 from paddle import Tensor
 
-from compression.batches import Batch, Encoded, make_batch, training_rows
+from compression.batches import Batch, Encoded
 from compression.encoder import Encoder, EncoderStates
 from compression.noise import Noise
-from compression.parallel import Replicas
+from compression.report import TrainingReport
 from compression.spec import DistillationSpec
 from compression.supernet import Subnetwork
 from compression.tasks.base import Count, Task
-from compression.training import Optimizer, finite, step_count
+from compression.training import Step, Surroundings, train
 
-
-@dataclass(frozen=True)
-class StepReport:
-    """One step's losses by sub-network name (weighted sums) and its duration."""
-
-    done: int
-    total: int
-    losses: dict[str, float]
-    seconds: float
+DISTILLATION = Surroundings("distil", "distillation")  # with nothing to go on from, and no limit
 
 
 def representation_loss(
@@ -60,43 +50,60 @@ def distillation_loss(
     spec: DistillationSpec,
     task: Task,
     *,
-    totals: Totals | None = None,
+    share_of: Batch | None = None,
 ) -> Tensor:
     """lambda_rep * representation loss + lambda_logit * logit loss of one sub-network.
 
-    `totals` are those of the whole, where the batch is a share of a larger one.
+    Of a part of a batch, with `share_of` that batch: the part's share, so that the parts' add up.
     """
-    mask = batch.attention_mask
+    whole = batch if share_of is None else share_of
     loss = spec.lambda_logit * task.logit_loss(
-        student=student.logits,
-        teacher=teacher.logits,
-        batch=batch,
-        total=totals and totals.units,
+        student=student.logits, teacher=teacher.logits, batch=batch, total=task.count(whole)
     )
     if spec.lambda_rep:
+        own, every = batch.attention_mask, whole.attention_mask
+        if spec.padded_mean:
+            own, every = paddle.ones_like(own), paddle.ones_like(every)
         loss = loss + spec.lambda_rep * representation_loss(
             student=student.hidden,
             teacher=teacher.hidden,
-            attention_mask=paddle.ones_like(mask) if spec.padded_mean else mask,
-            total=totals and totals.tokens,
+            attention_mask=own,
+            total=every.astype("float32").sum(),
         )
     return loss
 
 
 @dataclass(frozen=True)
-class Totals:
-    """What the losses of a batch's shares divide by; shares are padded to `length` tokens."""
+class SupernetLosses:
+    """Every sub-network's loss against the teacher, which runs once, without gradients.
 
-    units: Count  # of the task's logit loss
-    tokens: int
-    length: int | None
+    The embedding output is computed once and shared by all sub-networks (and so is its
+    dropout), and the gradients that it gets from all of them go back together.
+    """
 
-    @classmethod
-    def of(cls, batch: Batch, task: Task, spec: DistillationSpec) -> Totals:
-        rows, length = batch.attention_mask.shape
-        if spec.padded_mean:
-            return cls(task.count(batch), rows * length, length)
-        return cls(task.count(batch), int(batch.attention_mask.sum()), None)
+    teacher: Encoder
+    subnetworks: Sequence[Subnetwork]
+    spec: DistillationSpec
+    task: Task
+
+    def __call__(
+        self, supernet: Encoder, share: Batch, whole: Batch, noise: Noise | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        with paddle.no_grad():
+            targets = self.teacher.encode(*share.inputs)
+        embedded = supernet.embeddings(share.input_ids, share.token_type_ids, noise=noise)
+        shared = embedded.detach()
+        shared.stop_gradient = embedded.stop_gradient
+        for subnetwork in self.subnetworks:
+            states = supernet.encode_embedded(
+                shared, share.attention_mask, subnetwork=subnetwork, noise=noise
+            )
+            yield (
+                subnetwork.name,
+                distillation_loss(states, targets, share, self.spec, self.task, share_of=whole),
+            )
+        if shared.grad is not None:
+            embedded.backward(shared.grad)
 
 
 def distil(
@@ -106,76 +113,25 @@ def distil(
     subnetworks: Sequence[Subnetwork],
     spec: DistillationSpec,
     task: Task,
+    surroundings: Surroundings = DISTILLATION,
     *,
     seed: int,
-    on_step: Callable[[StepReport], None],
+    on_step: Callable[[Step], None],
     replicas: int = 1,
-) -> int:
-    """Trains the supernet in place and returns the steps done.
+) -> TrainingReport:
+    """Trains the supernet in place.
 
     Each batch: the teacher once, without gradients; every sub-network forward and
     backward; one optimizer step. `replicas` threads share each batch.
     """
-    steps = step_count(spec, len(data))
-    optimizer = Optimizer(supernet, spec, steps=steps)
-    batches = training_rows(data, batch_size=spec.batch_size, steps=steps, seed=seed)
-    with Replicas(supernet, replicas) as parallel:
-        gradients = SupernetGradients(parallel, teacher, data, subnetworks, spec, task, seed)
-        for done, rows in enumerate(batches, start=1):
-            start = time.perf_counter()
-            losses = gradients(rows, step=done)
-            for loss in losses.values():
-                finite(loss, stage="distillation", step=done)
-            optimizer.step()
-            on_step(StepReport(done, steps, losses, time.perf_counter() - start))
-    return steps
-
-
-@dataclass(frozen=True)
-class SupernetGradients:
-    """What one step does before the optimizer: every sub-network forward and backward.
-
-    The embedding output is computed once and shared by all sub-networks (and so is its
-    dropout), and the gradients that it gets from all of them go back together.
-    """
-
-    replicas: Replicas
-    teacher: Encoder
-    data: Encoded
-    subnetworks: Sequence[Subnetwork]
-    spec: DistillationSpec
-    task: Task
-    seed: int
-
-    def __call__(self, rows: np.ndarray, *, step: int) -> dict[str, float]:
-        """The losses of a batch by sub-network; the gradients are left in the supernet."""
-        pad_id = self.teacher.config.pad_token_id
-        totals = Totals.of(make_batch(self.data, rows, pad_id=pad_id), self.task, self.spec)
-
-        def share(member: Encoder, part: np.ndarray) -> list[float]:
-            batch = make_batch(self.data, part, pad_id=pad_id, length=totals.length)
-            return self._share(member, batch, totals, step=step)
-
-        losses = self.replicas.map(share, rows)
-        self.replicas.gather_gradients()
-        sums = [sum(parts) for parts in zip(*losses, strict=True)]
-        return {each.name: loss for each, loss in zip(self.subnetworks, sums, strict=True)}
-
-    def _share(self, supernet: Encoder, batch: Batch, totals: Totals, *, step: int) -> list[float]:
-        """Each sub-network's part of the loss, from a share of the batch."""
-        with paddle.no_grad():
-            targets = self.teacher.encode(*batch.inputs)
-        noise = Noise([self.seed, step, int(batch.rows[0])])
-        embedded = supernet.embeddings(batch.input_ids, batch.token_type_ids, noise=noise)
-        shared = embedded.detach()
-        shared.stop_gradient = False
-        losses = []
-        for subnetwork in self.subnetworks:
-            states = supernet.encode_embedded(
-                shared, batch.attention_mask, subnetwork=subnetwork, noise=noise
-            )
-            loss = distillation_loss(states, targets, batch, self.spec, self.task, totals=totals)
-            loss.backward()
-            losses.append(float(loss))
-        embedded.backward(shared.grad)
-        return losses
+    return train(
+        supernet,
+        data,
+        spec,
+        surroundings,
+        SupernetLosses(teacher, subnetworks, spec, task),
+        seed=seed,
+        replicas=replicas,
+        keep_length=spec.padded_mean,
+        on_step=on_step,
+    )

@@ -166,6 +166,12 @@ def numpy_weights(encoder: Encoder) -> dict[str, np.ndarray]:
     return {name: value.numpy().copy() for name, value in encoder.state_dict().items()}
 
 
+def load_weights(encoder: Encoder, tensors: Mapping[str, np.ndarray]) -> None:
+    """Puts `numpy_weights` of the same encoder back, in place."""
+    for name, parameter in encoder.state_dict().items():
+        parameter.set_value(tensors[name])
+
+
 def build_encoder(config: EncoderConfig, tensors: Mapping[str, np.ndarray]) -> Encoder:
     """An encoder that holds exactly `tensors`; InvalidModel names what does not fit."""
     encoder = Encoder(config)

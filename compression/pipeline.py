@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,13 +20,21 @@ import paddle
 from compression import cost, latency, selection
 from compression.batches import Encoded, pad, sorted_rows
 from compression.bundle import BundleFacts, Provenance, input_digests, write_bundle
-from compression.distillation import StepReport, distil
-from compression.encoder import Encoder, build_encoder, numpy_weights, with_new_head
-from compression.errors import DeviceUnavailable
+from compression.checkpoint import FOLDER as CHECKPOINTS
+from compression.checkpoint import Checkpoints, Saved, StageState, digest, host_facts
+from compression.distillation import distil
+from compression.encoder import (
+    Encoder,
+    build_encoder,
+    load_weights,
+    numpy_weights,
+    with_new_head,
+)
+from compression.errors import DeviceUnavailable, Interrupted, OutOfMemory
 from compression.evaluate import largest_difference, padded_logits, predict
 from compression.export import Exported, export_formats, format_report, verify
 from compression.importance import measure_importance
-from compression.plan import Plan, make_plan, model_info, resolve_rows
+from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.reorder import descending, reorder
 from compression.report import (
     STAGES,
@@ -38,6 +46,7 @@ from compression.report import (
     Progress,
     SubnetworkReport,
     TeacherReport,
+    TrainingReport,
 )
 from compression.runtime_env import core_count, cpu_name, replica_count
 from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
@@ -47,10 +56,12 @@ from compression.tasks import Task, make_task
 from compression.teachers import Checkpoint, read_checkpoint
 from compression.teachers.config import EncoderConfig
 from compression.tokenization import load_tokenizer, save_tokenizer
-from compression.training import fine_tune
+from compression.training import Surroundings, fine_tune
 
 PARITY_ROWS = 64
 PARITY_TOLERANCE = 1e-4  # fp32
+TRAININGS = ("teacher", "distil", "final")
+UNITS = ("heads", "neurons")
 TEACHER = "teacher"
 BUNDLE = "bundle.tar.gz"
 
@@ -63,29 +74,52 @@ def compress(
     dataset_dir: Path,
     run_dir: Path,
     on_progress: OnProgress = lambda progress: None,
+    *,
+    checkpoint_seconds: float = 300.0,
+    on_checkpoint: Callable[[Saved], None] = lambda saved: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> CompressionReport:
     """Runs one job and returns its report, which is also written to `run_dir/report.json`.
 
-    Files to publish are under `run_dir/artifacts/<sub-network>/`. Raises
-    CompressionError where the spec, the model or the dataset cannot be used, before
-    anything is trained.
+    Files to publish are under `run_dir/artifacts/<sub-network>/`. Checkpoints are written to
+    `run_dir/checkpoints` at the end of each stage that computes weights or scores, and in
+    trainings every `checkpoint_seconds`; where that folder holds one, the job goes on from it.
+    The stages after distillation write files and times of this host: they are done again.
+
+    Raises CompressionError where the spec, the model or the dataset cannot be used, before
+    anything is trained; Interrupted once `stop` answers true, after a checkpoint.
     """
     use_device(spec.device)
+    for stale in (run_dir / "artifacts", run_dir / "work"):  # of a run that was interrupted
+        shutil.rmtree(stale, ignore_errors=True)
     artifacts = run_dir / "artifacts"
-    artifacts.mkdir(parents=True, exist_ok=True)
-    stages = Stages(on_progress)
+    artifacts.mkdir(parents=True)
+    stages = Stages(on_progress, stop)
 
     with stages("load") as advance:
         job = load(spec, model_dir, dataset_dir)
-        advance(1, 1, rows=dict(job.rows))
+        checkpoints = Checkpoints(
+            run_dir / CHECKPOINTS,
+            identity=identity(spec, model_dir, dataset_dir),
+            host=host_facts(os.environ),
+            every_seconds=checkpoint_seconds,
+            on_saved=on_checkpoint,
+        )
+        advance(1, 1, resumption(checkpoints), rows=dict(job.rows), resumed=checkpoints.resumed)
+    until = deadlines(spec, job.plan)
+    trainings: dict[str, TrainingReport] = {}
     with stages("teacher") as advance:
-        teacher, fine_tuned_steps = make_teacher(job, advance)
+        teacher, trained = make_teacher(
+            job, Surroundings("teacher", "teacher", checkpoints, until["teacher"], stop), advance
+        )
+        if trained is not None:
+            trainings["teacher"] = trained
         teacher_logits = predict(teacher, job.splits["dev"], threads=job.replicas)
         teacher_metrics = job.task.metrics(teacher_logits, job.splits["dev"])
         teacher_accuracy = teacher_metrics[job.task.main_metric]
         advance(1, 1, accuracy=teacher_accuracy)
     with stages("importance") as advance:
-        head_orders, neuron_orders = rank_units(job, teacher, advance)
+        head_orders, neuron_orders = rank_units(job, teacher, checkpoints, advance)
     with stages("reorder") as advance:
         weights = numpy_weights(teacher)
         supernet = build_encoder(
@@ -97,11 +131,24 @@ def compress(
         advance(1, 1, max_abs=reorder_max_abs)
     subnetworks = [subnetwork_of(supernet.config, each.width_mult) for each in job.plan.subnetworks]
     with stages("distil") as advance:
-        distillation_steps, step_seconds = train_supernet(
-            job, supernet, teacher, subnetworks, advance
+        trainings["distil"] = train_supernet(
+            job,
+            supernet,
+            teacher,
+            subnetworks,
+            Surroundings("distil", "distillation", checkpoints, until["distil"], stop),
+            advance,
         )
     with stages("final") as advance:
-        final_steps = fine_tune_subnetworks(job, supernet, subnetworks, advance)
+        tuned = fine_tune_subnetworks(
+            job,
+            supernet,
+            subnetworks,
+            Surroundings("final", "final", checkpoints, until["final"], stop),
+            advance,
+        )
+        if tuned is not None:
+            trainings["final"] = tuned
     with stages("evaluate") as advance:
         metrics = []
         for i, subnetwork in enumerate(subnetworks, start=1):
@@ -175,7 +222,7 @@ def compress(
             ),
             teacher=TeacherReport(
                 family=teacher.config.family,
-                fine_tuned_steps=fine_tuned_steps,
+                fine_tuned_steps=trained.steps if trained else 0,
                 parameters=cost.parameters(teacher.config),
                 accuracy=teacher_accuracy,
                 metrics=teacher_metrics,
@@ -193,12 +240,17 @@ def compress(
             reorder_max_abs=reorder_max_abs,
             subnetworks=tuple(reports),
             selection=chosen,
-            distillation_steps=distillation_steps,
-            final_steps=final_steps,
-            step_seconds=step_seconds,
+            distillation_steps=trainings["distil"].steps,
+            final_steps=trainings["final"].steps if "final" in trainings else 0,
+            step_seconds=trainings["distil"].step_seconds,
             stage_seconds=stages.seconds,
+            trainings=trainings,
             environment=environment(spec),
-            warnings=export_warnings(reports, teacher_files),
+            warnings=(
+                *export_warnings(reports, teacher_files),
+                *checkpoints.warnings,
+                *training_warnings(spec, trainings),
+            ),
         )
     with stages("bundle") as advance:
         tokenizer_files = save_tokenizer(model_dir, run_dir / "work" / "tokenizer")
@@ -222,7 +274,8 @@ def compress(
                     tokenizer_files=tokenizer_files,
                 )
             advance(i, len(reports), subnetwork=subnetwork_report.name)
-    shutil.rmtree(run_dir / "work", ignore_errors=True)
+    for spent in (run_dir / "work", run_dir / CHECKPOINTS):
+        shutil.rmtree(spent, ignore_errors=True)
     report = report.model_copy(update={"stage_seconds": stages.seconds})
     (run_dir / "report.json").write_text(report.model_dump_json(indent=2))
     return report
@@ -245,9 +298,10 @@ class Job:
 
 @dataclass
 class Stages:
-    """Times each stage and reports its first and last sign of life."""
+    """Times each stage, reports its first and last sign of life, and ends the job when told to."""
 
     on_progress: OnProgress
+    stop: Callable[[], bool]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -260,12 +314,25 @@ class Stages:
         def advance(step: int = 0, total: int = 1, message: str = "", **figures: object) -> None:
             last[:] = [step, total]
             self.on_progress(Progress(name, step, total, message, figures))
+            if name not in TRAININGS:  # they write a checkpoint first
+                self.end_if_told(name)
 
+        self.end_if_told(name)
         self.on_progress(Progress(name))
-        yield advance
+        try:
+            yield advance
+        except MemoryError as error:
+            raise OutOfMemory(
+                f"the memory is too small in stage {name}: run the job where there is more, or "
+                "lower the batch sizes and task.max_seq_len"
+            ) from error
         self.seconds[name] = time.perf_counter() - started
         if last[0] != last[1]:
             self.on_progress(Progress(name, last[1], last[1]))
+
+    def end_if_told(self, name: str) -> None:
+        if self.stop():
+            raise Interrupted(f"stopped in stage {name}")
 
 
 def use_device(device: str) -> None:
@@ -311,12 +378,14 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
     )
 
 
-def make_teacher(job: Job, advance: Advance) -> tuple[Encoder, int]:
-    """The uploaded model, or one fine-tuned on train's labels; and the steps that took."""
+def make_teacher(
+    job: Job, surroundings: Surroundings, advance: Advance
+) -> tuple[Encoder, TrainingReport | None]:
+    """The uploaded model, or one fine-tuned on train's labels; and how that went."""
     config, tensors = job.checkpoint.config, job.checkpoint.tensors
     if not job.plan.fine_tune:
         teacher = build_encoder(config, tensors)
-        return teacher, 0
+        return teacher, None
     config, tensors = with_new_head(
         config,
         tensors,
@@ -325,22 +394,49 @@ def make_teacher(job: Job, advance: Advance) -> tuple[Encoder, int]:
         seed=job.spec.seed,
     )
     teacher = build_encoder(config, tensors)
-    steps = fine_tune(
+    return teacher, finished(
         teacher,
-        job.splits["train"],
-        job.spec.teacher,
-        job.task,
-        seed=job.spec.seed,
-        replicas=job.replicas,
-        on_step=lambda done, total, loss: advance(done, total, loss=loss),
+        surroundings,
+        lambda: fine_tune(
+            teacher,
+            job.splits["train"],
+            job.spec.teacher,
+            job.task,
+            surroundings,
+            seed=job.spec.seed,
+            replicas=job.replicas,
+            on_step=lambda step: advance(step.done, step.total, loss=sum(step.losses.values())),
+        ),
     )
-    return teacher, steps
+
+
+def finished(
+    model: Encoder, surroundings: Surroundings, training: Callable[[], TrainingReport]
+) -> TrainingReport:
+    """Trains the model in place and keeps it in a checkpoint, or takes it from one."""
+    state = surroundings.state
+    if state is not None and state.done:
+        load_weights(model, state.tensors)
+        return TrainingReport.model_validate(state.figures)
+    report = training()
+    if surroundings.checkpoints is not None:
+        surroundings.checkpoints.save(
+            surroundings.stage,
+            StageState(report.steps, True, report.model_dump(), model.state_dict()),
+        )
+    return report
 
 
 def rank_units(
-    job: Job, teacher: Encoder, advance: Advance
+    job: Job, teacher: Encoder, checkpoints: Checkpoints, advance: Advance
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Each layer's heads and neurons, most important first, on a seeded sample of rows."""
+    state = checkpoints["importance"]
+    if state is not None:
+        heads, neurons = (
+            [state.tensors[f"{kind}.{i}"] for i in range(teacher.config.layers)] for kind in UNITS
+        )
+        return heads, neurons
     spec = job.spec.importance
     rows = job.splits[spec.split]
     sample = rows.take(
@@ -355,10 +451,15 @@ def rank_units(
         replicas=job.replicas,
         on_batch=lambda done: advance(done, total),
     )
-    return (
-        [descending(scores) for scores in importance.heads],
-        [descending(scores) for scores in importance.neurons],
-    )
+    heads = [descending(scores) for scores in importance.heads]
+    neurons = [descending(scores) for scores in importance.neurons]
+    orders = {
+        f"{kind}.{i}": order
+        for kind, layers in zip(UNITS, (heads, neurons), strict=True)
+        for i, order in enumerate(layers)
+    }
+    checkpoints.save("importance", StageState(total, True, {}, orders))
+    return heads, neurons
 
 
 def train_supernet(
@@ -366,50 +467,58 @@ def train_supernet(
     supernet: Encoder,
     teacher: Encoder,
     subnetworks: Sequence[Subnetwork],
+    surroundings: Surroundings,
     advance: Advance,
-) -> tuple[int, float]:
-    """Distils the supernet in place; returns its steps and a step's median seconds.
+) -> TrainingReport:
+    """Distils the supernet in place.
 
     The teacher's answers are all that is learnt, so rows without labels serve as well.
     """
     rows = job.splits["train"]
     if "unlabelled" in job.splits:
         rows = rows.joined(job.splits["unlabelled"])
-    seconds: list[float] = []
-
-    def on_step(step: StepReport) -> None:
-        seconds.append(step.seconds)
-        advance(step.done, step.total, losses=step.losses)
-
-    steps = distil(
+    return finished(
         supernet,
-        teacher,
-        rows,
-        subnetworks,
-        job.spec.distillation,
-        job.task,
-        seed=job.spec.seed,
-        replicas=job.replicas,
-        on_step=on_step,
+        surroundings,
+        lambda: distil(
+            supernet,
+            teacher,
+            rows,
+            subnetworks,
+            job.spec.distillation,
+            job.task,
+            surroundings,
+            seed=job.spec.seed,
+            replicas=job.replicas,
+            on_step=lambda step: advance(step.done, step.total, losses=dict(step.losses)),
+        ),
     )
-    return steps, statistics.median(seconds)
 
 
 def fine_tune_subnetworks(
-    job: Job, supernet: Encoder, subnetworks: Sequence[Subnetwork], advance: Advance
-) -> int:
-    """The optional last training, on train's labels; returns its steps."""
+    job: Job,
+    supernet: Encoder,
+    subnetworks: Sequence[Subnetwork],
+    surroundings: Surroundings,
+    advance: Advance,
+) -> TrainingReport | None:
+    """The optional last training, on train's labels, of all sub-networks in place."""
     if job.spec.final.when == "never":
-        return 0
-    return fine_tune(
+        return None
+    return finished(
         supernet,
-        job.splits["train"],
-        job.spec.final,
-        job.task,
-        subnetworks=subnetworks,
-        seed=job.spec.seed,
-        replicas=job.replicas,
-        on_step=lambda done, total, loss: advance(done, total, loss=loss),
+        surroundings,
+        lambda: fine_tune(
+            supernet,
+            job.splits["train"],
+            job.spec.final,
+            job.task,
+            surroundings,
+            subnetworks=subnetworks,
+            seed=job.spec.seed,
+            replicas=job.replicas,
+            on_step=lambda step: advance(step.done, step.total, losses=dict(step.losses)),
+        ),
     )
 
 
@@ -545,6 +654,46 @@ def export_warnings(
         if files.error is not None
     ]
     return (*unpublished, *unmeasured)
+
+
+def identity(spec: Spec, model_dir: Path, dataset_dir: Path) -> dict[str, str]:
+    """What makes a checkpoint this job's: digests of all that goes into it."""
+    return {
+        "spec": digest(spec.model_dump_json()),
+        "model": digest(json.dumps(input_digests(model_dir))),
+        "dataset": digest(json.dumps(input_digests(dataset_dir))),
+    }
+
+
+def resumption(checkpoints: Checkpoints) -> str:
+    """One sentence: where the job goes on, and what is not as it was; empty at its start."""
+    found = [*checkpoints.warnings]
+    if checkpoints.resumed is not None:
+        state = checkpoints[checkpoints.resumed]
+        assert state is not None
+        where = (
+            f"the end of {checkpoints.resumed}"
+            if state.done
+            else (f"step {state.step} of {checkpoints.resumed}")
+        )
+        found.insert(0, f"goes on from {where}")
+    return "; ".join(found)
+
+
+def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> Iterator[str]:
+    for stage, training in trainings.items():
+        if training.ended == "time":
+            yield (
+                f"the time budget of {spec.max_minutes:g} minutes ended {stage} after "
+                f"{training.steps} of {training.planned_steps} steps; the weights are those after "
+                f"step {training.best_step}"
+            )
+        section = spec.teacher if stage == "teacher" else spec.distillation
+        if training.micro_batch is not None and section.micro_batch == "auto":
+            yield (
+                f"the memory was too small for a whole batch in {stage}: {training.micro_batch} "
+                "rows were computed at once"
+            )
 
 
 def environment(spec: Spec) -> dict[str, str]:

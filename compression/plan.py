@@ -143,6 +143,10 @@ class Plan(Frozen):
         description="Rough: FLOPs at 60 GFLOP/s (two CPU cores), four characters a token, six "
         "seconds an export. Half or double is no surprise."
     )
+    predicted_stage_seconds: Mapping[str, float] = Field(
+        description='The same, apart: "teacher" (its fine-tuning), "importance", "distil", and '
+        '"finish" for all after it. A time budget is shared out by these.',
+    )
     warnings: tuple[str, ...]
 
 
@@ -260,6 +264,15 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
         )
         for width, config in configs.items()
     )
+    seconds = _predicted_stage_seconds(
+        spec,
+        full,
+        list(configs.values()),
+        rows,
+        tokens=_tokens(spec, dataset, columns, percentile_95=False),
+        seq_len=seq_len,
+        fine_tune=fine_tune,
+    )
     return Plan(
         subnetworks=subnetworks,
         text=columns.text,
@@ -272,17 +285,26 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
         rows=rows,
         dev_from_train=dev_from_train,
         seq_len=seq_len,
-        predicted_seconds=_predicted_seconds(
-            spec,
-            full,
-            list(configs.values()),
-            rows,
-            tokens=_tokens(spec, dataset, columns, percentile_95=False),
-            seq_len=seq_len,
-            fine_tune=fine_tune,
+        # More digits would claim to know more.
+        predicted_seconds=float(f"{START_SECONDS + sum(seconds.values()):.2g}"),
+        predicted_stage_seconds=seconds,
+        warnings=(
+            *_warnings(spec, dataset, columns, values, labels, rows, subnetworks),
+            *_budget_warnings(spec, seconds),
         ),
-        warnings=tuple(_warnings(spec, dataset, columns, values, labels, rows, subnetworks)),
     )
+
+
+def _budget_warnings(spec: Spec, seconds: Mapping[str, float]) -> Iterator[str]:
+    if spec.max_minutes is None:
+        return
+    needed = (START_SECONDS + sum(seconds.values())) / 60
+    if needed > spec.max_minutes:
+        yield (
+            f"max_minutes is {spec.max_minutes:g}, and the job is predicted to take {needed:.2g}: "
+            f"training will stop early ({seconds['finish'] / 60:.2g} are set aside for what comes "
+            "after it)"
+        )
 
 
 # --- columns and labels ---------------------------------------------------------------------
@@ -569,7 +591,7 @@ def _tokens(
     return max(3, min(spec.task.max_seq_len, math.ceil(tokens)))
 
 
-def _predicted_seconds(
+def _predicted_stage_seconds(
     spec: Spec,
     full: EncoderConfig,
     subnetworks: Sequence[EncoderConfig],
@@ -578,29 +600,45 @@ def _predicted_seconds(
     tokens: int,
     seq_len: int,
     fine_tune: bool,
-) -> float:
+) -> dict[str, float]:
     teacher = cost.flops(full, tokens)
     students = sum(cost.flops(config, tokens) for config in subnetworks)
-    flops = 0.0
-    if fine_tune:
-        flops += _trained_rows(spec.teacher, rows["train"]) * BACKWARD_AND_FORWARD * teacher
-    flops += min(spec.importance.rows, rows["train"]) * BACKWARD_AND_FORWARD * teacher
-    flops += _trained_rows(spec.distillation, rows["train"] + rows.get("unlabelled", 0)) * (
-        teacher + BACKWARD_AND_FORWARD * students
-    )
-    if spec.final.when == "always":
-        flops += _trained_rows(spec.final, rows["train"]) * BACKWARD_AND_FORWARD * students
-    flops += (rows["dev"] + rows.get("test", 0)) * (teacher + students)
+    fine_tuned = _trained_rows(spec.teacher, rows["train"]) if fine_tune else 0
+    distilled = _trained_rows(spec.distillation, rows["train"] + rows.get("unlabelled", 0))
+    tuned = _trained_rows(spec.final, rows["train"]) if spec.final.when == "always" else 0
     served = len([fmt for fmt in spec.export.formats if fmt != "safetensors"])
     timed = cost.flops(full, seq_len) + sum(cost.flops(config, seq_len) for config in subnetworks)
-    # Each timed call follows an untimed one.
-    flops += 2 * spec.latency.rounds * spec.latency.batch_size * served * timed
+    flops = {
+        "teacher": fine_tuned * BACKWARD_AND_FORWARD * teacher,
+        "importance": min(spec.importance.rows, rows["train"]) * BACKWARD_AND_FORWARD * teacher,
+        "distil": distilled * (teacher + BACKWARD_AND_FORWARD * students),
+        "final": tuned * BACKWARD_AND_FORWARD * students,
+        # Each timed call follows an untimed one.
+        "finish": (rows["dev"] + rows.get("test", 0)) * (teacher + students)
+        + 2 * spec.latency.rounds * spec.latency.batch_size * served * timed,
+    }
     exports = (len(subnetworks) + 1) * len(spec.export.formats)
-    seconds = flops / FLOPS_PER_SECOND + START_SECONDS + exports * SECONDS_PER_EXPORT
-    return float(f"{seconds:.2g}")  # more digits would claim to know more
+    seconds = {stage: count / FLOPS_PER_SECOND for stage, count in flops.items()}
+    seconds["finish"] += exports * SECONDS_PER_EXPORT
+    return seconds
 
 
-def _trained_rows(training: FineTuneSpec | DistillationSpec, rows: int) -> int:
+def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
+    """When each training must stop, in seconds of the job; None without a time budget.
+
+    What the stages after the trainings are predicted to take is set aside; of the rest, each
+    training may take the share that it is predicted to need.
+    """
+    if spec.max_minutes is None:
+        return {"teacher": None, "distil": None, "final": None}
+    predicted = plan.predicted_stage_seconds
+    left = max(0.0, 60 * spec.max_minutes - predicted["finish"])
+    distilled = predicted["teacher"] + predicted["importance"] + predicted["distil"]
+    share = left / (distilled + predicted["final"])
+    return {"teacher": predicted["teacher"] * share, "distil": distilled * share, "final": left}
+
+
+def _trained_rows(training: FineTuneSpec | DistillationSpec | FinalSpec, rows: int) -> int:
     steps = math.ceil(rows / training.batch_size * training.epochs)
     if training.max_steps is not None:
         steps = min(steps, training.max_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -175,6 +175,21 @@ class DatasetReport(Frozen):
     notes: tuple[str, ...] = ()
 
 
+class TrainingReport(Frozen):
+    """How one training went; the weights are those after `best_step`."""
+
+    steps: int = Field(description="Optimizer steps done, in all runs of the job together.")
+    planned_steps: int
+    best_step: int
+    ended: Literal["complete", "plateau", "time"] = Field(
+        description='"plateau": no gain for the spec\'s patience; "time": its share of max_minutes.'
+    )
+    step_seconds: float = Field(description="Median of a step, of the last thousand.")
+    micro_batch: int | None = Field(
+        description="Rows computed at once; null where the whole batch was."
+    )
+
+
 class CompressionReport(Frozen):
     spec: Spec
     main_metric: str = Field(
@@ -188,6 +203,11 @@ class CompressionReport(Frozen):
     distillation_steps: int
     final_steps: int = Field(0, description="Steps of the last fine-tuning on labels.")
     step_seconds: float = Field(description="Median seconds of a distillation step.")
-    stage_seconds: Mapping[str, float]
+    stage_seconds: Mapping[str, float] = Field(
+        description="In the job's last run: a stage that a checkpoint spared it takes no time."
+    )
+    trainings: Mapping[str, TrainingReport] = Field(
+        default_factory=dict, description='By stage: "teacher" where it was fine-tuned, "distil".'
+    )
     environment: Mapping[str, str] = Field(description="Device and library versions measured on.")
     warnings: tuple[str, ...] = ()

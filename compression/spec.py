@@ -175,14 +175,9 @@ class TaskSpec(_Asked):
         return value
 
 
-class FineTuneSpec(_Asked):
-    """Training of the teacher on the dataset's labels, before compression.
+class _Training(_Asked):
+    """What every training is told."""
 
-    `when`: "auto" fine-tunes only where the model has no classifier head; "always"
-    starts from the uploaded encoder and trains a new head; "never" refuses a headless model.
-    """
-
-    when: Literal["auto", "always", "never"] = "auto"
     epochs: float = Field(3.0, gt=0, le=100)
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(32, ge=1, le=1024)
@@ -190,6 +185,32 @@ class FineTuneSpec(_Asked):
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluations without gain after which the training stops; it is judged by the "
+        "loss on a seeded tenth of train (1,024 rows at most), which is then not trained on, and "
+        "the best weights are kept. null: trains to its end on all rows.",
+    )
+    evaluate_every: int | None = Field(
+        None, ge=1, description="Steps between evaluations for patience; null: an epoch."
+    )
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        "auto",
+        description="Rows computed at once; gradients are summed to the whole batch's, within "
+        'rounding. "auto": the whole batch, halved each time the memory is too small. null: the '
+        "whole batch, and an error where it does not fit.",
+    )
+
+
+class FineTuneSpec(_Training):
+    """Training of the teacher on the dataset's labels, before compression.
+
+    `when`: "auto" fine-tunes only where the model has no classifier head; "always"
+    starts from the uploaded encoder and trains a new head; "never" refuses a headless model.
+    """
+
+    when: Literal["auto", "always", "never"] = "auto"
 
 
 class ImportanceSpec(_Asked):
@@ -216,16 +237,9 @@ class SupernetSpec(_Asked):
         return value
 
 
-class DistillationSpec(_Asked):
+class DistillationSpec(_Training):
     """DynaBERT's width stage; the loss weights are named as in the paper (equation 3)."""
 
-    epochs: float = Field(3.0, gt=0, le=100)
-    max_steps: int | None = Field(None, ge=1)
-    batch_size: int = Field(32, ge=1, le=1024)
-    learning_rate: float = Field(1e-4, gt=0, lt=1)
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
     dropout: float | None = Field(
         0.0, ge=0, lt=1, description="Of the supernet while it learns; null: the model's own."
     )
@@ -244,7 +258,7 @@ class DistillationSpec(_Asked):
         return self
 
 
-class FinalSpec(FineTuneSpec):
+class FinalSpec(_Training):
     """DynaBERT's optional last stage: all sub-networks are fine-tuned on train's labels.
 
     One optimizer step after all widths, as in distillation, and with its dropout.
@@ -310,4 +324,10 @@ class Spec(_Asked):
     constraints: ConstraintSpec = ConstraintSpec()
     export: ExportSpec = ExportSpec()
     device: Literal["cpu", "gpu"] = "cpu"
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Of the whole job, all its runs together. Training stops early enough to "
+        "evaluate, export and measure what was learnt by then.",
+    )
     seed: int = Field(0, ge=0, lt=2**31)

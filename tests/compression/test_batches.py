@@ -41,6 +41,17 @@ def test_the_seed_alone_decides_the_batches() -> None:
     assert rows(3)[:5] != rows(3)[5:10]  # the next epoch has an order of its own
 
 
+def test_batches_go_on_from_any_step() -> None:
+    data = random_rows(37)
+
+    def rows(start: int) -> list[list[int]]:
+        batches = training_rows(data, batch_size=8, steps=13, seed=3, start=start)
+        return [rows.tolist() for rows in batches]
+
+    for start in (1, 4, 5, 6, 10, 12, 13):  # 5 batches an epoch
+        assert rows(start) == rows(0)[start:]
+
+
 def test_sorted_batches_hold_every_row_once() -> None:
     data = random_rows(13)
     batches = list(sorted_batches(data, batch_size=4, pad_id=0))

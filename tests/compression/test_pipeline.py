@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
@@ -18,8 +19,9 @@ import pytest
 from compression import batches, distillation, evaluate, pipeline
 from compression.__main__ import main
 from compression.batches import Encoded, pad
+from compression.checkpoint import newest_snapshot
 from compression.encoder import Encoder, build_encoder
-from compression.errors import DeviceUnavailable, InvalidSpec
+from compression.errors import CheckpointRefused, DeviceUnavailable, Interrupted, InvalidSpec
 from compression.export import Parity, verify
 from compression.pipeline import compress, learning_config
 from compression.report import STAGES, CompressionReport, Progress
@@ -28,6 +30,9 @@ from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer
 from tests.builders import WORDS, tiny_bert, tiny_dataset
 from tests.encoders import as_tensors, random_weights, tiny_config
+from tests.services import wait_until
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def small_spec(**changes: Any) -> Spec:
@@ -136,8 +141,15 @@ def test_constraints_that_nothing_meets_end_without_a_selection(tmp_path: Path) 
         supernet={"width_mults": ["1/2"]},
         export={"formats": ["onnx"]},
         task={"max_seq_len": 32, "labels": None},
+        max_minutes=0.01,
     )
     report = compress(spec, model, dataset, tmp_path / "run")
+    # Its time budget is spent by what comes after training: one step, and all the rest.
+    assert (report.distillation_steps, report.trainings["distil"].ended) == (1, "time")
+    assert report.warnings == (
+        "the time budget of 0.01 minutes ended distil after 1 of 3 steps; the weights are those "
+        "after step 1",
+    )
     assert report.teacher.fine_tuned_steps == 0
     assert report.selection.subnetwork is None
     assert [c.subnetwork for c in report.selection.nearest] == ["w1_2"]
@@ -368,6 +380,65 @@ def test_an_illegal_width_ends_before_anything_is_trained(tmp_path: Path) -> Non
     assert {p.stage for p in seen} == {"load"}
 
 
+class Stopping:
+    """Stops a job at the `step`th sign of life of a stage."""
+
+    def __init__(self, stage: str, step: int) -> None:
+        self.at, self.now = (stage, step), False
+        self.seen: list[Progress] = []
+
+    def __call__(self, progress: Progress) -> None:
+        self.seen.append(progress)
+        if (progress.stage, progress.step) == self.at:
+            self.now = True
+
+
+def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: Path) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=None, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 80, "dev": 40, "test": 20}, seed=1)
+    spec = small_spec(distillation={"epochs": 2, "learning_rate": 1e-3, "dropout": None})
+
+    def run_until(stage: str, step: int, out: Path) -> list[Progress]:
+        stopping = Stopping(stage, step)
+        with pytest.raises(Interrupted):
+            compress(spec, model, dataset, out, stopping, stop=lambda: stopping.now)
+        return stopping.seen
+
+    run_until("export", 0, tmp_path / "whole")
+    _, whole, _ = newest_snapshot(tmp_path / "whole" / "checkpoints")
+    assert whole is not None and list(whole.stages) == ["teacher", "importance", "distil"]
+
+    out = tmp_path / "parts"
+    went_on = []
+    for stage, step in (
+        ("load", 1), ("teacher", 2), ("importance", 0), ("reorder", 0), ("distil", 3), ("export", 0)
+    ):  # fmt: skip
+        seen = run_until(stage, step, out)
+        went_on.append(next(p.message for p in seen if p.stage == "load" and p.step == 1))
+    assert went_on == [
+        "",
+        "",
+        "goes on from step 2 of teacher",
+        "goes on from the end of teacher",
+        "goes on from the end of importance",
+        "goes on from step 3 of distil",
+    ]
+    _, parts, _ = newest_snapshot(out / "checkpoints")
+    assert parts is not None
+    for stage, state in whole.stages.items():
+        found = parts.stages[stage]
+        assert (found.step, found.done) == (state.step, True)
+        assert found.tensors.keys() == state.tensors.keys()
+        for name, array in state.tensors.items():
+            np.testing.assert_array_equal(found.tensors[name], array, err_msg=f"{stage}/{name}")
+
+    with pytest.raises(CheckpointRefused, match=r"not the same: spec\)"):
+        compress(small_spec(seed=1), model, dataset, out)
+    tiny_dataset(dataset, rows={"train": 90, "dev": 40, "test": 20}, seed=1)
+    with pytest.raises(CheckpointRefused, match=r"not the same: dataset\)"):
+        compress(spec, model, dataset, out)
+
+
 @pytest.fixture
 def restored_environment() -> Iterator[None]:
     """The command line chooses variables for its own process; here that is everybody's."""
@@ -400,9 +471,11 @@ def test_the_command_line_does_the_same_job(
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["distillation_steps"] == 2
 
-    with pytest.raises(SystemExit):
-        main([*arguments, "--out", str(tmp_path / "out")])
-    assert "not an empty folder" in capsys.readouterr().err
+    for options in ([], ["--resume"]):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--out", str(tmp_path / "out"), *options])
+    errors = capsys.readouterr().err
+    assert "not an empty folder" in errors and "holds no interrupted job" in errors
     spec.write_text("{task: {max_seq_len: 32}, supernet: {width_mults: [1/3]}}\n")
     assert main([*arguments, "--out", str(tmp_path / "other")]) == 2
     assert "/supernet/width_mults/0" in capsys.readouterr().err
@@ -410,3 +483,37 @@ def test_the_command_line_does_the_same_job(
     with pytest.raises(SystemExit):
         main([*arguments, "--out", str(tmp_path / "third")])
     assert "supernt" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("restored_environment")
+def test_a_job_of_the_command_line_is_stopped_and_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 80, "dev": 40}, seed=1)
+    spec = tmp_path / "spec.json"
+    spec.write_text(
+        small_spec(
+            supernet={"width_mults": ["1/2"]},
+            distillation={"max_steps": 200, "epochs": 100},
+            export={"formats": ["onnx"]},
+        ).model_dump_json()
+    )
+    out = tmp_path / "out"
+    arguments = ["--model", str(model), "--dataset", str(dataset), "--spec", str(spec)]
+    arguments += ["--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "compression", *arguments],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: list(out.glob("checkpoints/*.safetensors")), "a checkpoint", seconds=120)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert "the same command with --resume goes on" in errors
+    assert not (out / "report.json").exists()
+    assert main([*arguments, "--resume"]) == 0
+    assert json.loads((out / "report.json").read_text())["distillation_steps"] == 200
+    assert sorted(path.name for path in out.iterdir()) == ["artifacts", "report.json"]

@@ -18,6 +18,7 @@ from compression.plan import (
     Examples,
     ModelInfo,
     Plan,
+    deadlines,
     make_plan,
     model_info,
     resolve_rows,
@@ -171,6 +172,33 @@ def test_more_work_is_predicted_to_take_longer() -> None:
     assert seconds(distillation={"epochs": 100, "max_steps": 1}) < usual
     assert seconds(supernet={"width_mults": [1]}) < usual
     assert seconds(teacher={"when": "always", "epochs": 100}) > usual
+
+
+def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
+    large = model(None, hidden=3200, head_dim=800)
+    assert deadlines(Spec(), plan_of({}, large, train=TRAIN, dev=DEV)) == {
+        "teacher": None,
+        "distil": None,
+    }
+    spec = {"max_minutes": 2}
+    plan = plan_of(spec, large, train=TRAIN, dev=DEV)
+    parts = plan.predicted_stage_seconds
+    assert plan.predicted_seconds == pytest.approx(20 + sum(parts.values()), rel=0.05)
+    assert parts["finish"] > 15 * 6  # exports
+    until = deadlines(Spec.model_validate(spec), plan)
+    assert until["distil"] == pytest.approx(120 - parts["finish"])
+    assert until["teacher"] is not None and until["distil"] is not None
+    assert until["teacher"] / until["distil"] == pytest.approx(
+        parts["teacher"] / (parts["teacher"] + parts["importance"] + parts["distil"])
+    )
+    # A model that keeps its head is not fine-tuned, and a budget can be too small for anything.
+    kept = plan_of({}, model(hidden=3200, head_dim=800), train=TRAIN, dev=DEV)
+    assert kept.predicted_stage_seconds["teacher"] == 0
+    assert deadlines(Spec(max_minutes=0.1), plan) == {"teacher": 0, "distil": 0}
+    (warning,) = (each for each in plan.warnings if "max_minutes" in each)
+    assert "training will stop early" in warning
+    long = plan_of({"max_minutes": 1000}, large, train=TRAIN, dev=DEV)
+    assert not any("max_minutes" in each for each in long.warnings)
 
 
 # --- columns --------------------------------------------------------------------------------
