@@ -31,7 +31,15 @@ from compression.examples import (
     sequence_columns,
 )
 from compression.report import METRIC_NAMES
-from compression.spec import DistillationSpec, FineTuneSpec, Format, Frozen, Spec, WidthMult
+from compression.spec import (
+    DistillationSpec,
+    FinalSpec,
+    FineTuneSpec,
+    Format,
+    Frozen,
+    Spec,
+    WidthMult,
+)
 from compression.supernet import subnetwork_name
 from compression.tables import (
     LABELLED_SPLITS,
