@@ -219,6 +219,19 @@ def test_what_a_spec_cannot_mean(
     assert says in refused(pointer, spec, info, splits)
 
 
+def test_a_context_in_more_windows_is_predicted_to_take_longer() -> None:
+    long = [f"the good film {'and so on ' * 200}{i}" for i in range(40)]
+    one = asked("train.jsonl", 40)
+    rows = [{**row, "context": context} for row, context in zip(one.rows, long, strict=True)]
+    splits = {**QUESTIONS, "train": dataclasses.replace(one, rows=rows)}
+    predicted = [
+        plan_of({"task": {**ASKED["task"], "doc_stride": stride}}, model(), splits)
+        for stride in (0, 48)
+    ]
+    few, many = (plan.predicted_stage_seconds["distil"] for plan in predicted)
+    assert many / few == pytest.approx(128 / 80, rel=0.25)  # tokens that a window moves on
+
+
 def test_a_new_head_may_replace_any() -> None:
     spec = {**TAGS, "teacher": {"when": "always"}}
     assert plan_of(spec, model(2, head="sequence"), WORDS).fine_tune
