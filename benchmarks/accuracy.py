@@ -6,8 +6,8 @@ chooses its epoch. dev and test are only looked at. Source of the data: SST-2
 (Socher et al. 2013), binary sentences as train.tsv, dev.tsv, test.tsv with the
 columns `sentence` and `label`; licence as its README says.
 
-A finished seed is kept as a file and not run again. The last line of standard
-output is one JSON object: means over seeds and 95 % bootstrap intervals.
+A finished teacher and a finished seed are kept as files and not run again. The last
+line of standard output is one JSON object: means over seeds and 95 % bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -19,8 +19,16 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compression.runtime_env import cpu_vendor, training_environment
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from compression.batches import Encoded
+    from compression.encoder import Encoder
+    from compression.tasks import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = ("1", "3/4", "1/2", "1/4")
@@ -29,21 +37,23 @@ WIDTHS = ("1", "3/4", "1/2", "1/4")
 def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     """All figures of one seed, with the rows that each stage got right."""
     import numpy as np
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
 
     from compression.batches import Encoded, sorted_rows
     from compression.distillation import distil
-    from compression.encoder import build_encoder, numpy_weights, with_new_head
+    from compression.encoder import build_encoder, with_new_head
     from compression.evaluate import predict
     from compression.importance import measure_importance
     from compression.pipeline import learning_config
     from compression.reorder import descending, reorder
-    from compression.spec import DistillationSpec, FineTuneSpec, TaskSpec
+    from compression.spec import DistillationSpec, TaskSpec
     from compression.supernet import subnetwork_of
     from compression.tables import read_splits
     from compression.tasks import make_task
     from compression.teachers import read_checkpoint
     from compression.tokenization import encode, load_tokenizer
-    from compression.training import Step, fine_tune, step_count
+    from compression.training import Step
 
     task = make_task(TaskSpec(), ("0", "1"))
     checkpoint = read_checkpoint(args.model)
@@ -60,22 +70,15 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     order = np.random.default_rng([seed, 1]).permutation(len(train))
     holdout, learnt = train.take(order[: len(train) // 10]), train.take(order[len(train) // 10 :])
     config, weights = with_new_head(checkpoint.config, checkpoint.tensors, num_labels=2, seed=seed)
-    teacher = build_encoder(config, weights)
-    spec = FineTuneSpec(epochs=args.teacher_epochs, max_steps=args.max_steps)
-    epoch_steps = max(1, round(step_count(spec, len(learnt)) / args.teacher_epochs))
-    epochs: list[float] = []
-    best: tuple[float, dict[str, np.ndarray]] = (-1.0, weights)
-
-    def after_step(step: Step) -> None:
-        nonlocal best
-        if step.done % epoch_steps == 0 or step.done == step.total:
-            epochs.append(task.score(predict(teacher, holdout), holdout))
-            log(seed, f"teacher step {step.done}/{step.total}, hold-out {epochs[-1]:.4f}")
-            if epochs[-1] > best[0]:
-                best = (epochs[-1], numpy_weights(teacher))
-
-    fine_tune(teacher, learnt, spec, task, seed=seed, on_step=after_step)
-    weights = best[1]
+    kept = args.out / f"teacher-{seed}.safetensors"
+    if not kept.exists():
+        best, epochs = train_teacher(
+            seed, build_encoder(config, weights), learnt, holdout, task, args
+        )
+        save_file(best, kept, metadata={"holdout_accuracy_by_epoch": json.dumps(epochs)})
+    with safe_open(kept, framework="np") as file:
+        epochs = json.loads(file.metadata()["holdout_accuracy_by_epoch"])
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     teacher = build_encoder(config, weights)
     teacher_seconds = time.perf_counter() - started
 
@@ -85,7 +88,10 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     def judge(stage: str, encoder: object, chosen: object = subnetworks) -> None:
         for subnetwork in chosen:  # type: ignore[attr-defined]
             for split, rows in judged.items():
-                right = predict(encoder, rows, subnetwork=subnetwork).argmax(-1) == rows.labels
+                right = (
+                    predict(encoder, rows, subnetwork=subnetwork, threads=args.threads).argmax(-1)
+                    == rows.labels
+                )
                 key = f"{stage} {subnetwork.width_mult if subnetwork else 'teacher'} {split}"
                 correct[key] = right.astype(int).tolist()
                 log(seed, f"{key}: {right.mean():.4f}")
@@ -93,7 +99,12 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     judge("teacher", teacher, [None])
     judge("cut", teacher)
 
-    distillation = DistillationSpec(epochs=args.distil_epochs, max_steps=args.max_steps)
+    distillation = DistillationSpec(
+        epochs=args.distil_epochs,
+        max_steps=args.max_steps,
+        lambda_rep=args.lambda_rep,
+        learning_rate=args.learning_rate,
+    )
 
     def reordered(rows: Encoded) -> object:
         scores = measure_importance(
@@ -101,6 +112,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
             rows,
             sorted_rows(rows, batch_size=32),
             task,
+            replicas=args.threads,
         )
         return build_encoder(
             learning_config(config, distillation),
@@ -134,6 +146,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
         task,
         seed=seed,
         on_step=after_distillation,
+        replicas=args.threads,
     )
     judge("distilled", supernet)
     return {
@@ -143,9 +156,42 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
         "teacher_seconds": round(teacher_seconds, 1),
         "distillation_steps": trained.steps,
         "step_seconds": float(np.median(seconds)),
-        "threads": int(os.environ["OMP_NUM_THREADS"]),
+        "threads": args.threads,
+        "lambda_rep": args.lambda_rep,
+        "learning_rate": args.learning_rate,
         "correct": correct,
     }
+
+
+def train_teacher(
+    seed: int,
+    teacher: Encoder,
+    learnt: Encoded,
+    holdout: Encoded,
+    task: Task,
+    args: argparse.Namespace,
+) -> tuple[dict[str, np.ndarray], list[float]]:
+    """The weights of the epoch that is best on the hold-out, and the accuracy after each."""
+    from compression.encoder import numpy_weights
+    from compression.evaluate import predict
+    from compression.spec import FineTuneSpec
+    from compression.training import Step, fine_tune, step_count
+
+    spec = FineTuneSpec(epochs=args.teacher_epochs, max_steps=args.max_steps)
+    epoch_steps = max(1, round(step_count(spec, len(learnt)) / args.teacher_epochs))
+    epochs: list[float] = []
+    best: dict[str, np.ndarray] = {}
+
+    def after_step(step: Step) -> None:
+        if step.done % epoch_steps == 0 or step.done == step.total:
+            accuracy = task.score(predict(teacher, holdout, threads=args.threads), holdout)
+            if accuracy > max(epochs, default=-1.0):
+                best.update(numpy_weights(teacher))
+            epochs.append(accuracy)
+            log(seed, f"teacher step {step.done}/{step.total}, hold-out {accuracy:.4f}")
+
+    fine_tune(teacher, learnt, spec, task, seed=seed, on_step=after_step, replicas=args.threads)
+    return best, epochs
 
 
 def log(seed: int, text: str) -> None:
@@ -190,6 +236,8 @@ def summary(results: list[dict[str, object]]) -> dict[str, object]:
         "distillation_steps": results[0]["distillation_steps"],
         "step_seconds": [r["step_seconds"] for r in results],
         "threads": [r["threads"] for r in results],
+        "lambda_rep": results[0]["lambda_rep"],
+        "learning_rate": results[0]["learning_rate"],
         "ratio": round(
             table["distilled 1/4 test"]["accuracy"] / table["teacher teacher test"]["accuracy"], 4
         ),
@@ -203,8 +251,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench-accuracy")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--teacher-epochs", type=int, default=4)
+    parser.add_argument("--teacher-epochs", type=int, default=6)
     parser.add_argument("--distil-epochs", type=float, default=3)
+    parser.add_argument("--lambda-rep", type=float, default=1.0)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--max-steps", type=int, help="cuts both trainings short, to try it out")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()

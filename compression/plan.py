@@ -31,15 +31,7 @@ from compression.examples import (
     sequence_columns,
 )
 from compression.report import METRIC_NAMES
-from compression.spec import (
-    DistillationSpec,
-    FinalSpec,
-    FineTuneSpec,
-    Format,
-    Frozen,
-    Spec,
-    WidthMult,
-)
+from compression.spec import Format, Frozen, Spec, TrainingSpec, WidthMult
 from compression.supernet import subnetwork_name
 from compression.tables import (
     LABELLED_SPLITS,
@@ -661,7 +653,7 @@ def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
     return {"teacher": predicted["teacher"] * share, "distil": distilled * share, "final": left}
 
 
-def _trained_rows(training: FineTuneSpec | DistillationSpec | FinalSpec, rows: int) -> int:
+def _trained_rows(training: TrainingSpec, rows: int) -> int:
     steps = math.ceil(rows / training.batch_size * training.epochs)
     if training.max_steps is not None:
         steps = min(steps, training.max_steps)

@@ -175,7 +175,7 @@ class TaskSpec(_Asked):
         return value
 
 
-class _Training(_Asked):
+class TrainingSpec(_Asked):
     """What every training is told."""
 
     epochs: float = Field(3.0, gt=0, le=100)
@@ -203,7 +203,7 @@ class _Training(_Asked):
     )
 
 
-class FineTuneSpec(_Training):
+class FineTuneSpec(TrainingSpec):
     """Training of the teacher on the dataset's labels, before compression.
 
     `when`: "auto" fine-tunes only where the model has no classifier head; "always"
@@ -237,7 +237,7 @@ class SupernetSpec(_Asked):
         return value
 
 
-class DistillationSpec(_Training):
+class DistillationSpec(TrainingSpec):
     """DynaBERT's width stage; the loss weights are named as in the paper (equation 3)."""
 
     dropout: float | None = Field(
@@ -258,7 +258,7 @@ class DistillationSpec(_Training):
         return self
 
 
-class FinalSpec(_Training):
+class FinalSpec(TrainingSpec):
     """DynaBERT's optional last stage: all sub-networks are fine-tuned on train's labels.
 
     One optimizer step after all widths, as in distillation, and with its dropout.

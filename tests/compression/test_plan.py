@@ -179,6 +179,7 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
     assert deadlines(Spec(), plan_of({}, large, train=TRAIN, dev=DEV)) == {
         "teacher": None,
         "distil": None,
+        "final": None,
     }
     spec = {"max_minutes": 2}
     plan = plan_of(spec, large, train=TRAIN, dev=DEV)
@@ -191,10 +192,15 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
     assert until["teacher"] / until["distil"] == pytest.approx(
         parts["teacher"] / (parts["teacher"] + parts["importance"] + parts["distil"])
     )
+    assert until["final"] == until["distil"]
+    tuned = {**spec, "final": {"when": "always"}}
+    later = deadlines(Spec.model_validate(tuned), plan_of(tuned, large, train=TRAIN, dev=DEV))
+    assert later["final"] == until["final"]
+    assert later["distil"] is not None and later["distil"] < until["distil"]
     # A model that keeps its head is not fine-tuned, and a budget can be too small for anything.
     kept = plan_of({}, model(hidden=3200, head_dim=800), train=TRAIN, dev=DEV)
     assert kept.predicted_stage_seconds["teacher"] == 0
-    assert deadlines(Spec(max_minutes=0.1), plan) == {"teacher": 0, "distil": 0}
+    assert deadlines(Spec(max_minutes=0.1), plan) == {"teacher": 0, "distil": 0, "final": 0}
     (warning,) = (each for each in plan.warnings if "max_minutes" in each)
     assert "training will stop early" in warning
     long = plan_of({"max_minutes": 1000}, large, train=TRAIN, dev=DEV)
