@@ -38,6 +38,17 @@ EXAMPLES: dict[str, Any] = {
             },
         },
     },
+    "questions": {
+        "summary": "Answers in a context, read in windows of 384 tokens",
+        "value": {
+            "model": _MODEL,
+            "dataset": _DATASET,
+            "spec": {
+                "task": {"kind": "question_answering", "max_seq_len": 384, "doc_stride": 128},
+                "constraints": {"max_accuracy_drop": 1.0},
+            },
+        },
+    },
     "everything": {
         "summary": "Sentence pairs, a teacher trained first, every stage set",
         "value": {

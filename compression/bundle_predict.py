@@ -174,6 +174,7 @@ def score(np: Any, labels: list[str], logits: Any) -> dict[str, Any]:
 
 def judge(manifest: dict[str, Any], fmt: str, texts: list[str]) -> Iterator[dict[str, Any]]:
     """One answer a text, or a pair of them."""
+    np = need("numpy")
     task = manifest["task"]
     read = {"classification": one_label, "multi_label": any_labels, "regression": score}
     tokenizer = read_tokenizer()
@@ -182,7 +183,7 @@ def judge(manifest: dict[str, Any], fmt: str, texts: list[str]) -> Iterator[dict
     if task["text_pair"]:
         rows = list(zip(texts[::2], texts[1::2], strict=True))
     for logits in logits_of(manifest, load(manifest, fmt), tokenizer.encode_batch(rows)):
-        yield read[task["kind"]](need("numpy"), task["labels"], logits)
+        yield read[task["kind"]](np, task["labels"], logits)
 
 
 def tag(manifest: dict[str, Any], fmt: str, texts: list[str]) -> Iterator[dict[str, Any]]:

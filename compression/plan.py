@@ -264,11 +264,12 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
         )
         for width, config in configs.items()
     )
+    windows = _windows(spec, dataset, columns)
     seconds = _predicted_stage_seconds(
         spec,
         full,
         list(configs.values()),
-        rows,
+        {split: math.ceil(count * windows) for split, count in rows.items()},
         tokens=_tokens(spec, dataset, columns, percentile_95=False),
         seq_len=seq_len,
         fine_tune=fine_tune,
@@ -573,7 +574,21 @@ def _narrowed(
 def _tokens(
     spec: Spec, dataset: DatasetProfile, columns: _TaskColumns, *, percentile_95: bool
 ) -> int:
-    """Tokens of a row, estimated from characters: the tokenizer is not at hand in a dry run."""
+    """Tokens of a row, or of a window of it."""
+    tokens = _row_tokens(dataset, columns, percentile_95=percentile_95)
+    return max(3, min(spec.task.max_seq_len, math.ceil(tokens)))
+
+
+def _windows(spec: Spec, dataset: DatasetProfile, columns: _TaskColumns) -> float:
+    """How many windows a question's context is read in, on average."""
+    if spec.task.kind != "question_answering":
+        return 1.0
+    beyond = _row_tokens(dataset, columns, percentile_95=False) - spec.task.max_seq_len
+    return 1 + max(0.0, beyond) / (spec.task.max_seq_len - spec.task.overlap)
+
+
+def _row_tokens(dataset: DatasetProfile, columns: _TaskColumns, *, percentile_95: bool) -> float:
+    """Estimated from characters: the tokenizer is not at hand in a dry run."""
     split = dataset.splits["dev" if percentile_95 and "dev" in dataset.splits else "train"]
     tokens = 2.0  # [CLS] and [SEP]
     for name in (columns.text, columns.text_pair):
@@ -583,7 +598,7 @@ def _tokens(
             tokens += characters / CHARACTERS_PER_TOKEN
     if columns.text_pair is not None:
         tokens += 1
-    return max(3, min(spec.task.max_seq_len, math.ceil(tokens)))
+    return tokens
 
 
 def _predicted_stage_seconds(

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compression.bundle_predict import WORD, in_words
 from compression.pipeline import compress
 from compression.report import CompressionReport
 from compression.spec import Spec
-from compression.teachers import read_checkpoint
 from tests.builders import CHINESE, WORDS, tiny_bert, tiny_questions, tiny_tags, with_token_head
 
 ROWS = {"train": 48, "dev": 24, "test": 12, "unlabelled": 8}
@@ -35,19 +35,17 @@ def spec(**task: Any) -> Spec:
     )
 
 
-def predict(run_dir: Path, *arguments: str) -> list[dict[str, Any]]:
+def predict(run_dir: Path, *texts: str) -> list[dict[str, Any]]:
     """What the downloaded bundle's predict.py answers, in a process of its own."""
     with tarfile.open(run_dir / "artifacts" / "w1_2" / "bundle.tar.gz") as archive:
         archive.extractall(run_dir, filter="data")
     done = subprocess.run(
-        [sys.executable, str(run_dir / "w1_2" / "predict.py"), *arguments],
+        [sys.executable, str(run_dir / "w1_2" / "predict.py"), "--json", *texts],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
-    if "--json" not in arguments:
-        return [{"shown": done.stdout}]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -81,14 +79,12 @@ def test_words_are_tagged_from_upload_to_bundle(tmp_path: Path) -> None:
     assert report.dataset.labels == ("B-GOOD", "B-LOC", "I-LOC", "O")
     right = words = 0
     rows = dev_rows(dataset)
-    answers = predict(tmp_path, "--json", *(" ".join(row["tokens"]) for row in rows))
+    answers = predict(tmp_path, *(" ".join(row["tokens"]) for row in rows))
     for row, answer in zip(rows, answers, strict=True):
         assert answer["words"] == row["tokens"]
         right += sum(a == b for a, b in zip(answer["tags"], row["tags"], strict=True))
         words += len(row["tags"])
     assert right / words == pytest.approx(report.subnetworks[0].metrics["accuracy"], abs=1e-9)
-    shown = predict(tmp_path, "a good 北京")[0]["shown"]
-    assert [line.split("\t")[0] for line in shown.splitlines()] == ["a", "good", "北", "京", ""]
     card = (tmp_path / "w1_2" / "MODEL_CARD.md").read_text()
     assert "| entity F1 on dev |" in card
     manifest = json.loads((tmp_path / "w1_2" / "manifest.json").read_text())
@@ -105,7 +101,7 @@ def test_questions_are_answered_from_upload_to_bundle(tmp_path: Path) -> None:
     assert report.teacher.accuracy > 0.3
     rows = dev_rows(dataset)
     asked = [text for row in rows for text in (row["question"], row["context"])]
-    answers = [answer["answer"] for answer in predict(tmp_path, "--json", *asked)]
+    answers = [answer["answer"] for answer in predict(tmp_path, *asked)]
     exact = np.mean(
         [
             answer.strip() == row["answers"]["text"][0]
@@ -118,29 +114,20 @@ def test_questions_are_answered_from_upload_to_bundle(tmp_path: Path) -> None:
     assert "| exact match on dev |" in card
 
 
-@pytest.mark.parametrize(
-    ("head", "kind", "outputs"),
-    [
-        ("TokenClassification", "token_classification", 4),
-        ("QuestionAnswering", "question_answering", 2),
-    ],
-)
-def test_an_uploaded_head_is_kept(tmp_path: Path, head: str, kind: str, outputs: int) -> None:
-    names = ("O", "B-GOOD", "B-LOC", "I-LOC") if outputs == 4 else None
-    folder = tiny_bert(
-        tmp_path / "model", num_labels=outputs, labels=names, words=(*WORDS, *CHINESE), seed=1
-    )
-    model = with_token_head(folder, head)
-    make = tiny_tags if outputs == 4 else tiny_questions
-    dataset = make(tmp_path / "dataset", rows={"train": 16, "dev": 8}, seed=1)
-    report = compress(
-        spec(kind=kind, max_seq_len=36, doc_stride=4 if outputs == 2 else None),
-        model,
-        dataset,
-        tmp_path,
-    )
+def test_tags_are_shown_a_word_a_line_and_answers_with_their_question() -> None:
+    assert WORD.findall("a good 北京 film.") == ["a", "good", "北", "京", "film."]
+    tags = {"words": ["a", "北"], "tags": ["O", None]}
+    assert in_words(tags, ["a 北"]) == "a\tO\n北\t(cut off)\n"
+    answer = {"answer": "北京", "probability": 0.5}
+    assert in_words(answer, ["where", "a 北京"]) == "北京\t0.5000\twhere | a 北京"
+
+
+def test_an_uploaded_head_is_kept(tmp_path: Path) -> None:
+    folder = tiny_bert(tmp_path / "model", num_labels=2, words=(*WORDS, *CHINESE), seed=1)
+    model = with_token_head(folder, "QuestionAnswering")
+    dataset = tiny_questions(tmp_path / "dataset", rows={"train": 16, "dev": 8}, seed=1)
+    task = {"kind": "question_answering", "max_seq_len": 36}
+    report = compress(spec(**task), model, dataset, tmp_path)
     assert report.teacher.fine_tuned_steps == 0
-    assert report.dataset.label_names == (names or ("start", "end"))
-    checkpoint = read_checkpoint(model)
-    assert checkpoint.config.head == "token"
-    assert not any(name.startswith("pooler") for name in checkpoint.tensors)
+    assert report.dataset.label_names == ("start", "end")
+    assert report.subnetworks[0].formats[0].published

@@ -293,6 +293,7 @@ def test_weights_that_do_not_fit_are_named(
         ({"model_type": ..., "architectures": ...}, "names no model_type"),
         ({"id2label": {"0": "a", "2": "b"}}, "does not name the labels 0 to 1"),
         ({"id2label": ["a", "b"]}, "id2label is not an object"),
+        ({"architectures": ["BertForMultipleChoice"]}, "BertForMultipleChoice"),
         ({"problem_type": "regression"}, "'regression', which does not suit a classifier of 2"),
         ({"problem_type": ["a"]}, "which does not suit"),
     ],
