@@ -141,6 +141,12 @@ def numpy_weights(encoder: Encoder) -> dict[str, np.ndarray]:
 def build_encoder(config: EncoderConfig, tensors: Mapping[str, np.ndarray]) -> Encoder:
     """An encoder that holds exactly `tensors`; InvalidModel names what does not fit."""
     encoder = Encoder(config)
+    set_weights(encoder, tensors)
+    return encoder
+
+
+def set_weights(encoder: Encoder, tensors: Mapping[str, np.ndarray]) -> None:
+    """Makes the encoder hold exactly `tensors`; InvalidModel names what does not fit."""
     own = encoder.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
@@ -151,7 +157,6 @@ def build_encoder(config: EncoderConfig, tensors: Mapping[str, np.ndarray]) -> E
                 f"{name} has shape {list(tensors[name].shape)}, expected {list(parameter.shape)}"
             )
         parameter.set_value(tensors[name].astype(np.float32))
-    return encoder
 
 
 def with_new_head(

@@ -69,6 +69,12 @@ class TrainingDiverged(CompressionError):
     code = "training-diverged"
 
 
+class ReferenceFailed(CompressionError):
+    """The process of the engine paddleslim did not come to its end."""
+
+    code = "reference-failed"
+
+
 class ExportFailed(CompressionError):
     """A format could not be written, or failed the parity gate."""
 

@@ -20,12 +20,20 @@ from compression import cost, latency, selection
 from compression.batches import Encoded, pad, sorted_batches
 from compression.bundle import BundleFacts, Provenance, input_digests, write_bundle
 from compression.distillation import StepReport, distil
-from compression.encoder import Encoder, build_encoder, numpy_weights, with_new_head
+from compression.encoder import (
+    Encoder,
+    build_encoder,
+    numpy_weights,
+    set_weights,
+    with_new_head,
+)
 from compression.errors import DeviceUnavailable
 from compression.evaluate import predict
 from compression.export import Exported, export_formats, format_report, verify
 from compression.importance import measure_importance
 from compression.plan import Examples, Plan, make_plan, model_info, resolve_rows
+from compression.reference import run as reference
+from compression.reference.exchange import Request
 from compression.reorder import descending, reorder
 from compression.report import (
     STAGES,
@@ -51,6 +59,7 @@ from compression.training import fine_tune
 PARITY_ROWS = 64
 PARITY_TOLERANCE = 1e-4  # fp32
 TEACHER = "teacher"
+REFERENCE = "reference"
 BUNDLE = "bundle.tar.gz"
 
 Advance = Callable[..., None]
@@ -83,7 +92,7 @@ def compress(
         teacher_accuracy = job.task.metric(teacher_logits, job.splits["dev"].labels)
         advance(1, 1, accuracy=teacher_accuracy)
     with stages("importance") as advance:
-        head_orders, neuron_orders = rank_units(job, teacher, advance)
+        head_orders, neuron_orders = rank_units(job, teacher, run_dir / "work", advance)
     with stages("reorder") as advance:
         weights = numpy_weights(teacher)
         supernet = build_encoder(
@@ -95,7 +104,7 @@ def compress(
     subnetworks = [subnetwork_of(supernet.config, each.width_mult) for each in job.plan.subnetworks]
     with stages("distil") as advance:
         distillation_steps, step_seconds = train_supernet(
-            job, supernet, teacher, subnetworks, advance
+            job, supernet, teacher, subnetworks, run_dir / "work", advance
         )
     with stages("evaluate") as advance:
         accuracies = []
@@ -319,7 +328,7 @@ def make_teacher(job: Job, advance: Advance) -> tuple[Encoder, int]:
 
 
 def rank_units(
-    job: Job, teacher: Encoder, advance: Advance
+    job: Job, teacher: Encoder, work: Path, advance: Advance
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Each layer's heads and neurons, most important first, on a seeded sample of rows."""
     spec = job.spec.importance
@@ -328,12 +337,19 @@ def rank_units(
         np.random.default_rng([job.spec.seed, 2]).permutation(len(rows))[: spec.rows]
     )
     total = -(-len(sample) // spec.batch_size)
-    importance = measure_importance(
-        teacher,
-        sorted_batches(sample, batch_size=spec.batch_size, pad_id=teacher.config.pad_token_id),
-        job.task.label_loss,
-        on_batch=lambda done: advance(done, total),
-    )
+    if job.spec.engine == "paddleslim":
+        importance = reference.measure_importance(
+            work / REFERENCE,
+            reference_request(job, teacher, sample),
+            on_batch=lambda done: advance(done, total),
+        )
+    else:
+        importance = measure_importance(
+            teacher,
+            sorted_batches(sample, batch_size=spec.batch_size, pad_id=teacher.config.pad_token_id),
+            job.task.label_loss,
+            on_batch=lambda done: advance(done, total),
+        )
     return (
         [descending(scores) for scores in importance.heads],
         [descending(scores) for scores in importance.neurons],
@@ -345,15 +361,25 @@ def train_supernet(
     supernet: Encoder,
     teacher: Encoder,
     subnetworks: Sequence[Subnetwork],
+    work: Path,
     advance: Advance,
 ) -> tuple[int, float]:
-    """Distils the supernet in place; returns its steps and a step's median seconds."""
+    """Distils the supernet in place; returns its steps and a step's median seconds.
+
+    The engine paddleslim reorders and trains its own, whose weights then replace the supernet's.
+    """
     seconds: list[float] = []
 
     def on_step(step: StepReport) -> None:
         seconds.append(step.seconds)
         advance(step.done, step.total, losses=step.losses)
 
+    if job.spec.engine == "paddleslim":
+        learnt = reference.distil(
+            work / REFERENCE, reference_request(job, teacher, job.splits["train"]), on_step=on_step
+        )
+        set_weights(supernet, learnt)
+        return len(seconds), statistics.median(seconds)
     steps = distil(
         supernet,
         teacher,
@@ -365,6 +391,10 @@ def train_supernet(
         on_step=on_step,
     )
     return steps, statistics.median(seconds)
+
+
+def reference_request(job: Job, teacher: Encoder, rows: Encoded) -> Request:
+    return Request(job.spec, teacher.config, numpy_weights(teacher), rows)
 
 
 def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:
@@ -496,7 +526,9 @@ def export_warnings(
 
 def environment(spec: Spec) -> dict[str, str]:
     """The device and the libraries that the figures were measured with."""
-    names = ("paddlepaddle", "onnxruntime", "paddle2onnx", "numpy", "tokenizers", "safetensors")
+    names = ["paddlepaddle", "onnxruntime", "paddle2onnx", "numpy", "tokenizers", "safetensors"]
+    if spec.engine == "paddleslim":
+        names += ["paddleslim", "paddlenlp"]
     return {
         "device": spec.device,
         "cpu": cpu_name(),

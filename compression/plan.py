@@ -19,6 +19,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from compression import cost
+from compression.engines import check_paddleslim
 from compression.errors import InvalidDataset, InvalidSpec, RowError
 from compression.spec import DistillationSpec, FineTuneSpec, Format, Frozen, Spec, WidthMult
 from compression.supernet import subnetwork_name
@@ -174,6 +175,8 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
     labels, label_names = _label_order(spec, model, [v.value for v in values], fine_tune=fine_tune)
     _check_lengths(spec, encoder, pair=columns.text_pair is not None)
     configs = _narrowed(spec, model, dataclasses.replace(encoder, num_labels=len(labels)))
+    if spec.engine == "paddleslim":
+        check_paddleslim(spec, encoder)
     rows = {split: dataset.splits[split].rows for split in SPLITS if split in dataset.splits}
     dev_from_train = "dev" not in rows
     if dev_from_train:

@@ -205,6 +205,13 @@ class Spec(_Asked):
     """One compression job. Every field has a default; `{}` is a complete spec."""
 
     task: TaskSpec = TaskSpec()
+    engine: Literal["widthwise", "paddleslim"] = Field(
+        "widthwise",
+        description="Who scores, reorders and distils. paddleslim: its own OFA-BERT recipe, "
+        "mended, in a process of its own, to compare with: BERT classifiers only, gradients are "
+        "not clipped, and a job that is interrupted starts it again. Everything before and after "
+        "is the same for both.",
+    )
     teacher: FineTuneSpec = FineTuneSpec()
     importance: ImportanceSpec = ImportanceSpec()
     supernet: SupernetSpec = SupernetSpec()

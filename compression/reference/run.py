@@ -1,0 +1,93 @@
+"""The engine `paddleslim`: its stages, each in a fresh reference process, with files in and out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from compression.distillation import StepReport
+from compression.errors import ReferenceFailed, TrainingDiverged
+from compression.export.fresh import IMPORT_ROOT, fresh_command, fresh_environment, last_lines
+from compression.importance import Importance
+from compression.reference.exchange import SUPERNET, Request, read_scores, write_request
+from compression.supernet import subnetwork_name
+
+IMPORTANCE = "importance"
+DISTIL = "distil"
+
+
+def measure_importance(
+    work: Path, request: Request, *, on_batch: Callable[[int], None]
+) -> Importance:
+    """PaddleSlim's compute_neuron_head_importance of the request's model and rows."""
+    folder = work / IMPORTANCE
+    write_request(folder, request)
+    _run(IMPORTANCE, folder, lambda event: on_batch(event["step"]))
+    return read_scores(folder)
+
+
+def distil(
+    work: Path, request: Request, *, on_step: Callable[[StepReport], None]
+) -> dict[str, np.ndarray]:
+    """PaddleSlim's reordering and training loop; the full-width supernet's weights by our names.
+
+    It reorders by the scores that `measure_importance` left in `work`.
+    """
+    folder = work / DISTIL
+    write_request(folder, replace(request, importance=read_scores(work / IMPORTANCE)))
+    names = [subnetwork_name(width) for width in request.spec.supernet.width_mults]
+
+    def on_event(event: dict[str, Any]) -> None:
+        losses = dict(zip(names, event["losses"], strict=True))
+        on_step(StepReport(event["step"], event["total"], losses, event["seconds"]))
+
+    _run(DISTIL, folder, on_event)
+    return load_file(folder / SUPERNET)
+
+
+def _run(command: str, folder: Path, on_event: Callable[[dict[str, Any]], None]) -> None:
+    """Runs the process to its end, an event at a time. ReferenceFailed with its last words."""
+    log = folder / "stderr.log"
+    diverged = None
+    environment = fresh_environment(
+        # At import PaddleNLP makes folders below its home, and hub clients look for theirs.
+        {"PPNLP_HOME": str(folder.resolve() / "paddlenlp"), "HF_HUB_OFFLINE": "1"}
+    )
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            fresh_command("compression.reference", [command, folder.resolve()]),
+            cwd=IMPORT_ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                event = json.loads(line)
+                if "diverged" in event:
+                    diverged = event["diverged"]
+                else:
+                    on_event(event)
+        except BaseException:
+            process.kill()
+            raise
+    if diverged is not None:
+        raise TrainingDiverged(diverged)
+    if process.returncode != 0:
+        said = last_lines(log.read_text(errors="replace"))
+        raise ReferenceFailed(
+            f"the {command} process of the engine paddleslim ended with status "
+            f"{process.returncode}: {said}; the engine widthwise does the same job"
+        )
