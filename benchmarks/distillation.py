@@ -39,14 +39,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from compression.runtime_env import cpu_name, cpu_vendor, training_environment
+from compression.runtime_env import core_count, cpu_name, cpu_vendor, fastest, replica_count
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = ("1", "3/4", "1/2", "1/4")
 PADDED = 64
 BATCH, BASE_BATCH = 32, 8
 MEMORY_STEPS = 4
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "KMP_BLOCKTIME")
 REFERENCES = ("shipped", "no_grad", "longest")
 
 
@@ -110,6 +109,7 @@ def play_ours(args: argparse.Namespace) -> None:
         TASKS["classification"].logit_loss,
         seed=0,
         on_step=on_step,
+        replicas=replica_count(os.environ, cores=core_count()),
     )
 
 
@@ -377,6 +377,12 @@ def main() -> None:
     inputs.add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=6, help="measured; one more warms up")
     parser.add_argument("--steps", type=int, default=3, help="of each side in each round")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        default=ROOT / "build" / "bench-distillation",
+        help="folder that keeps which environment was measured to be the fastest",
+    )
     parser.add_argument("--side", choices=sorted(SIDES), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -385,9 +391,9 @@ def main() -> None:
     inputs.check(args)
     args.model, args.data = args.model.resolve(), args.data.resolve()
 
-    cores = len(os.sched_getaffinity(0))
-    chosen = training_environment(cpu_count=cores, vendor=cpu_vendor())
-    bare = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    cores = core_count()
+    chosen = fastest(args.keep, machine=cpu_name(), cores=cores, vendor=cpu_vendor()).variables
+    bare = {name: value for name, value in os.environ.items() if name not in chosen}
     ours_env = {**bare, **chosen}
     every_core = {"OMP_NUM_THREADS": str(cores), "MKL_NUM_THREADS": str(cores)}
     steps = args.steps
@@ -448,7 +454,7 @@ def main() -> None:
                 "steps_a_round": steps,
                 "cores": cores,
                 "cpu": cpu_name(),
-                "environment": {k: v for k, v in ours_env.items() if k in VARIABLES},
+                "environment": chosen,
             }
         )
     )

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import inputs
-from compression.runtime_env import cpu_vendor, training_environment
+from compression.runtime_env import core_count, cpu_vendor, replica_count, training_environment
 
 BATCH = 32
 IMPORTANCE_ROWS = 1024
@@ -37,7 +37,7 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    from compression.batches import sorted_batches
+    from compression.batches import sorted_rows
     from compression.distillation import distil
     from compression.encoder import build_encoder, numpy_weights
     from compression.evaluate import predict
@@ -52,6 +52,7 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     from compression.training import fine_tune
 
     task = TASKS["classification"]
+    replicas = replica_count(os.environ, cores=core_count())
     config, weights = inputs.read_model(args.model, seed=seed)
     splits = inputs.read_rows(args.model, args.data, max_seq_len=64)
     train = splits["train"]
@@ -66,6 +67,7 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             task.label_loss,
             seed=seed,
             on_step=lambda done, total, loss: log(seed, f"teacher {done}/{total}: {loss:.3f}"),
+            replicas=replicas,
         )
         save_file(numpy_weights(learner), args.out / "unfinished.safetensors")
         os.replace(args.out / "unfinished.safetensors", kept)
@@ -88,8 +90,10 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     def ours() -> dict[str, np.ndarray]:
         scores = measure_importance(
             teacher,
-            sorted_batches(sample, batch_size=BATCH, pad_id=config.pad_token_id),
+            sample,
+            sorted_rows(sample, batch_size=BATCH),
             task.label_loss,
+            replicas=replicas,
         )
         supernet = build_encoder(
             learning_config(config, spec.distillation),
@@ -109,6 +113,7 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             task.logit_loss,
             seed=seed,
             on_step=on_step,
+            replicas=replicas,
         )
         return numpy_weights(supernet)
 
@@ -117,9 +122,17 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         as_shipped = spec.model_copy(update={"distillation": own_dropout})
         work = args.out / f"seed-{seed}-work"
         reference.measure_importance(
-            work, Request(as_shipped, config, weights, sample), on_batch=lambda done: None
+            work,
+            Request(as_shipped, config, weights, sample),
+            on_batch=lambda done: None,
+            replicas=replicas,
         )
-        return reference.distil(work, Request(as_shipped, config, weights, rows), on_step=on_step)
+        return reference.distil(
+            work,
+            Request(as_shipped, config, weights, rows),
+            on_step=on_step,
+            replicas=replicas,
+        )
 
     learn: dict[str, Callable[[], dict[str, np.ndarray]]] = {"ours": ours, "reference": theirs}
     results = {}
@@ -199,9 +212,7 @@ def main() -> None:
     args = parser.parse_args()
     inputs.check(args)
     # Before the first import of paddle.
-    os.environ.update(
-        training_environment(cpu_count=len(os.sched_getaffinity(0)), vendor=cpu_vendor())
-    )
+    os.environ.update(training_environment(cpu_count=core_count(), vendor=cpu_vendor()))
     args.out.mkdir(parents=True, exist_ok=True)
     print(json.dumps(summary([compare(seed, args) for seed in args.seeds], args)))
 

@@ -23,6 +23,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row [rows]."""
+        return np.array([len(row) for row in self.input_ids])
+
     def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
         return Encoded(
             [self.input_ids[r] for r in rows],
@@ -94,25 +99,28 @@ def epoch_order(
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def training_batches(
-    data: Encoded, *, batch_size: int, steps: int, seed: int, pad_id: int
-) -> Iterator[Batch]:
-    """`steps` batches, epoch after epoch; the same seed gives the same batches."""
-    lengths = np.array([len(row) for row in data.input_ids])
+def training_rows(data: Encoded, *, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
+    """Row numbers of `steps` batches, epoch after epoch; the same seed gives the same ones."""
+    lengths = data.lengths
     epoch = done = 0
     while True:
         generator = np.random.default_rng([seed, epoch])
         for rows in epoch_order(lengths, batch_size=batch_size, generator=generator):
             if done == steps:
                 return
-            yield make_batch(data, rows, pad_id=pad_id)
+            yield rows
             done += 1
         epoch += 1
 
 
-def sorted_batches(data: Encoded, *, batch_size: int, pad_id: int) -> Iterator[Batch]:
-    """Every row once, shortest first: for evaluation and importance."""
-    lengths = np.array([len(row) for row in data.input_ids])
-    order = np.argsort(lengths, kind="stable")
+def sorted_rows(data: Encoded, *, batch_size: int) -> Iterator[np.ndarray]:
+    """Row numbers of batches that hold every row once, shortest first."""
+    order = np.argsort(data.lengths, kind="stable")
     for start in range(0, len(order), batch_size):
-        yield make_batch(data, order[start : start + batch_size], pad_id=pad_id)
+        yield order[start : start + batch_size]
+
+
+def sorted_batches(data: Encoded, *, batch_size: int, pad_id: int) -> Iterator[Batch]:
+    """Every row once, shortest first: for evaluation."""
+    for rows in sorted_rows(data, batch_size=batch_size):
+        yield make_batch(data, rows, pad_id=pad_id)

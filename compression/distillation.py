@@ -10,11 +10,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import paddle
 from paddle import Tensor
 
-from compression.batches import Encoded, training_batches
+from compression.batches import Encoded, make_batch, training_rows
 from compression.encoder import Encoder, EncoderStates
+from compression.noise import Noise
+from compression.parallel import Replicas
 from compression.spec import DistillationSpec
 from compression.supernet import Subnetwork
 from compression.training import Optimizer, finite, step_count
@@ -70,35 +73,81 @@ def distil(
     *,
     seed: int,
     on_step: Callable[[StepReport], None],
+    replicas: int = 1,
 ) -> int:
     """Trains the supernet in place and returns the steps done.
 
     Each batch: the teacher once, without gradients; every sub-network forward and
-    backward; one optimizer step.
+    backward; one optimizer step. `replicas` threads share each batch.
     """
     steps = step_count(spec, len(data))
-    paddle.seed(seed)
     optimizer = Optimizer(supernet, spec, steps=steps)
-    batches = training_batches(
-        data,
-        batch_size=spec.batch_size,
-        steps=steps,
-        seed=seed,
-        pad_id=supernet.config.pad_token_id,
-    )
-    teacher.eval()
-    supernet.train()
-    for done, batch in enumerate(batches, start=1):
-        start = time.perf_counter()
-        with paddle.no_grad():
-            targets = teacher.encode(*batch.inputs)
-        losses = {}
-        for subnetwork in subnetworks:
-            states = supernet.encode(*batch.inputs, subnetwork=subnetwork)
-            loss = distillation_loss(states, targets, batch.attention_mask, spec, logit_loss)
-            losses[subnetwork.name] = finite(float(loss), stage="distillation", step=done)
-            loss.backward()
-        optimizer.step()
-        on_step(StepReport(done, steps, losses, time.perf_counter() - start))
-    supernet.eval()
+    batches = training_rows(data, batch_size=spec.batch_size, steps=steps, seed=seed)
+    with Replicas(supernet, replicas) as parallel:
+        gradients = SupernetGradients(parallel, teacher, data, subnetworks, spec, logit_loss, seed)
+        for done, rows in enumerate(batches, start=1):
+            start = time.perf_counter()
+            losses = gradients(rows, step=done)
+            for loss in losses.values():
+                finite(loss, stage="distillation", step=done)
+            optimizer.step()
+            on_step(StepReport(done, steps, losses, time.perf_counter() - start))
     return steps
+
+
+@dataclass(frozen=True)
+class SupernetGradients:
+    """What one step does before the optimizer: every sub-network forward and backward.
+
+    The embedding output is computed once and shared by all sub-networks (and so is its
+    dropout), and the gradients that it gets from all of them go back together.
+    """
+
+    replicas: Replicas
+    teacher: Encoder
+    data: Encoded
+    subnetworks: Sequence[Subnetwork]
+    spec: DistillationSpec
+    logit_loss: LogitLoss
+    seed: int
+
+    def __call__(self, rows: np.ndarray, *, step: int) -> dict[str, float]:
+        """The losses of a batch by sub-network; the gradients are left in the supernet."""
+        tokens = int(self.data.lengths[rows].sum())
+
+        def share(member: Encoder, part: np.ndarray) -> list[float]:
+            return self._share(member, part, rows=len(rows), tokens=tokens, step=step)
+
+        losses = self.replicas.map(share, rows)
+        self.replicas.gather_gradients()
+        totals = [sum(parts) for parts in zip(*losses, strict=True)]
+        return {each.name: loss for each, loss in zip(self.subnetworks, totals, strict=True)}
+
+    def _share(
+        self, supernet: Encoder, part: np.ndarray, *, rows: int, tokens: int, step: int
+    ) -> list[float]:
+        """Each sub-network's loss on some rows of a batch of `rows` rows and `tokens` tokens."""
+        batch = make_batch(self.data, part, pad_id=supernet.config.pad_token_id)
+        # Means over a share count as much as the share is of the batch.
+        spec = self.spec.model_copy(
+            update={
+                "lambda_rep": self.spec.lambda_rep * int(self.data.lengths[part].sum()) / tokens,
+                "lambda_logit": self.spec.lambda_logit * len(part) / rows,
+            }
+        )
+        with paddle.no_grad():
+            targets = self.teacher.encode(*batch.inputs)
+        noise = Noise([self.seed, step, int(part[0])])
+        embedded = supernet.embeddings(batch.input_ids, batch.token_type_ids, noise=noise)
+        shared = embedded.detach()
+        shared.stop_gradient = False
+        losses = []
+        for subnetwork in self.subnetworks:
+            states = supernet.encode_embedded(
+                shared, batch.attention_mask, subnetwork=subnetwork, noise=noise
+            )
+            loss = distillation_loss(states, targets, batch.attention_mask, spec, self.logit_loss)
+            loss.backward()
+            losses.append(float(loss))
+        embedded.backward(shared.grad)
+        return losses

@@ -11,8 +11,11 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
+from compression import kernels
+from compression.noise import Noise, dropout
+
 ACTIVATIONS = {
-    "gelu": F.gelu,
+    "gelu": kernels.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate=True),
     "relu": F.relu,
 }
@@ -27,7 +30,14 @@ def sliced_linear(
         weight = weight[:inputs]
     if outputs is not None and outputs < weight.shape[1]:
         weight, bias = weight[:, :outputs], bias[:outputs]
-    return F.linear(x, weight, bias)
+    return kernels.linear(x, weight, bias)
+
+
+class Norm(nn.LayerNorm):
+    """paddle's layer norm over the last axis, with a faster backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.layer_norm(x, self.weight, self.bias, self._epsilon)
 
 
 class ElasticAttention(nn.Layer):
@@ -48,13 +58,17 @@ class ElasticAttention(nn.Layer):
         self.key = nn.Linear(hidden, heads * head_dim)
         self.value = nn.Linear(hidden, heads * head_dim)
         self.output = nn.Linear(heads * head_dim, hidden)
-        self.norm = nn.LayerNorm(hidden, epsilon=epsilon)
-        hidden_dropout, attention_dropout = dropouts
-        self.hidden_dropout = nn.Dropout(hidden_dropout)
-        self.attention_dropout = nn.Dropout(attention_dropout)
+        self.norm = Norm(hidden, epsilon=epsilon)
+        self.hidden_dropout, self.attention_dropout = dropouts
 
     def forward(
-        self, x: Tensor, mask: Tensor, *, heads: int | None = None, gates: Tensor | None = None
+        self,
+        x: Tensor,
+        mask: Tensor,
+        *,
+        heads: int | None = None,
+        gates: Tensor | None = None,
+        noise: Noise | None = None,
     ) -> Tensor:
         """x [B, T, H], mask [B, 1, 1, T] (added to the scores), gates [A] -> [B, T, H]."""
         heads = heads or self.heads
@@ -66,13 +80,13 @@ class ElasticAttention(nn.Layer):
 
         query = project(self.query) * self.head_dim**-0.5
         scores = paddle.matmul(query, project(self.key), transpose_y=True) + mask  # [B, A, T, T]
-        weights = self.attention_dropout(F.softmax(scores))
+        weights = dropout(F.softmax(scores), self.attention_dropout, noise)
         context = paddle.matmul(weights, project(self.value))  # [B, A, T, D]
         if gates is not None:
             context = context * gates.reshape([1, heads, 1, 1])
         context = context.transpose([0, 2, 1, 3]).reshape([0, 0, width])  # [B, T, A * D]
         y = sliced_linear(self.output, context, inputs=width)
-        return self.norm(x + self.hidden_dropout(y))
+        return self.norm(x + dropout(y, self.hidden_dropout, noise))
 
 
 class ElasticFeedForward(nn.Layer):
@@ -84,12 +98,14 @@ class ElasticFeedForward(nn.Layer):
         super().__init__()
         self.intermediate = nn.Linear(hidden, neurons)
         self.output = nn.Linear(neurons, hidden)
-        self.norm = nn.LayerNorm(hidden, epsilon=epsilon)
-        self.dropout = nn.Dropout(dropout)
+        self.norm = Norm(hidden, epsilon=epsilon)
+        self.dropout = dropout
         self.activation = ACTIVATIONS[activation]
 
-    def forward(self, x: Tensor, *, neurons: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, neurons: int | None = None, noise: Noise | None = None
+    ) -> Tensor:
         """x [B, T, H] -> [B, T, H], through the first `neurons` of F."""
         inner = self.activation(sliced_linear(self.intermediate, x, outputs=neurons))
         y = sliced_linear(self.output, inner, inputs=neurons)
-        return self.norm(x + self.dropout(y))
+        return self.norm(x + dropout(y, self.dropout, noise))

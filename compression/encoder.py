@@ -15,8 +15,9 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from compression.elastic import ElasticAttention, ElasticFeedForward
+from compression.elastic import ElasticAttention, ElasticFeedForward, Norm
 from compression.errors import InvalidModel
+from compression.noise import Noise, dropout
 from compression.supernet import Subnetwork
 from compression.teachers.config import EncoderConfig
 
@@ -38,14 +39,16 @@ class Embeddings(nn.Layer):
         self.word = nn.Embedding(config.vocab_size, config.hidden)
         self.position = nn.Embedding(config.max_positions, config.hidden)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden)
-        self.norm = nn.LayerNorm(config.hidden, epsilon=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.norm = Norm(config.hidden, epsilon=config.layer_norm_eps)
+        self.dropout = config.hidden_dropout
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor, *, noise: Noise | None = None
+    ) -> Tensor:
         # A running count, not arange(T): it keeps the exported length dynamic.
         positions = paddle.cumsum(paddle.ones_like(input_ids), axis=1) - 1
         total = self.word(input_ids) + self.position(positions) + self.token_type(token_type_ids)
-        return self.dropout(self.norm(total))
+        return dropout(self.norm(total), self.dropout, noise)
 
 
 class Layer(nn.Layer):
@@ -74,8 +77,10 @@ class Layer(nn.Layer):
         heads: int | None = None,
         neurons: int | None = None,
         gates: Tensor | None = None,
+        noise: Noise | None = None,
     ) -> Tensor:
-        return self.ffn(self.attention(x, mask, heads=heads, gates=gates), neurons=neurons)
+        x = self.attention(x, mask, heads=heads, gates=gates, noise=noise)
+        return self.ffn(x, neurons=neurons, noise=noise)
 
 
 class Encoder(nn.Layer):
@@ -89,7 +94,7 @@ class Encoder(nn.Layer):
         self.embeddings = Embeddings(config)
         self.layers = nn.LayerList([Layer(config, i) for i in range(config.layers)])
         self.pooler = nn.Linear(config.hidden, config.hidden)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = config.hidden_dropout
         self.classifier = nn.Linear(config.hidden, config.num_labels)
 
     def encode(
@@ -100,14 +105,33 @@ class Encoder(nn.Layer):
         *,
         subnetwork: Subnetwork | None = None,
         head_gates: Sequence[Tensor] | None = None,
+        noise: Noise | None = None,
     ) -> EncoderStates:
         """All hidden states and the logits of one batch; the first three are int64 [B, T].
 
         `head_gates` multiplies each head's output, one tensor [heads] a layer: ones
-        change nothing, and their gradient is the head importance.
+        change nothing, and their gradient is the head importance. `noise` makes the
+        pass one of training, with the config's dropout.
         """
+        return self.encode_embedded(
+            self.embeddings(input_ids, token_type_ids, noise=noise),
+            attention_mask,
+            subnetwork=subnetwork,
+            head_gates=head_gates,
+            noise=noise,
+        )
+
+    def encode_embedded(
+        self,
+        x: Tensor,
+        attention_mask: Tensor,
+        *,
+        subnetwork: Subnetwork | None = None,
+        head_gates: Sequence[Tensor] | None = None,
+        noise: Noise | None = None,
+    ) -> EncoderStates:
+        """The same from the embedding output x [B, T, H], which all sub-networks share."""
         mask = (1.0 - attention_mask.astype("float32")).unsqueeze([1, 2]) * MASKED  # [B, 1, 1, T]
-        x = self.embeddings(input_ids, token_type_ids)
         hidden = [x]
         for i, layer in enumerate(self.layers):
             x = layer(
@@ -116,10 +140,11 @@ class Encoder(nn.Layer):
                 heads=subnetwork.heads[i] if subnetwork else None,
                 neurons=subnetwork.ffn[i] if subnetwork else None,
                 gates=head_gates[i] if head_gates is not None else None,
+                noise=noise,
             )
             hidden.append(x)
         pooled = paddle.tanh(self.pooler(x[:, 0]))  # [B, H], of the first token
-        return EncoderStates(hidden, self.classifier(self.dropout(pooled)))
+        return EncoderStates(hidden, self.classifier(dropout(pooled, self.dropout, noise)))
 
     def forward(
         self,

@@ -14,12 +14,8 @@ from compression.supernet import Subnetwork
 def predict(
     encoder: Encoder, data: Encoded, *, subnetwork: Subnetwork | None = None, batch_size: int = 64
 ) -> np.ndarray:
-    """Logits [rows, labels] in the rows' own order, in evaluation mode (the mode is restored)."""
-    was_training = encoder.training
-    encoder.eval()
+    """Logits [rows, labels] in the rows' own order."""
     logits = np.empty((len(data), encoder.config.num_labels or 0), np.float32)
     for batch in sorted_batches(data, batch_size=batch_size, pad_id=encoder.config.pad_token_id):
         logits[batch.rows] = encoder(*batch.inputs, subnetwork=subnetwork).numpy()
-    if was_training:
-        encoder.train()
     return logits

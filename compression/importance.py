@@ -9,8 +9,9 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from compression.batches import Batch
+from compression.batches import Encoded, make_batch
 from compression.encoder import Encoder
+from compression.parallel import Replicas
 
 
 @dataclass(frozen=True)
@@ -23,47 +24,51 @@ class Importance:
 
 def measure_importance(
     encoder: Encoder,
-    batches: Iterable[Batch],
+    data: Encoded,
+    batches: Iterable[np.ndarray],
     loss: Callable[[Tensor, Tensor], Tensor],
     *,
+    replicas: int = 1,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> Importance:
-    """Sums each unit's first-order effect on the loss over batches.
+    """Sums each unit's first-order effect on the loss over batches of row numbers of `data`.
 
     Head: |d loss / d gate| of a gate of ones on its output. Neuron:
     |sum(w_in * grad) + b_in * grad| + |sum(w_out * grad)|. Every batch has
     gradients of its own; absolute values are taken for each batch and then summed.
-    The encoder runs in evaluation mode and is left unchanged.
+    The encoder runs without dropout and is left unchanged. `replicas` threads share a batch.
     """
-    encoder.eval()
     config = encoder.config
-    # Paddle 3.3.1's layer_norm on the CPU passes a wrong gradient to its input where its
-    # weight's gradient is not wanted; asking for the norms' gradients too makes it right.
-    norms = [value for name, value in encoder.named_parameters() if name.endswith("norm.weight")]
-    heads = [np.zeros(n) for n in config.heads]
-    neurons = [np.zeros(n) for n in config.ffn]
-    for done, batch in enumerate(batches, start=1):
-        gates = [paddle.ones([n]) for n in config.heads]
-        for gate in gates:
-            gate.stop_gradient = False
-        states = encoder.encode(*batch.inputs, head_gates=gates)
-        units = [
-            parameter
-            for layer in encoder.layers
-            for parameter in (
-                layer.ffn.intermediate.weight,
-                layer.ffn.intermediate.bias,
-                layer.ffn.output.weight,
-            )
-        ]
-        # paddle.grad returns this batch's gradients alone: nothing is left to accumulate.
-        gradients = paddle.grad(loss(states.logits, batch.labels), [*gates, *units, *norms])
-        for i in range(config.layers):
-            heads[i] += np.abs(gradients[i].numpy())
-            w_in, b_in, w_out = units[3 * i : 3 * i + 3]
-            w_in_grad, b_in_grad, w_out_grad = gradients[config.layers + 3 * i :][:3]
-            into = (w_in * w_in_grad).sum(axis=0) + b_in * b_in_grad  # [H, F] -> [F]
-            out = (w_out * w_out_grad).sum(axis=1)  # [F, H] -> [F]
-            neurons[i] += (into.abs() + out.abs()).numpy()
-        on_batch(done)
-    return Importance(tuple(heads), tuple(neurons))
+    heads = [paddle.zeros([n]) for n in config.heads]
+    neurons = [paddle.zeros([n]) for n in config.ffn]
+    with Replicas(encoder, replicas) as parallel:
+        for done, rows in enumerate(batches, start=1):
+
+            def share(member: Encoder, part: np.ndarray, rows: np.ndarray = rows) -> list[Tensor]:
+                batch = make_batch(data, part, pad_id=config.pad_token_id)
+                gates = [paddle.ones([n]) for n in config.heads]
+                for gate in gates:
+                    gate.stop_gradient = False
+                states = member.encode(*batch.inputs, head_gates=gates)
+                # Not paddle.grad: it keeps a state of its own for the whole process.
+                (loss(states.logits, batch.labels) * (len(part) / len(rows))).backward()
+                return [gate.grad for gate in gates]
+
+            slopes = parallel.map(share, rows)  # [shares][layers] of [heads]
+            parallel.gather_gradients()
+            for i, layer in enumerate(encoder.layers):
+                heads[i] += sum(each[i] for each in slopes).abs()
+                neurons[i] += _neuron_scores(layer.ffn.intermediate, layer.ffn.output)
+            encoder.clear_gradients(set_to_zero=False)
+            on_batch(done)
+    return Importance(
+        tuple(scores.numpy() for scores in heads), tuple(scores.numpy() for scores in neurons)
+    )
+
+
+@paddle.no_grad()
+def _neuron_scores(into: paddle.nn.Linear, out: paddle.nn.Linear) -> Tensor:
+    """[F] of one batch's gradients: weights [H, F] and bias [F] into a neuron, [F, H] out."""
+    entering = (into.weight * into.weight.grad).sum(axis=0) + into.bias * into.bias.grad
+    leaving = (out.weight * out.weight.grad).sum(axis=1)
+    return entering.abs() + leaving.abs()

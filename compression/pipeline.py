@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 
 from compression import cost, latency, selection
-from compression.batches import Encoded, pad, sorted_batches
+from compression.batches import Encoded, pad, sorted_rows
 from compression.bundle import BundleFacts, Provenance, input_digests, write_bundle
 from compression.distillation import StepReport, distil
 from compression.encoder import (
@@ -346,7 +346,8 @@ def rank_units(
     else:
         importance = measure_importance(
             teacher,
-            sorted_batches(sample, batch_size=spec.batch_size, pad_id=teacher.config.pad_token_id),
+            sample,
+            sorted_rows(sample, batch_size=spec.batch_size),
             job.task.label_loss,
             on_batch=lambda done: advance(done, total),
         )

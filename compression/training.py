@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from compression.batches import Batch, Encoded, training_batches
+from compression.batches import Encoded, make_batch, training_rows
 from compression.encoder import Encoder
 from compression.errors import TrainingDiverged
+from compression.noise import Noise
+from compression.parallel import Replicas
 from compression.spec import FineTuneSpec
 
 
@@ -81,7 +84,7 @@ class Optimizer:
         """One update with the gradients that have been accumulated, which are then cleared."""
         self.optimizer.step()
         self.rate.step()
-        self.optimizer.clear_grad()
+        self.optimizer.clear_grad(set_to_zero=False)
 
 
 def fine_tune(
@@ -92,20 +95,30 @@ def fine_tune(
     *,
     seed: int,
     on_step: Callable[[int, int, float], None],
+    replicas: int = 1,
 ) -> int:
-    """Trains the encoder in place on labels; on_step(done, total, loss). Returns the steps."""
+    """Trains the encoder in place on labels; on_step(done, total, loss). Returns the steps.
+
+    `replicas` threads share each batch.
+    """
     steps = step_count(spec, len(data))
-    paddle.seed(seed)
     optimizer = Optimizer(encoder, spec, steps=steps)
-    batches: Iterable[Batch] = training_batches(
-        data, batch_size=spec.batch_size, steps=steps, seed=seed, pad_id=encoder.config.pad_token_id
-    )
-    encoder.train()
-    for done, batch in enumerate(batches, start=1):
-        value = loss(encoder(*batch.inputs), batch.labels)
-        scalar = finite(float(value), stage="fine-tuning", step=done)
-        value.backward()
-        optimizer.step()
-        on_step(done, steps, scalar)
-    encoder.eval()
+    batches = training_rows(data, batch_size=spec.batch_size, steps=steps, seed=seed)
+    with Replicas(encoder, replicas) as parallel:
+        for done, rows in enumerate(batches, start=1):
+
+            def share(
+                member: Encoder, part: np.ndarray, rows: np.ndarray = rows, done: int = done
+            ) -> float:
+                batch = make_batch(data, part, pad_id=encoder.config.pad_token_id)
+                noise = Noise([seed, int(part[0]), done])
+                logits = member.encode(*batch.inputs, noise=noise).logits
+                value = loss(logits, batch.labels) * (len(part) / len(rows))
+                value.backward()
+                return float(value)
+
+            scalar = finite(sum(parallel.map(share, rows)), stage="fine-tuning", step=done)
+            parallel.gather_gradients()
+            optimizer.step()
+            on_step(done, steps, scalar)
     return steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,17 +25,24 @@ DISTIL = "distil"
 
 
 def measure_importance(
-    work: Path, request: Request, *, on_batch: Callable[[int], None]
+    work: Path, request: Request, *, on_batch: Callable[[int], None], replicas: int = 1
 ) -> Importance:
-    """PaddleSlim's compute_neuron_head_importance of the request's model and rows."""
+    """PaddleSlim's compute_neuron_head_importance of the request's model and rows.
+
+    Its process has one replica alone, whose kernels get the threads of `replicas`.
+    """
     folder = work / IMPORTANCE
     write_request(folder, request)
-    _run(IMPORTANCE, folder, lambda event: on_batch(event["step"]))
+    _run(IMPORTANCE, folder, lambda event: on_batch(event["step"]), replicas)
     return read_scores(folder)
 
 
 def distil(
-    work: Path, request: Request, *, on_step: Callable[[StepReport], None]
+    work: Path,
+    request: Request,
+    *,
+    on_step: Callable[[StepReport], None],
+    replicas: int = 1,
 ) -> dict[str, np.ndarray]:
     """PaddleSlim's reordering and training loop; the full-width supernet's weights by our names.
 
@@ -48,17 +56,25 @@ def distil(
         losses = dict(zip(names, event["losses"], strict=True))
         on_step(StepReport(event["step"], event["total"], losses, event["seconds"]))
 
-    _run(DISTIL, folder, on_event)
+    _run(DISTIL, folder, on_event, replicas)
     return load_file(folder / SUPERNET)
 
 
-def _run(command: str, folder: Path, on_event: Callable[[dict[str, Any]], None]) -> None:
+def _run(
+    command: str, folder: Path, on_event: Callable[[dict[str, Any]], None], replicas: int
+) -> None:
     """Runs the process to its end, an event at a time. ReferenceFailed with its last words."""
     log = folder / "stderr.log"
     diverged = None
+    threads = str(replicas * int(os.environ.get("OMP_NUM_THREADS", "1")))
     environment = fresh_environment(
-        # At import PaddleNLP makes folders below its home, and hub clients look for theirs.
-        {"PPNLP_HOME": str(folder.resolve() / "paddlenlp"), "HF_HUB_OFFLINE": "1"}
+        {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            # At import PaddleNLP makes folders below its home, and hub clients look for theirs.
+            "PPNLP_HOME": str(folder.resolve() / "paddlenlp"),
+            "HF_HUB_OFFLINE": "1",
+        }
     )
     with (
         log.open("w") as errors,

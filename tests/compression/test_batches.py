@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compression.batches import epoch_order, pad, sorted_batches, training_batches
+from compression.batches import epoch_order, pad, sorted_batches, training_rows
 from tests.encoders import random_rows
 
 
@@ -22,8 +22,8 @@ def test_the_seed_alone_decides_the_batches() -> None:
     data = random_rows(40)
 
     def rows(seed: int) -> list[list[int]]:
-        batches = training_batches(data, batch_size=8, steps=12, seed=seed, pad_id=0)
-        return [batch.rows.tolist() for batch in batches]
+        batches = training_rows(data, batch_size=8, steps=12, seed=seed)
+        return [rows.tolist() for rows in batches]
 
     assert rows(3) == rows(3)
     assert rows(3) != rows(4)

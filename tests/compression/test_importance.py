@@ -27,7 +27,7 @@ def batch_of(rows: range, seed: int = 0) -> Batch:
 
 def test_head_importance_is_the_slope_of_the_loss_in_each_gate() -> None:
     encoder, batch = tiny_encoder(), batch_of(range(8))
-    found = measure_importance(encoder, [batch], LOSS)
+    found = measure_importance(encoder, random_rows(8), [np.arange(8)], LOSS)
     for layer in range(2):
         for head in range(4):
             sides = []
@@ -41,7 +41,7 @@ def test_head_importance_is_the_slope_of_the_loss_in_each_gate() -> None:
 
 def test_neuron_importance_is_the_slope_in_each_neurons_own_scale() -> None:
     encoder, batch = tiny_encoder(), batch_of(range(8))
-    found = measure_importance(encoder, [batch], LOSS)
+    found = measure_importance(encoder, random_rows(8), [np.arange(8)], LOSS)
     weights = numpy_weights(encoder)
 
     def slope(layer: int, neuron: int, side: str) -> float:
@@ -67,9 +67,9 @@ def test_neuron_importance_is_the_slope_in_each_neurons_own_scale() -> None:
 
 def test_batches_add_their_own_absolute_values() -> None:
     encoder = tiny_encoder()
-    one, two = batch_of(range(5), seed=1), batch_of(range(9), seed=2)
-    both = measure_importance(encoder, [one, two], LOSS)
-    apart = [measure_importance(encoder, [b], LOSS) for b in (one, two)]
+    data, one, two = random_rows(14), np.arange(5), np.arange(5, 14)
+    both = measure_importance(encoder, data, [one, two], LOSS)
+    apart = [measure_importance(encoder, data, [rows], LOSS) for rows in (one, two)]
     for layer in range(2):
         np.testing.assert_allclose(
             both.heads[layer], apart[0].heads[layer] + apart[1].heads[layer], rtol=1e-5
@@ -79,12 +79,14 @@ def test_batches_add_their_own_absolute_values() -> None:
         )
 
 
-def test_padding_does_not_change_importance_and_nothing_is_left_behind() -> None:
+def test_replicas_do_not_change_importance_and_nothing_is_left_behind() -> None:
     encoder, data = tiny_encoder(), random_rows(6)
     before = numpy_weights(encoder)
-    close = measure_importance(encoder, [make_batch(data, range(6), pad_id=0)], LOSS)
-    single = measure_importance(encoder, [make_batch(data, range(6), pad_id=0)], LOSS)
-    np.testing.assert_array_equal(close.heads[0], single.heads[0])
+    one = measure_importance(encoder, data, [np.arange(6)], LOSS)
+    # Each replica pads its own rows: neither they nor their padding may matter.
+    three = measure_importance(encoder, data, [np.arange(6)], LOSS, replicas=3)
+    for found, expected in zip(three.heads + three.neurons, one.heads + one.neurons, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert gradients(encoder) == {}
     for name, value in numpy_weights(encoder).items():
         np.testing.assert_array_equal(value, before[name])
@@ -99,7 +101,7 @@ def test_a_unit_that_reaches_nothing_scores_zero() -> None:
     weights["layers.0.ffn.intermediate.weight"][:, 5] = 0
     weights["layers.0.ffn.intermediate.bias"][5] = 0
     dead = build_encoder(encoder.config, weights)
-    found = measure_importance(dead, [batch_of(range(8))], LOSS)
+    found = measure_importance(dead, random_rows(8), [np.arange(8)], LOSS)
     assert found.heads[1][1] == 0
     assert found.neurons[0][5] == 0
     assert (np.delete(found.heads[1], 1) > 0).all()

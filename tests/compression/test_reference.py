@@ -16,12 +16,13 @@ import paddle
 import pytest
 from safetensors.numpy import load_file
 
-from compression.batches import Encoded, make_batch
-from compression.distillation import distillation_loss
+from compression.batches import Encoded
+from compression.distillation import SupernetGradients
 from compression.encoder import Encoder, build_encoder, numpy_weights
 from compression.errors import ReferenceFailed, TrainingDiverged
 from compression.evaluate import predict
 from compression.importance import Importance, measure_importance
+from compression.parallel import Replicas
 from compression.pipeline import compress
 from compression.reference import run
 from compression.reference.exchange import (
@@ -61,7 +62,7 @@ def even_rows(seed: int = 0) -> Encoded:
 
 
 REQUEST = Request(SPEC, CONFIG, random_weights(CONFIG, seed=3), even_rows())
-BATCHES = [make_batch(REQUEST.rows, range(i, i + BATCH), pad_id=0) for i in range(0, 80, BATCH)]
+BATCHES = list(np.arange(STEPS * BATCH).reshape(STEPS, BATCH))
 SUBNETWORKS = [subnetwork_of(CONFIG, width) for width in SPEC.supernet.width_mults]
 
 
@@ -84,7 +85,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def scores() -> Importance:
     teacher = build_encoder(CONFIG, REQUEST.weights)
-    return measure_importance(teacher, BATCHES, TASK.label_loss)
+    return measure_importance(teacher, REQUEST.rows, BATCHES, TASK.label_loss)
 
 
 def reordered(scores: Importance) -> dict[str, np.ndarray]:
@@ -103,21 +104,16 @@ def part(answer: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]
 def our_losses(supernet: Encoder, optimizer: paddle.optimizer.Optimizer) -> np.ndarray:
     """The loss of each step and width, [STEPS, widths], trained in place on the same batches."""
     teacher = build_encoder(CONFIG, REQUEST.weights)
-    teacher.eval()
-    losses = np.empty((STEPS, len(SUBNETWORKS)))
-    for step, batch in enumerate(BATCHES):
-        with paddle.no_grad():
-            targets = teacher.encode(*batch.inputs)
-        for i, subnetwork in enumerate(SUBNETWORKS):
-            states = supernet.encode(*batch.inputs, subnetwork=subnetwork)
-            loss = distillation_loss(
-                states, targets, batch.attention_mask, SPEC.distillation, TASK.logit_loss
-            )
-            loss.backward()
-            losses[step, i] = float(loss)
-        optimizer.step()
-        optimizer.clear_grad()
-    return losses
+    with Replicas(supernet, 1) as replicas:
+        gradients = SupernetGradients(
+            replicas, teacher, REQUEST.rows, SUBNETWORKS, SPEC.distillation, TASK.logit_loss, seed=0
+        )
+        losses = []
+        for step, rows in enumerate(BATCHES):
+            losses.append(list(gradients(rows, step=step).values()))
+            optimizer.step()
+            optimizer.clear_grad()
+    return np.array(losses)
 
 
 def test_paddleslims_importance_is_ours(theirs: dict[str, np.ndarray], scores: Importance) -> None:
@@ -192,6 +188,7 @@ def test_a_loss_that_is_not_finite_stops_the_engine(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.timeout(600)  # a dozen processes, each of which imports paddle or more
 def test_a_job_with_the_engine_paddleslim_ends_like_any_other(tmp_path: Path) -> None:
     """Two steps; what PaddleSlim trained is extracted by us and passes the same parity gate."""
     spec = Spec.model_validate(

@@ -1,0 +1,111 @@
+"""Replicas: one memory of weights, gradients that add up, and a step that can be repeated."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from compression.distillation import SupernetGradients
+from compression.encoder import Encoder, numpy_weights
+from compression.parallel import Replicas, shares
+from compression.spec import DistillationSpec, FineTuneSpec
+from compression.supernet import subnetwork_of
+from compression.tasks import TASKS
+from compression.training import Optimizer, fine_tune
+from tests.encoders import gradients, random_rows, tiny_encoder
+
+TASK = TASKS["classification"]
+ROWS = np.arange(10)
+
+
+def step_gradients(count: int, *, step: int = 1) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Losses and gradients of one batch of ten rows, with dropout off."""
+    calm = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    supernet, teacher = tiny_encoder(1, **calm), tiny_encoder(2, **calm)
+    subnetworks = [subnetwork_of(teacher.config, Fraction(w)) for w in ("1", "1/2")]
+    with Replicas(supernet, count) as replicas:
+        compute = SupernetGradients(
+            replicas,
+            teacher,
+            random_rows(10),
+            subnetworks,
+            DistillationSpec(),
+            TASK.logit_loss,
+            seed=3,
+        )
+        return compute(ROWS, step=step), gradients(supernet)
+
+
+@pytest.mark.parametrize("count", [2, 3, 12])
+def test_shares_of_a_batch_give_the_whole_batchs_losses_and_gradients(count: int) -> None:
+    losses, whole = step_gradients(1)
+    shared_losses, shared = step_gradients(count)
+    assert shared_losses == pytest.approx(losses, rel=1e-5)
+    assert shared.keys() == whole.keys()
+    for name, value in whole.items():
+        np.testing.assert_allclose(
+            shared[name], value, atol=1e-5 * np.abs(value).max() + 1e-7, err_msg=name
+        )
+
+
+def test_one_number_of_replicas_repeats_itself_bit_for_bit() -> None:
+    first = step_gradients(2)
+    for _ in range(5):
+        again = step_gradients(2)
+        assert again[0] == first[0]
+        for name, value in first[1].items():
+            np.testing.assert_array_equal(again[1][name], value, err_msg=name)
+
+
+def test_every_replica_sees_what_the_optimizer_does() -> None:
+    encoder = tiny_encoder()
+    with Replicas(encoder, 2) as replicas:
+        before = numpy_weights(encoder)
+        optimizer = Optimizer(encoder, DistillationSpec(warmup_fraction=0), steps=2)
+        for member in replicas.members:
+            (member.classifier.weight * 3.0).sum().backward()
+        replicas.gather_gradients()
+        np.testing.assert_array_equal(encoder.classifier.weight.grad.numpy(), 6.0)
+        assert replicas.members[1].classifier.weight.grad is None
+        optimizer.step()
+    first, second = (numpy_weights(member) for member in replicas.members)
+    assert not np.array_equal(first["classifier.weight"], before["classifier.weight"])
+    for name, value in first.items():
+        np.testing.assert_array_equal(second[name], value)
+
+
+def test_shares_are_disjoint_complete_and_never_empty() -> None:
+    for count in (1, 2, 3, 11):
+        parts = shares(ROWS, count)
+        assert sorted(np.concatenate(parts)) == ROWS.tolist()
+        assert all(len(part) for part in parts)
+
+
+def test_a_training_with_dropout_and_replicas_repeats_itself() -> None:
+    ends: list[Encoder] = []
+    for _ in range(2):
+        encoder = tiny_encoder()
+        fine_tune(
+            encoder,
+            random_rows(20),
+            FineTuneSpec(batch_size=7, epochs=2),
+            TASK.label_loss,
+            seed=1,
+            on_step=lambda done, total, loss: None,
+            replicas=3,
+        )
+        ends.append(encoder)
+    one, other = (numpy_weights(encoder) for encoder in ends)
+    for name, value in one.items():
+        np.testing.assert_array_equal(other[name], value)
+
+
+def test_an_error_in_one_share_reaches_the_caller() -> None:
+    def work(member: Encoder, rows: np.ndarray) -> None:
+        if 1 in rows:
+            raise MemoryError("no room")
+
+    with Replicas(tiny_encoder(), 2) as replicas, pytest.raises(MemoryError, match="no room"):
+        replicas.map(work, ROWS)
