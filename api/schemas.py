@@ -200,7 +200,8 @@ class PlanOut(Out):
 class EventOut(Out):
     number: int = Field(description="Counts from 1 in each job, without gaps.")
     kind: str = Field(
-        description="queued, started, progress, requeued, succeeded, failed or cancelled."
+        description="queued, started, resumed, progress, checkpoint, requeued, succeeded, failed "
+        "or cancelled."
     )
     run: int = Field(description="The run that it belongs to; 0 before the first.")
     data: Document

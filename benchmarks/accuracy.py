@@ -30,22 +30,22 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     """All figures of one seed, with the rows that each stage got right."""
     import numpy as np
 
-    from compression.batches import Encoded, sorted_batches
-    from compression.distillation import StepReport, distil
+    from compression.batches import Encoded, sorted_rows
+    from compression.distillation import distil
     from compression.encoder import build_encoder, numpy_weights, with_new_head
     from compression.evaluate import predict
     from compression.importance import measure_importance
     from compression.pipeline import learning_config
     from compression.reorder import descending, reorder
-    from compression.spec import DistillationSpec, FineTuneSpec
+    from compression.spec import DistillationSpec, FineTuneSpec, TaskSpec
     from compression.supernet import subnetwork_of
     from compression.tables import read_splits
-    from compression.tasks import TASKS
+    from compression.tasks import make_task
     from compression.teachers import read_checkpoint
     from compression.tokenization import encode, load_tokenizer
-    from compression.training import fine_tune, step_count
+    from compression.training import Step, fine_tune, step_count
 
-    task = TASKS["classification"]
+    task = make_task(TaskSpec(), ("0", "1"))
     checkpoint = read_checkpoint(args.model)
     tokenizer = load_tokenizer(args.model)
     splits = {}
@@ -66,15 +66,15 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     epochs: list[float] = []
     best: tuple[float, dict[str, np.ndarray]] = (-1.0, weights)
 
-    def after_step(done: int, total: int, loss: float) -> None:
+    def after_step(step: Step) -> None:
         nonlocal best
-        if done % epoch_steps == 0 or done == total:
-            epochs.append(task.metric(predict(teacher, holdout), holdout.labels))
-            log(seed, f"teacher step {done}/{total}, hold-out {epochs[-1]:.4f}")
+        if step.done % epoch_steps == 0 or step.done == step.total:
+            epochs.append(task.score(predict(teacher, holdout), holdout))
+            log(seed, f"teacher step {step.done}/{step.total}, hold-out {epochs[-1]:.4f}")
             if epochs[-1] > best[0]:
                 best = (epochs[-1], numpy_weights(teacher))
 
-    fine_tune(teacher, learnt, spec, task.label_loss, seed=seed, on_step=after_step)
+    fine_tune(teacher, learnt, spec, task, seed=seed, on_step=after_step)
     weights = best[1]
     teacher = build_encoder(config, weights)
     teacher_seconds = time.perf_counter() - started
@@ -98,8 +98,9 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     def reordered(rows: Encoded) -> object:
         scores = measure_importance(
             teacher,
-            sorted_batches(rows, batch_size=32, pad_id=config.pad_token_id),
-            task.label_loss,
+            rows,
+            sorted_rows(rows, batch_size=32),
+            task,
         )
         return build_encoder(
             learning_config(config, distillation),
@@ -119,18 +120,18 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
 
     seconds: list[float] = []
 
-    def after_distillation(step: StepReport) -> None:
+    def after_distillation(step: Step) -> None:
         seconds.append(step.seconds)
         if step.done % 25 == 0 or step.done == step.total:
             log(seed, f"distillation {step.done}/{step.total}, {np.median(seconds):.2f} s a step")
 
-    steps = distil(
+    trained = distil(
         supernet,  # type: ignore[arg-type]
         teacher,
         train,
         subnetworks,
         distillation,
-        task.logit_loss,
+        task,
         seed=seed,
         on_step=after_distillation,
     )
@@ -140,7 +141,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
         "holdout_accuracy_by_epoch": epochs,
         "best_epoch": int(np.argmax(epochs)) + 1,
         "teacher_seconds": round(teacher_seconds, 1),
-        "distillation_steps": steps,
+        "distillation_steps": trained.steps,
         "step_seconds": float(np.median(seconds)),
         "threads": int(os.environ["OMP_NUM_THREADS"]),
         "correct": correct,

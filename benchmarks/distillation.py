@@ -80,9 +80,9 @@ class Turns:
 def play_ours(args: argparse.Namespace) -> None:
     from compression.distillation import distil
     from compression.encoder import build_encoder
-    from compression.spec import DistillationSpec
+    from compression.spec import DistillationSpec, TaskSpec
     from compression.supernet import subnetwork_of
-    from compression.tasks import TASKS
+    from compression.tasks import make_task
 
     turns = Turns()
     config, weights, data = {"ours": sst2, "memory": minilm, "base": random_base}[args.side](args)
@@ -106,7 +106,7 @@ def play_ours(args: argparse.Namespace) -> None:
         data,
         [subnetwork_of(config, Fraction(width)) for width in WIDTHS],
         DistillationSpec(epochs=1, batch_size=batch_size),
-        TASKS["classification"].logit_loss,
+        make_task(TaskSpec(), ("0", "1")),
         seed=0,
         on_step=on_step,
         replicas=replica_count(os.environ, cores=core_count()),

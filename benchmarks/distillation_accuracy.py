@@ -44,14 +44,14 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     from compression.importance import measure_importance
     from compression.pipeline import learning_config
     from compression.reference import run as reference
-    from compression.reference.exchange import Request
+    from compression.reference.exchange import Orders, Request
     from compression.reorder import descending, reorder
-    from compression.spec import FineTuneSpec, Spec
+    from compression.spec import FineTuneSpec, Spec, TaskSpec
     from compression.supernet import subnetwork_of
-    from compression.tasks import TASKS
+    from compression.tasks import make_task
     from compression.training import fine_tune
 
-    task = TASKS["classification"]
+    task = make_task(TaskSpec(), ("0", "1"))
     replicas = replica_count(os.environ, cores=core_count())
     config, weights = inputs.read_model(args.model, seed=seed)
     splits = inputs.read_rows(args.model, args.data, max_seq_len=64)
@@ -64,9 +64,9 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             learner,
             train,
             FineTuneSpec(epochs=args.teacher_epochs, max_steps=args.teacher_steps),
-            task.label_loss,
+            task,
             seed=seed,
-            on_step=lambda done, total, loss: log(seed, f"teacher {done}/{total}: {loss:.3f}"),
+            on_step=lambda step: log(seed, f"teacher {step.done}/{step.total}: {step.losses}"),
             replicas=replicas,
         )
         save_file(numpy_weights(learner), args.out / "unfinished.safetensors")
@@ -92,7 +92,7 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             teacher,
             sample,
             sorted_rows(sample, batch_size=BATCH),
-            task.label_loss,
+            task,
             replicas=replicas,
         )
         supernet = build_encoder(
@@ -110,7 +110,7 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             rows,
             subnetworks,
             spec.distillation,
-            task.logit_loss,
+            task,
             seed=seed,
             on_step=on_step,
             replicas=replicas,
@@ -121,18 +121,22 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
         own_dropout = spec.distillation.model_copy(update={"dropout": None})
         as_shipped = spec.model_copy(update={"distillation": own_dropout})
         work = args.out / f"seed-{seed}-work"
-        reference.measure_importance(
+        scores = reference.measure_importance(
             work,
             Request(as_shipped, config, weights, sample),
             on_batch=lambda done: None,
             replicas=replicas,
         )
-        return reference.distil(
+        orders = Orders(
+            *([descending(row) for row in each] for each in (scores.heads, scores.neurons))
+        )
+        learnt, _ = reference.distil(
             work,
-            Request(as_shipped, config, weights, rows),
+            Request(as_shipped, config, weights, rows, orders),
             on_step=on_step,
             replicas=replicas,
         )
+        return learnt
 
     learn: dict[str, Callable[[], dict[str, np.ndarray]]] = {"ours": ours, "reference": theirs}
     results = {}
@@ -142,16 +146,14 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             seconds.clear()
             trained = build_encoder(config, learn[name]())
             accuracy = {
-                f"{each.width_mult} {split}": task.metric(
-                    predict(trained, splits[split], subnetwork=each), splits[split].labels
+                f"{each.width_mult} {split}": task.score(
+                    predict(trained, splits[split], subnetwork=each), splits[split]
                 )
                 for each in subnetworks
                 for split in JUDGED
             }
             accuracy |= {
-                f"teacher {split}": task.metric(
-                    predict(teacher, splits[split]), splits[split].labels
-                )
+                f"teacher {split}": task.score(predict(teacher, splits[split]), splits[split])
                 for split in JUDGED
             }
             result = {

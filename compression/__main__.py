@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from compression.errors import CompressionError, InvalidDataset
+from compression.checkpoint import FOLDER as CHECKPOINTS
+from compression.checkpoint import resumed_variables
+from compression.errors import CompressionError, Interrupted, InvalidDataset
 from compression.report import CompressionReport, Progress
 from compression.runtime_env import cpu_vendor, training_environment
 from compression.spec import Spec
+
+INTERRUPTED = 3  # exit status
 
 
 class ProgressBar:
@@ -48,8 +57,8 @@ class ProgressBar:
 def table(report: CompressionReport) -> str:
     """The sub-networks as text, a line for each served format."""
     lines = [
-        f"{'width':>6} {'format':>7} {'params':>8} {'size MB':>8} {'dev acc':>8} {'drop':>6} "
-        f"{'p50 ms':>7} {'p95 ms':>7} {'speedup':>8}  pareto selected"
+        f"{'width':>6} {'format':>7} {'params':>8} {'size MB':>8} {report.main_metric:>11} "
+        f"{'drop':>6} {'p50 ms':>7} {'p95 ms':>7} {'speedup':>8}  pareto selected"
     ]
     for network in report.subnetworks:
         for fmt in network.formats:
@@ -58,12 +67,31 @@ def table(report: CompressionReport) -> str:
             chosen = network.selected and fmt.format == report.selection.format
             lines.append(
                 f"{network.width_mult!s:>6} {fmt.format:>7} {network.parameters / 1e6:>7.1f}M "
-                f"{fmt.size_bytes / 1e6:>8.1f} {network.accuracy:>8.4f} "
+                f"{fmt.size_bytes / 1e6:>8.1f} {network.accuracy:>11.4f} "
                 f"{network.accuracy_drop:>6.2f} {fmt.latency.p50_ms:>7.2f} "
                 f"{fmt.latency.p95_ms:>7.2f} {fmt.speedup or float('nan'):>8.2f}  "
                 f"{'yes' if network.pareto else 'no':>6} {'yes' if chosen else 'no':>8}"
             )
     return "\n".join(lines)
+
+
+@contextmanager
+def told_to_stop() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C or SIGTERM; a second one ends the process at once."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, tell)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def read_spec(path: Path | None) -> Spec:
@@ -81,12 +109,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, required=True, help="new or empty folder for the result"
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on in an --out whose job was interrupted, from its last checkpoint",
+    )
     args = parser.parse_args(arguments)
     for name in ("model", "dataset"):
         if not getattr(args, name).is_dir():
             parser.error(f"--{name}: {getattr(args, name)} is not a folder")
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        parser.error(f"--out: {args.out} exists and is not an empty folder")
+    if args.resume:
+        if not (args.out / CHECKPOINTS).is_dir():
+            parser.error(f"--resume: {args.out} holds no interrupted job")
+    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"--out: {args.out} exists and is not an empty folder; see --resume")
     try:
         spec = read_spec(args.spec)
     except (OSError, yaml.YAMLError, ValidationError) as error:
@@ -94,12 +130,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     # Before paddle is imported; what the user has set stays.
     wanted = training_environment(cpu_count=len(os.sched_getaffinity(0)), vendor=cpu_vendor())
+    wanted |= resumed_variables(args.out / CHECKPOINTS)
     os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
     from compression.pipeline import compress
 
     bar = ProgressBar()
     try:
-        report = compress(spec, args.model, args.dataset, args.out, bar)
+        with told_to_stop() as stop:
+            report = compress(spec, args.model, args.dataset, args.out, bar, stop=stop.is_set)
+    except Interrupted as interrupted:
+        bar.close()
+        print(f"{interrupted}; the same command with --resume goes on", file=sys.stderr)
+        return INTERRUPTED
     except CompressionError as error:
         bar.close()
         where = f" ({error.pointer})" if error.pointer else ""

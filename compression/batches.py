@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import paddle
@@ -14,11 +15,19 @@ POOL_BATCHES = 64  # rows are sorted by length within a shuffled pool of this ma
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised rows: ids and types of each row, and labels [rows]."""
+    """Tokenised rows: ids, types and labels of each.
+
+    `labels` is an array [rows, ...], or for token-level tasks an array [T_i, ...] a row;
+    None where the rows have none. `label_mask` then says, True or False [T_i] a row,
+    which tokens a token-level loss counts. `cut` counts the rows of a whole split that
+    were longer than the model takes.
+    """
 
     input_ids: Sequence[Sequence[int]]
     token_type_ids: Sequence[Sequence[int]]
-    labels: np.ndarray
+    labels: np.ndarray | Sequence[np.ndarray] | None
+    label_mask: Sequence[np.ndarray] | None = None
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -32,19 +41,41 @@ class Encoded:
         return Encoded(
             [self.input_ids[r] for r in rows],
             [self.token_type_ids[r] for r in rows],
-            self.labels[np.asarray(rows, dtype=np.int64)],
+            _taken(self.labels, rows),
+            _taken(self.label_mask, rows),
         )
+
+    def joined(self, other: Encoded) -> Encoded:
+        """These rows and the other's, none with labels: the teacher labels them all alike."""
+        masks = (self.label_mask, other.label_mask)
+        return Encoded(
+            [*self.input_ids, *other.input_ids],
+            [*self.token_type_ids, *other.token_type_ids],
+            None,
+            None if None in masks else [row for mask in masks for row in mask or ()],
+        )
+
+
+def _taken(values: Any, rows: Sequence[int] | np.ndarray) -> Any:
+    if isinstance(values, np.ndarray):
+        return values[np.asarray(rows, dtype=np.int64)]
+    return None if values is None else [values[r] for r in rows]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors [B, T] int64 (labels [B]) and the row numbers they came from."""
+    """Tensors [B, T] int64 and the row numbers they came from.
+
+    `labels` is [B, ...], or [B, T, ...] of token-level tasks, with zeros at padding; None
+    where the rows have none. `label_mask` is float32 [B, T]: 1 for tokens that count.
+    """
 
     input_ids: Tensor
     token_type_ids: Tensor
     attention_mask: Tensor
-    labels: Tensor
+    labels: Tensor | None
     rows: np.ndarray
+    label_mask: Tensor | None = None
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,14 +102,30 @@ def pad(
     return arrays
 
 
-def make_batch(data: Encoded, rows: Sequence[int] | np.ndarray, *, pad_id: int) -> Batch:
-    arrays = pad(data, rows, pad_id=pad_id)
+def make_batch(
+    data: Encoded, rows: Sequence[int] | np.ndarray, *, pad_id: int, length: int | None = None
+) -> Batch:
+    arrays = pad(data, rows, pad_id=pad_id, length=length)
     numbers = np.asarray(rows, dtype=np.int64)
+    padded = arrays["input_ids"].shape[1]
+    mask = _collated(data.label_mask, numbers, padded)
     return Batch(
         **{name: paddle.to_tensor(value) for name, value in arrays.items()},
-        labels=paddle.to_tensor(data.labels[numbers]),
+        labels=_collated(data.labels, numbers, padded),
         rows=numbers,
+        label_mask=None if mask is None else mask.astype("float32"),
     )
+
+
+def _collated(values: Any, rows: np.ndarray, length: int) -> Tensor | None:
+    """The rows' labels as one tensor; those of tokens are padded with zeros to `length`."""
+    own = _taken(values, rows)
+    if isinstance(own, list):
+        padded = np.zeros((len(own), length, *own[0].shape[1:]), own[0].dtype)
+        for i, row in enumerate(own):
+            padded[i, : len(row)] = row
+        own = padded
+    return None if own is None else paddle.to_tensor(own)
 
 
 def epoch_order(
@@ -99,13 +146,20 @@ def epoch_order(
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def training_rows(data: Encoded, *, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """Row numbers of `steps` batches, epoch after epoch; the same seed gives the same ones."""
+def training_rows(
+    data: Encoded, *, batch_size: int, steps: int, seed: int, start: int = 0
+) -> Iterator[np.ndarray]:
+    """Row numbers of batches `start` to before `steps`, epoch after epoch.
+
+    A seed gives the same ones always.
+    """
     lengths = data.lengths
-    epoch = done = 0
+    each_epoch = -(-len(data) // batch_size)
+    epoch, done = start // each_epoch, start
     while True:
         generator = np.random.default_rng([seed, epoch])
-        for rows in epoch_order(lengths, batch_size=batch_size, generator=generator):
+        order = epoch_order(lengths, batch_size=batch_size, generator=generator)
+        for rows in order[done - epoch * each_epoch :]:
             if done == steps:
                 return
             yield rows

@@ -27,6 +27,7 @@ from pydantic import Field
 
 from compression.export import EXPORTERS, INPUTS, OUTPUT, sha256_of
 from compression.report import (
+    METRIC_NAMES,
     DatasetReport,
     FileReport,
     FormatReport,
@@ -38,6 +39,11 @@ from compression.spec import Frozen, Spec
 
 MANIFEST_VERSION = 1
 GZIP_LEVEL = 1  # trained weights hardly compress: 8 % here, 9 % at level 6
+KIND_NAMES = {  # what the model of a task is called
+    "classification": "classifier",
+    "multi_label": "multi-label classifier",
+    "regression": "regression model",
+}
 PREDICT_SOURCE = Path(__file__).with_name("bundle_predict.py")
 
 
@@ -117,7 +123,11 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str,
         "output": {
             "name": OUTPUT,  # in ONNX; Paddle Inference numbers its one output
             "dtype": "float32",
-            "shape": ["batch", len(dataset.label_names)],
+            "shape": [
+                "batch",
+                *(["length"] if facts.spec.task.head == "token" else []),
+                len(dataset.label_names),
+            ],
         },
         "formats": {
             report.format: {
@@ -134,9 +144,13 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str,
             if report.published
         },
         "metrics": {
-            "metric": "accuracy",
+            "metric": facts.spec.task.main_metric,
             "teacher": {"dev": teacher.accuracy, "test": teacher.test_accuracy},
             "subnetwork": {"dev": subnetwork.accuracy, "test": subnetwork.test_accuracy},
+            "all_on_dev": {
+                "teacher": dict(teacher.metrics),
+                "subnetwork": dict(subnetwork.metrics),
+            },
             "accuracy_drop_points": subnetwork.accuracy_drop,
             "parameters": subnetwork.parameters,
             "teacher_parameters": teacher.parameters,
@@ -162,34 +176,44 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str,
 def model_card(facts: BundleFacts) -> str:
     """The card, in Markdown: what it is, from what, how good, how fast, and what it is not."""
     subnetwork, teacher, dataset = facts.subnetwork, facts.teacher, facts.dataset
-    labels = ", ".join(_code(label) for label in dataset.label_names)
+    metric = METRIC_NAMES[facts.spec.task.main_metric]
     pair = f" and {_code(dataset.text_pair)}" if dataset.text_pair else ""
     made = (
         f"fine-tuned for {teacher.fine_tuned_steps} steps on the dataset first"
         if teacher.fine_tuned_steps
         else "used as it was uploaded"
     )
+    tuned = (
+        "All its sub-networks were then fine-tuned together on the labels of train. "
+        if facts.spec.final.when == "always"
+        else ""
+    )
     parts = [
-        f"# {subnetwork.name}: a {teacher.family} classifier at width {subnetwork.width_mult}",
-        f"It reads {_code(dataset.text)}{pair} and answers with one of "
-        f"{len(dataset.labels)} labels: {labels}. It is the sub-network of width "
-        f"{subnetwork.width_mult} of a supernet that was distilled from the uploaded model with "
-        "DynaBERT's method (arXiv:2004.04037, width stage, without data augmentation). "
-        f"The uploaded model was {made}.",
+        f"# {subnetwork.name}: a {teacher.family} {KIND_NAMES[facts.spec.task.kind]} at width "
+        f"{subnetwork.width_mult}",
+        f"It reads {_code(dataset.text)}{pair} and answers with {_answer(facts)}. "
+        f"It is the sub-network of width {subnetwork.width_mult} of a supernet that was distilled "
+        "from the uploaded model with DynaBERT's method (arXiv:2004.04037, width stage, without "
+        f"data augmentation). {tuned}The uploaded model was {made}.",
         "## How good it is",
         _table(
             ("", "this model", "teacher"),
             [
-                ("accuracy on dev", _accuracy(subnetwork.accuracy), _accuracy(teacher.accuracy)),
+                (f"{metric} on dev", _figure(subnetwork.accuracy), _figure(teacher.accuracy)),
                 (
-                    "accuracy on test",
-                    _accuracy(subnetwork.test_accuracy),
-                    _accuracy(teacher.test_accuracy),
+                    f"{metric} on test",
+                    _figure(subnetwork.test_accuracy),
+                    _figure(teacher.test_accuracy),
+                ),
+                *(
+                    (f"{METRIC_NAMES[name]} on dev", _figure(value), _figure(teacher.metrics[name]))
+                    for name, value in subnetwork.metrics.items()
+                    if name != facts.spec.task.main_metric
                 ),
                 ("parameters", f"{subnetwork.parameters:,}", f"{teacher.parameters:,}"),
             ],
         ),
-        _drop(subnetwork.accuracy_drop),
+        _drop(subnetwork.accuracy_drop, metric),
         "## How fast it is, and whether the files agree",
         _table(
             (
@@ -223,11 +247,12 @@ def model_card(facts: BundleFacts) -> str:
         *(f"- {_plain(note)}" for note in dataset.notes),
         "## Limits",
         f"- This sub-network was {'' if subnetwork.selected else 'not '}chosen. The choice is made "
-        "by accuracy on dev, so dev flatters the chosen one a little. Test, where there is one, is "
-        "never used to choose, and only the chosen one is measured on it.",
+        f"by {metric} on dev, so dev flatters the chosen one a little. Test, where there is one, "
+        "is never used to choose, and only the chosen one is measured on it.",
         "- Point estimates of one run with one seed: a difference of a point may be noise on a "
         "split of this size.",
-        "- Accuracy is the share of all rows; it says nothing about single groups of rows. "
+        f"- {metric[0].upper()}{metric[1:]} is of all rows together; it says nothing about single "
+        "groups of rows. "
         "Compare the two models on those that matter to you.",
         f"- Inputs longer than {facts.spec.task.max_seq_len} tokens are cut.",
         "- Whatever the uploaded model and the dataset got wrong, this model has learnt too. "
@@ -236,6 +261,16 @@ def model_card(facts: BundleFacts) -> str:
         _how_to_run(facts),
     ]
     return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
+
+
+def _answer(facts: BundleFacts) -> str:
+    names = ", ".join(_code(label) for label in facts.dataset.label_names)
+    count = len(facts.dataset.label_names)
+    return {
+        "classification": f"one of {count} labels: {names}",
+        "multi_label": f"those of {count} labels that apply, which may be none: {names}",
+        "regression": f"a score: {names}",
+    }[facts.spec.task.kind]
 
 
 def _published_files(subnetwork: SubnetworkReport) -> list[FileReport]:
@@ -332,15 +367,14 @@ def _missing_formats(formats: Sequence[FormatReport]) -> list[str]:
     ]
 
 
-def _drop(points: float) -> str:
-    if points > 0:
-        return f"On dev it is {points:.2f} points below the teacher."
-    if points < 0:
-        return f"On dev it is {-points:.2f} points above the teacher."
-    return "On dev it is as accurate as the teacher."
+def _drop(points: float, metric: str) -> str:
+    if points == 0:
+        return f"On dev its {metric} is that of the teacher."
+    where = "below" if points > 0 else "above"
+    return f"On dev its {metric} is {abs(points):.2f} points {where} the teacher's."
 
 
-def _accuracy(value: float | None) -> str:
+def _figure(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
 
 

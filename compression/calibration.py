@@ -15,14 +15,15 @@ from fractions import Fraction
 import numpy as np
 
 from compression.batches import Encoded
-from compression.distillation import SupernetGradients
+from compression.distillation import SupernetLosses
 from compression.encoder import Encoder
 from compression.parallel import Replicas
 from compression.runtime_env import core_count, replica_count
-from compression.spec import DistillationSpec
+from compression.spec import DistillationSpec, TaskSpec
 from compression.supernet import subnetwork_of
-from compression.tasks import TASKS
+from compression.tasks import make_task
 from compression.teachers.config import EncoderConfig
+from compression.training import BatchGradients
 
 # Two of MiniLM's layers and a batch as long as short sentences are: half a second a step.
 CONFIG = EncoderConfig(
@@ -52,18 +53,12 @@ def step_seconds() -> float:
     data = Encoded(ids, [[0] * TOKENS] * ROWS, np.zeros(ROWS, np.int64))
     supernet, teacher = Encoder(CONFIG), Encoder(CONFIG)
     subnetworks = [subnetwork_of(CONFIG, Fraction(w)) for w in ("1", "1/2")]
+    task = make_task(TaskSpec(), ("0", "1"))
+    losses = SupernetLosses(teacher, subnetworks, DistillationSpec(), task)
     count = replica_count(os.environ, cores=core_count())
     seconds = []
     with Replicas(supernet, count) as replicas:
-        gradients = SupernetGradients(
-            replicas,
-            teacher,
-            data,
-            subnetworks,
-            DistillationSpec(),
-            TASKS["classification"].logit_loss,
-            seed=0,
-        )
+        gradients = BatchGradients(replicas, data, losses, seed=0)
         for step in range(STEPS + 1):
             started = time.perf_counter()
             gradients(np.arange(ROWS), step=step)

@@ -26,6 +26,8 @@ def flops(config: EncoderConfig, seq_len: int) -> int:
         multiply_adds += 4 * seq_len * config.hidden * units  # query, key, value, output
         multiply_adds += 2 * seq_len * seq_len * units  # scores, and scores times values
         multiply_adds += 2 * seq_len * config.hidden * ffn  # both halves of the FFN
-    multiply_adds += config.hidden * config.hidden  # pooler: first token only
-    multiply_adds += config.hidden * (config.num_labels or 0)
+    classified = seq_len if config.head == "token" else 1
+    if config.head == "sequence":
+        multiply_adds += config.hidden * config.hidden  # pooler: first token only
+    multiply_adds += classified * config.hidden * (config.num_labels or 0)
     return 2 * multiply_adds

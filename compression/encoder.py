@@ -18,6 +18,7 @@ from paddle import Tensor, nn
 from compression.elastic import ElasticAttention, ElasticFeedForward, Norm
 from compression.errors import InvalidModel
 from compression.noise import Noise, dropout
+from compression.spec import Head
 from compression.supernet import Subnetwork
 from compression.teachers.config import EncoderConfig
 
@@ -30,7 +31,7 @@ class EncoderStates:
     """`hidden[0]` is the embedding output, `hidden[i]` layer i's output, each [B, T, H]."""
 
     hidden: list[Tensor]
-    logits: Tensor  # [B, labels]
+    logits: Tensor  # [B, labels]; of a token head [B, T, labels]
 
 
 class Embeddings(nn.Layer):
@@ -93,7 +94,8 @@ class Encoder(nn.Layer):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.LayerList([Layer(config, i) for i in range(config.layers)])
-        self.pooler = nn.Linear(config.hidden, config.hidden)
+        if config.head == "sequence":
+            self.pooler = nn.Linear(config.hidden, config.hidden)
         self.dropout = config.hidden_dropout
         self.classifier = nn.Linear(config.hidden, config.num_labels)
 
@@ -143,8 +145,9 @@ class Encoder(nn.Layer):
                 noise=noise,
             )
             hidden.append(x)
-        pooled = paddle.tanh(self.pooler(x[:, 0]))  # [B, H], of the first token
-        return EncoderStates(hidden, self.classifier(dropout(pooled, self.dropout, noise)))
+        if self.config.head == "sequence":
+            x = paddle.tanh(self.pooler(x[:, 0]))  # [B, T, H] -> [B, H], of the first token
+        return EncoderStates(hidden, self.classifier(dropout(x, self.dropout, noise)))
 
     def forward(
         self,
@@ -153,7 +156,7 @@ class Encoder(nn.Layer):
         attention_mask: Tensor,
         subnetwork: Subnetwork | None = None,
     ) -> Tensor:
-        """The logits [B, labels]."""
+        """The logits [B, labels]; of a token head [B, T, labels]."""
         states = self.encode(input_ids, token_type_ids, attention_mask, subnetwork=subnetwork)
         return states.logits
 
@@ -163,15 +166,15 @@ def numpy_weights(encoder: Encoder) -> dict[str, np.ndarray]:
     return {name: value.numpy().copy() for name, value in encoder.state_dict().items()}
 
 
+def load_weights(encoder: Encoder, tensors: Mapping[str, np.ndarray]) -> None:
+    """Puts `numpy_weights` of the same encoder back, in place."""
+    for name, parameter in encoder.state_dict().items():
+        parameter.set_value(tensors[name])
+
+
 def build_encoder(config: EncoderConfig, tensors: Mapping[str, np.ndarray]) -> Encoder:
     """An encoder that holds exactly `tensors`; InvalidModel names what does not fit."""
     encoder = Encoder(config)
-    set_weights(encoder, tensors)
-    return encoder
-
-
-def set_weights(encoder: Encoder, tensors: Mapping[str, np.ndarray]) -> None:
-    """Makes the encoder hold exactly `tensors`; InvalidModel names what does not fit."""
     own = encoder.state_dict()
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
@@ -182,20 +185,30 @@ def set_weights(encoder: Encoder, tensors: Mapping[str, np.ndarray]) -> None:
                 f"{name} has shape {list(tensors[name].shape)}, expected {list(parameter.shape)}"
             )
         parameter.set_value(tensors[name].astype(np.float32))
+    return encoder
 
 
 def with_new_head(
-    config: EncoderConfig, tensors: Mapping[str, np.ndarray], *, num_labels: int, seed: int
+    config: EncoderConfig,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    num_labels: int,
+    head: Head = "sequence",
+    seed: int,
 ) -> tuple[EncoderConfig, dict[str, np.ndarray]]:
-    """The checkpoint with a fresh classifier (and pooler, where it has none), seeded."""
+    """The checkpoint with a fresh classifier (and the pooler that its head needs), seeded."""
     generator = np.random.default_rng(seed)
     hidden = config.hidden
-    new = dict(tensors)
-    if "pooler.weight" not in new:
+    new = {
+        name: value
+        for name, value in tensors.items()
+        if head == "sequence" or not name.startswith("pooler.")
+    }
+    if head == "sequence" and "pooler.weight" not in new:
         new["pooler.weight"] = generator.normal(0, INITIAL_STD, (hidden, hidden)).astype(np.float32)
         new["pooler.bias"] = np.zeros(hidden, np.float32)
     new["classifier.weight"] = generator.normal(0, INITIAL_STD, (hidden, num_labels)).astype(
         np.float32
     )
     new["classifier.bias"] = np.zeros(num_labels, np.float32)
-    return dataclasses.replace(config, num_labels=num_labels), new
+    return dataclasses.replace(config, num_labels=num_labels, head=head), new

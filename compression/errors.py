@@ -29,6 +29,10 @@ class CompressionError(Exception):
         self.pointer = pointer
 
 
+class Interrupted(Exception):
+    """The job was told to stop and has: no error, it goes on from its last checkpoint."""
+
+
 class InvalidSpec(CompressionError):
     """The spec contradicts itself, the model or the dataset."""
 
@@ -73,6 +77,18 @@ class ReferenceFailed(CompressionError):
     """The process of the engine paddleslim did not come to its end."""
 
     code = "reference-failed"
+
+
+class OutOfMemory(CompressionError):
+    """The host's or the device's memory is too small for the spec; `pointer` says what to lower."""
+
+    code = "out-of-memory"
+
+
+class CheckpointRefused(CompressionError):
+    """A checkpoint of another spec, model or dataset: going on from it would mix two jobs."""
+
+    code = "checkpoint-refused"
 
 
 class ExportFailed(CompressionError):

@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import paddle
 
-from compression.batches import Encoded, sorted_batches
+from compression.batches import Encoded, make_batch, sorted_rows
 from compression.encoder import Encoder
 from compression.supernet import Subnetwork
 
 
-@paddle.no_grad()
 def predict(
-    encoder: Encoder, data: Encoded, *, subnetwork: Subnetwork | None = None, batch_size: int = 64
-) -> np.ndarray:
-    """Logits [rows, labels] in the rows' own order."""
-    logits = np.empty((len(data), encoder.config.num_labels or 0), np.float32)
-    for batch in sorted_batches(data, batch_size=batch_size, pad_id=encoder.config.pad_token_id):
-        logits[batch.rows] = encoder(*batch.inputs, subnetwork=subnetwork).numpy()
-    return logits
+    encoder: Encoder,
+    data: Encoded,
+    *,
+    subnetwork: Subnetwork | None = None,
+    batch_size: int = 64,
+    threads: int = 1,
+) -> np.ndarray | list[np.ndarray]:
+    """Logits in the rows' own order: [rows, labels]; of a token head [T_i, labels] a row.
+
+    Without dropout. Threads take turns at the batches; their number changes no bit.
+    """
+    logits: list[np.ndarray] = [np.empty(0)] * len(data)
+
+    @paddle.no_grad()
+    def fill(rows: np.ndarray) -> None:
+        batch = make_batch(data, rows, pad_id=encoder.config.pad_token_id)
+        found = encoder(*batch.inputs, subnetwork=subnetwork).numpy()
+        for row, own in zip(rows, found, strict=True):
+            logits[row] = own[: len(data.input_ids[row])] if encoder.config.head == "token" else own
+
+    batches = sorted_rows(data, batch_size=batch_size)
+    if threads == 1:
+        for rows in batches:
+            fill(rows)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, batches))  # a list, so that an error is raised here
+    return logits if encoder.config.head == "token" else np.stack(logits)
+
+
+def largest_difference(
+    one: np.ndarray | Sequence[np.ndarray], other: np.ndarray | Sequence[np.ndarray]
+) -> float:
+    """Largest |difference| of two predictions of the same rows."""
+    return max(float(np.abs(a - b).max()) for a, b in zip(one, other, strict=True))
+
+
+def padded_logits(predictions: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """One array: [rows, labels], or of a token head [rows, T, labels] with zeros at padding."""
+    if isinstance(predictions, np.ndarray):
+        return predictions
+    shape = (len(predictions), max(map(len, predictions)), predictions[0].shape[-1])
+    padded = np.zeros(shape, np.float32)
+    for i, own in enumerate(predictions):
+        padded[i, : len(own)] = own
+    return padded

@@ -12,6 +12,7 @@ from paddle import Tensor
 from compression.batches import Encoded, make_batch
 from compression.encoder import Encoder
 from compression.parallel import Replicas
+from compression.tasks.base import Count, Task
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def measure_importance(
     encoder: Encoder,
     data: Encoded,
     batches: Iterable[np.ndarray],
-    loss: Callable[[Tensor, Tensor], Tensor],
+    task: Task,
     *,
     replicas: int = 1,
     on_batch: Callable[[int], None] = lambda done: None,
@@ -43,15 +44,16 @@ def measure_importance(
     neurons = [paddle.zeros([n]) for n in config.ffn]
     with Replicas(encoder, replicas) as parallel:
         for done, rows in enumerate(batches, start=1):
+            total = task.count(make_batch(data, rows, pad_id=config.pad_token_id))
 
-            def share(member: Encoder, part: np.ndarray, rows: np.ndarray = rows) -> list[Tensor]:
+            def share(member: Encoder, part: np.ndarray, total: Count = total) -> list[Tensor]:
                 batch = make_batch(data, part, pad_id=config.pad_token_id)
                 gates = [paddle.ones([n]) for n in config.heads]
                 for gate in gates:
                     gate.stop_gradient = False
                 states = member.encode(*batch.inputs, head_gates=gates)
                 # Not paddle.grad: it keeps a state of its own for the whole process.
-                (loss(states.logits, batch.labels) * (len(part) / len(rows))).backward()
+                task.label_loss(states.logits, batch, total=total).backward()
                 return [gate.grad for gate in gates]
 
             slopes = parallel.map(share, rows)  # [shares][layers] of [heads]

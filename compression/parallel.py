@@ -10,7 +10,7 @@ for bit; another number rounds differently.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TypeVar
 
@@ -47,6 +47,7 @@ class Replicas:
             self._pool.submit(work, member, part)
             for member, part in zip(self.members, parts, strict=False)
         ]
+        wait(jobs)  # an error in one must not leave the others running
         return [job.result() for job in jobs]
 
     @paddle.no_grad()  # or the gradients, leaves themselves, could not be changed in place
@@ -62,6 +63,10 @@ class Replicas:
                 else:
                     own.grad.add_(other.grad)
                 other.clear_gradient(False)  # freed, not zeroed
+
+    def clear_gradients(self) -> None:
+        for member in self.members:
+            member.clear_gradients(set_to_zero=False)
 
 
 def shares(rows: np.ndarray, count: int) -> Sequence[np.ndarray]:

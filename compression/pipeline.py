@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import platform
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,21 +20,23 @@ import paddle
 from compression import cost, latency, selection
 from compression.batches import Encoded, pad, sorted_rows
 from compression.bundle import BundleFacts, Provenance, input_digests, write_bundle
-from compression.distillation import StepReport, distil
+from compression.checkpoint import FOLDER as CHECKPOINTS
+from compression.checkpoint import Checkpoints, Saved, StageState, digest, host_facts
+from compression.distillation import distil
 from compression.encoder import (
     Encoder,
     build_encoder,
+    load_weights,
     numpy_weights,
-    set_weights,
     with_new_head,
 )
-from compression.errors import DeviceUnavailable
-from compression.evaluate import predict
+from compression.errors import DeviceUnavailable, Interrupted, OutOfMemory
+from compression.evaluate import largest_difference, padded_logits, predict
 from compression.export import Exported, export_formats, format_report, verify
 from compression.importance import measure_importance
-from compression.plan import Examples, Plan, make_plan, model_info, resolve_rows
+from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.reference import run as reference
-from compression.reference.exchange import Request
+from compression.reference.exchange import Orders, Request
 from compression.reorder import descending, reorder
 from compression.report import (
     STAGES,
@@ -45,19 +48,22 @@ from compression.report import (
     Progress,
     SubnetworkReport,
     TeacherReport,
+    TrainingReport,
 )
-from compression.runtime_env import cpu_name
+from compression.runtime_env import core_count, cpu_name, replica_count
 from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
-from compression.tables import LABELLED_SPLITS, Columns, profile, read_splits, shared_rows
-from compression.tasks import TASKS, Task
+from compression.tables import Columns, profile, read_splits, shared_rows
+from compression.tasks import Task, make_task
 from compression.teachers import Checkpoint, read_checkpoint
 from compression.teachers.config import EncoderConfig
-from compression.tokenization import encode, load_tokenizer, save_tokenizer
-from compression.training import fine_tune
+from compression.tokenization import load_tokenizer, save_tokenizer
+from compression.training import Step, Surroundings, fine_tune
 
 PARITY_ROWS = 64
 PARITY_TOLERANCE = 1e-4  # fp32
+TRAININGS = ("teacher", "distil", "final")
+UNITS = ("heads", "neurons")
 TEACHER = "teacher"
 REFERENCE = "reference"
 BUNDLE = "bundle.tar.gz"
@@ -71,47 +77,95 @@ def compress(
     dataset_dir: Path,
     run_dir: Path,
     on_progress: OnProgress = lambda progress: None,
+    *,
+    checkpoint_seconds: float = 300.0,
+    on_checkpoint: Callable[[Saved], None] = lambda saved: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> CompressionReport:
     """Runs one job and returns its report, which is also written to `run_dir/report.json`.
 
-    Files to publish are under `run_dir/artifacts/<sub-network>/`. Raises
-    CompressionError where the spec, the model or the dataset cannot be used, before
-    anything is trained.
+    Files to publish are under `run_dir/artifacts/<sub-network>/`. Checkpoints are written to
+    `run_dir/checkpoints` at the end of each stage that computes weights or scores, and in
+    trainings every `checkpoint_seconds`; where that folder holds one, the job goes on from it.
+    The stages after distillation write files and times of this host: they are done again.
+
+    Raises CompressionError where the spec, the model or the dataset cannot be used, before
+    anything is trained; Interrupted once `stop` answers true, after a checkpoint.
     """
     use_device(spec.device)
+    for stale in (run_dir / "artifacts", run_dir / "work"):  # of a run that was interrupted
+        shutil.rmtree(stale, ignore_errors=True)
     artifacts = run_dir / "artifacts"
-    artifacts.mkdir(parents=True, exist_ok=True)
-    stages = Stages(on_progress)
+    artifacts.mkdir(parents=True)
+    stages = Stages(on_progress, stop)
 
     with stages("load") as advance:
         job = load(spec, model_dir, dataset_dir)
-        advance(1, 1, rows={split: len(rows) for split, rows in job.splits.items()})
+        checkpoints = Checkpoints(
+            run_dir / CHECKPOINTS,
+            identity=identity(spec, model_dir, dataset_dir),
+            host=host_facts(os.environ),
+            every_seconds=checkpoint_seconds,
+            on_saved=on_checkpoint,
+        )
+        rows = {split: len(rows) for split, rows in job.splits.items()}
+        advance(1, 1, resumption(checkpoints), rows=rows, resumed=checkpoints.resumed)
+    until = deadlines(spec, job.plan)
+    trainings: dict[str, TrainingReport] = {}
     with stages("teacher") as advance:
-        teacher, fine_tuned_steps = make_teacher(job, advance)
-        teacher_logits = predict(teacher, job.splits["dev"])
-        teacher_accuracy = job.task.metric(teacher_logits, job.splits["dev"].labels)
+        teacher, trained = make_teacher(
+            job, Surroundings("teacher", "teacher", checkpoints, until["teacher"], stop), advance
+        )
+        if trained is not None:
+            trainings["teacher"] = trained
+        teacher_logits = predict(teacher, job.splits["dev"], threads=job.replicas)
+        teacher_metrics = job.task.metrics(teacher_logits, job.splits["dev"])
+        teacher_accuracy = teacher_metrics[job.task.main_metric]
         advance(1, 1, accuracy=teacher_accuracy)
     with stages("importance") as advance:
-        head_orders, neuron_orders = rank_units(job, teacher, run_dir / "work", advance)
+        head_orders, neuron_orders = rank_units(
+            job, teacher, checkpoints, run_dir / "work", advance
+        )
     with stages("reorder") as advance:
         weights = numpy_weights(teacher)
         supernet = build_encoder(
             learning_config(teacher.config, spec.distillation),
             reorder(teacher.config, weights, head_orders=head_orders, neuron_orders=neuron_orders),
         )
-        reorder_max_abs = float(np.abs(predict(supernet, job.splits["dev"]) - teacher_logits).max())
+        reordered = predict(supernet, job.splits["dev"], threads=job.replicas)
+        reorder_max_abs = largest_difference(reordered, teacher_logits)
         advance(1, 1, max_abs=reorder_max_abs)
     subnetworks = [subnetwork_of(supernet.config, each.width_mult) for each in job.plan.subnetworks]
     with stages("distil") as advance:
-        distillation_steps, step_seconds = train_supernet(
-            job, supernet, teacher, subnetworks, run_dir / "work", advance
+        trainings["distil"] = train_supernet(
+            job,
+            supernet,
+            teacher,
+            subnetworks,
+            Surroundings("distil", "distillation", checkpoints, until["distil"], stop),
+            advance,
+            Orders(head_orders, neuron_orders),
+            run_dir / "work",
         )
+    with stages("final") as advance:
+        tuned = fine_tune_subnetworks(
+            job,
+            supernet,
+            subnetworks,
+            Surroundings("final", "final", checkpoints, until["final"], stop),
+            advance,
+        )
+        if tuned is not None:
+            trainings["final"] = tuned
     with stages("evaluate") as advance:
-        accuracies = []
+        metrics = []
         for i, subnetwork in enumerate(subnetworks, start=1):
-            logits = predict(supernet, job.splits["dev"], subnetwork=subnetwork)
-            accuracies.append(job.task.metric(logits, job.splits["dev"].labels))
-            advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracies[-1])
+            logits = predict(
+                supernet, job.splits["dev"], subnetwork=subnetwork, threads=job.replicas
+            )
+            metrics.append(job.task.metrics(logits, job.splits["dev"]))
+            accuracy = metrics[-1][job.task.main_metric]
+            advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
     with stages("export") as advance:
         weights = numpy_weights(supernet)
         exported = {}
@@ -146,11 +200,12 @@ def compress(
                 ffn=subnetwork.ffn,
                 parameters=cost.parameters(config),
                 flops=cost.flops(config, job.seq_len),
-                accuracy=accuracy,
-                accuracy_drop=100 * (teacher_accuracy - accuracy),
+                accuracy=own_metrics[job.task.main_metric],
+                accuracy_drop=100 * (teacher_accuracy - own_metrics[job.task.main_metric]),
+                metrics=own_metrics,
                 formats=with_latency(subnetwork.name, formats[subnetwork.name], measured),
             )
-            for subnetwork, accuracy in zip(subnetworks, accuracies, strict=True)
+            for subnetwork, own_metrics in zip(subnetworks, metrics, strict=True)
             for config in [supernet.config.narrowed(subnetwork.width_mult)]
         ]
         chosen = selection.select(selection.candidates(reports), spec.constraints)
@@ -161,6 +216,7 @@ def compress(
         advance(1, 1, chosen.reason, subnetwork=chosen.subnetwork, format=chosen.format)
         report = CompressionReport(
             spec=spec,
+            main_metric=job.task.main_metric,
             dataset=DatasetReport(
                 rows={split: len(rows) for split, rows in job.splits.items()},
                 labels=job.plan.labels,
@@ -168,14 +224,16 @@ def compress(
                 text=job.plan.text,
                 text_pair=job.plan.text_pair,
                 label=job.plan.label,
+                cut_rows={split: rows.cut for split, rows in job.splits.items() if rows.cut},
                 shared_rows=job.shared_rows,
-                notes=job.plan.warnings,
+                notes=(*job.plan.warnings, *cut_notes(job)),
             ),
             teacher=TeacherReport(
                 family=teacher.config.family,
-                fine_tuned_steps=fine_tuned_steps,
+                fine_tuned_steps=trained.steps if trained else 0,
                 parameters=cost.parameters(teacher.config),
                 accuracy=teacher_accuracy,
+                metrics=teacher_metrics,
                 test_accuracy=test_accuracy(job, teacher, None),
                 formats=tuple(
                     FormatReport(
@@ -190,11 +248,17 @@ def compress(
             reorder_max_abs=reorder_max_abs,
             subnetworks=tuple(reports),
             selection=chosen,
-            distillation_steps=distillation_steps,
-            step_seconds=step_seconds,
+            distillation_steps=trainings["distil"].steps,
+            final_steps=trainings["final"].steps if "final" in trainings else 0,
+            step_seconds=trainings["distil"].step_seconds,
             stage_seconds=stages.seconds,
+            trainings=trainings,
             environment=environment(spec),
-            warnings=export_warnings(reports, teacher_files),
+            warnings=(
+                *export_warnings(reports, teacher_files),
+                *checkpoints.warnings,
+                *training_warnings(spec, trainings),
+            ),
         )
     with stages("bundle") as advance:
         tokenizer_files = save_tokenizer(model_dir, run_dir / "work" / "tokenizer")
@@ -218,7 +282,8 @@ def compress(
                     tokenizer_files=tokenizer_files,
                 )
             advance(i, len(reports), subnetwork=subnetwork_report.name)
-    shutil.rmtree(run_dir / "work", ignore_errors=True)
+    for spent in (run_dir / "work", run_dir / CHECKPOINTS):
+        shutil.rmtree(spent, ignore_errors=True)
     report = report.model_copy(update={"stage_seconds": stages.seconds})
     (run_dir / "report.json").write_text(report.model_dump_json(indent=2))
     return report
@@ -235,13 +300,15 @@ class Job:
     splits: Mapping[str, Encoded]
     shared_rows: Mapping[str, int]
     seq_len: int  # of the latency measurement, tokens
+    replicas: int  # threads that share a batch in training, and the batches elsewhere
 
 
 @dataclass
 class Stages:
-    """Times each stage and reports its first and last sign of life."""
+    """Times each stage, reports its first and last sign of life, and ends the job when told to."""
 
     on_progress: OnProgress
+    stop: Callable[[], bool]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -254,12 +321,25 @@ class Stages:
         def advance(step: int = 0, total: int = 1, message: str = "", **figures: object) -> None:
             last[:] = [step, total]
             self.on_progress(Progress(name, step, total, message, figures))
+            if name not in TRAININGS:  # they write a checkpoint first
+                self.end_if_told(name)
 
+        self.end_if_told(name)
         self.on_progress(Progress(name))
-        yield advance
+        try:
+            yield advance
+        except MemoryError as error:
+            raise OutOfMemory(
+                f"the memory is too small in stage {name}: run the job where there is more, or "
+                "lower the batch sizes and task.max_seq_len"
+            ) from error
         self.seconds[name] = time.perf_counter() - started
         if last[0] != last[1]:
             self.on_progress(Progress(name, last[1], last[1]))
+
+    def end_if_told(self, name: str) -> None:
+        if self.stop():
+            raise Interrupted(f"stopped in stage {name}")
 
 
 def use_device(device: str) -> None:
@@ -286,51 +366,83 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
     tokenizer = load_tokenizer(model_dir)
     tables = read_splits(dataset_dir)
     plan = make_plan(spec, model_info(checkpoint), profile(tables))
-
-    def tokenised(rows: Examples) -> Encoded:
-        encoded = encode(tokenizer, rows.texts, rows.pairs, spec.task.max_seq_len)
-        return Encoded([ids for ids, _ in encoded], [types for _, types in encoded], rows.labels)
-
+    task = make_task(spec.task, plan.labels)
     examples = resolve_rows(spec, plan, tables, spec.seed)
-    splits = {split: tokenised(examples[split]) for split in LABELLED_SPLITS if split in examples}
+    splits = {
+        split: task.encode(tokenizer, examples[split], spec.task.max_seq_len) for split in examples
+    }
     dev_lengths = [len(ids) for ids in splits["dev"].input_ids]
     return Job(
         spec=spec,
         plan=plan,
-        task=TASKS[spec.task.kind],
+        task=task,
         checkpoint=checkpoint,
         splits=splits,
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
+        replicas=replica_count(os.environ, cores=core_count()) if spec.device == "cpu" else 1,
     )
 
 
-def make_teacher(job: Job, advance: Advance) -> tuple[Encoder, int]:
-    """The uploaded model, or one fine-tuned on train's labels; and the steps that took."""
+def make_teacher(
+    job: Job, surroundings: Surroundings, advance: Advance
+) -> tuple[Encoder, TrainingReport | None]:
+    """The uploaded model, or one fine-tuned on train's labels; and how that went."""
     config, tensors = job.checkpoint.config, job.checkpoint.tensors
     if not job.plan.fine_tune:
         teacher = build_encoder(config, tensors)
-        teacher.eval()
-        return teacher, 0
+        return teacher, None
     config, tensors = with_new_head(
-        config, tensors, num_labels=len(job.plan.labels), seed=job.spec.seed
+        config,
+        tensors,
+        num_labels=len(job.plan.label_names),
+        head=job.spec.task.head,
+        seed=job.spec.seed,
     )
     teacher = build_encoder(config, tensors)
-    steps = fine_tune(
+    return teacher, finished(
         teacher,
-        job.splits["train"],
-        job.spec.teacher,
-        job.task.label_loss,
-        seed=job.spec.seed,
-        on_step=lambda done, total, loss: advance(done, total, loss=loss),
+        surroundings,
+        lambda: fine_tune(
+            teacher,
+            job.splits["train"],
+            job.spec.teacher,
+            job.task,
+            surroundings,
+            seed=job.spec.seed,
+            replicas=job.replicas,
+            on_step=lambda step: advance(step.done, step.total, loss=sum(step.losses.values())),
+        ),
     )
-    return teacher, steps
+
+
+def finished(
+    model: Encoder, surroundings: Surroundings, training: Callable[[], TrainingReport]
+) -> TrainingReport:
+    """Trains the model in place and keeps it in a checkpoint, or takes it from one."""
+    state = surroundings.state
+    if state is not None and state.done:
+        load_weights(model, state.tensors)
+        return TrainingReport.model_validate(state.figures)
+    report = training()
+    if surroundings.checkpoints is not None:
+        surroundings.checkpoints.save(
+            surroundings.stage,
+            StageState(report.steps, True, report.model_dump(), model.state_dict()),
+        )
+    return report
 
 
 def rank_units(
-    job: Job, teacher: Encoder, work: Path, advance: Advance
+    job: Job, teacher: Encoder, checkpoints: Checkpoints, work: Path, advance: Advance
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Each layer's heads and neurons, most important first, on a seeded sample of rows."""
+    state = checkpoints["importance"]
+    if state is not None:
+        heads, neurons = (
+            [state.tensors[f"{kind}.{i}"] for i in range(teacher.config.layers)] for kind in UNITS
+        )
+        return heads, neurons
     spec = job.spec.importance
     rows = job.splits[spec.split]
     sample = rows.take(
@@ -340,7 +452,8 @@ def rank_units(
     if job.spec.engine == "paddleslim":
         importance = reference.measure_importance(
             work / REFERENCE,
-            reference_request(job, teacher, sample),
+            Request(job.spec, teacher.config, numpy_weights(teacher), sample),
+            replicas=job.replicas,
             on_batch=lambda done: advance(done, total),
         )
     else:
@@ -348,13 +461,19 @@ def rank_units(
             teacher,
             sample,
             sorted_rows(sample, batch_size=spec.batch_size),
-            job.task.label_loss,
+            job.task,
+            replicas=job.replicas,
             on_batch=lambda done: advance(done, total),
         )
-    return (
-        [descending(scores) for scores in importance.heads],
-        [descending(scores) for scores in importance.neurons],
-    )
+    heads = [descending(scores) for scores in importance.heads]
+    neurons = [descending(scores) for scores in importance.neurons]
+    orders = {
+        f"{kind}.{i}": order
+        for kind, layers in zip(UNITS, (heads, neurons), strict=True)
+        for i, order in enumerate(layers)
+    }
+    checkpoints.save("importance", StageState(total, True, {}, orders))
+    return heads, neurons
 
 
 def train_supernet(
@@ -362,40 +481,77 @@ def train_supernet(
     supernet: Encoder,
     teacher: Encoder,
     subnetworks: Sequence[Subnetwork],
-    work: Path,
+    surroundings: Surroundings,
     advance: Advance,
-) -> tuple[int, float]:
-    """Distils the supernet in place; returns its steps and a step's median seconds.
+    orders: Orders,
+    work: Path,
+) -> TrainingReport:
+    """Distils the supernet in place.
 
-    The engine paddleslim reorders and trains its own, whose weights then replace the supernet's.
+    The teacher's answers are all that is learnt, so rows without labels serve as well. The
+    engine paddleslim reorders and trains a supernet of its own, whose weights come into ours.
     """
-    seconds: list[float] = []
+    rows = job.splits["train"]
+    if "unlabelled" in job.splits:
+        rows = rows.joined(job.splits["unlabelled"])
 
-    def on_step(step: StepReport) -> None:
-        seconds.append(step.seconds)
-        advance(step.done, step.total, losses=step.losses)
+    def on_step(step: Step) -> None:
+        advance(step.done, step.total, losses=dict(step.losses))
 
     if job.spec.engine == "paddleslim":
-        learnt = reference.distil(
-            work / REFERENCE, reference_request(job, teacher, job.splits["train"]), on_step=on_step
-        )
-        set_weights(supernet, learnt)
-        return len(seconds), statistics.median(seconds)
-    steps = distil(
+        request = Request(job.spec, teacher.config, numpy_weights(teacher), rows, orders)
+
+        def learn() -> TrainingReport:
+            learnt, report = reference.distil(
+                work / REFERENCE, request, replicas=job.replicas, on_step=on_step
+            )
+            load_weights(supernet, learnt)
+            return report
+
+        return finished(supernet, surroundings, learn)
+    return finished(
         supernet,
-        teacher,
-        job.splits["train"],
-        subnetworks,
-        job.spec.distillation,
-        job.task.logit_loss,
-        seed=job.spec.seed,
-        on_step=on_step,
+        surroundings,
+        lambda: distil(
+            supernet,
+            teacher,
+            rows,
+            subnetworks,
+            job.spec.distillation,
+            job.task,
+            surroundings,
+            seed=job.spec.seed,
+            replicas=job.replicas,
+            on_step=on_step,
+        ),
     )
-    return steps, statistics.median(seconds)
 
 
-def reference_request(job: Job, teacher: Encoder, rows: Encoded) -> Request:
-    return Request(job.spec, teacher.config, numpy_weights(teacher), rows)
+def fine_tune_subnetworks(
+    job: Job,
+    supernet: Encoder,
+    subnetworks: Sequence[Subnetwork],
+    surroundings: Surroundings,
+    advance: Advance,
+) -> TrainingReport | None:
+    """The optional last training, on train's labels, of all sub-networks in place."""
+    if job.spec.final.when == "never":
+        return None
+    return finished(
+        supernet,
+        surroundings,
+        lambda: fine_tune(
+            supernet,
+            job.splits["train"],
+            job.spec.final,
+            job.task,
+            surroundings,
+            subnetworks=subnetworks,
+            seed=job.spec.seed,
+            replicas=job.replicas,
+            on_step=lambda step: advance(step.done, step.total, losses=dict(step.losses)),
+        ),
+    )
 
 
 def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:
@@ -408,13 +564,11 @@ def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderCon
 def extract(
     config: EncoderConfig, weights: Mapping[str, np.ndarray], subnetwork: Subnetwork
 ) -> Encoder:
-    """The physically smaller network, in evaluation mode; its config keeps the model's dropout."""
-    small = build_encoder(
+    """The physically smaller network; its config keeps the model's dropout."""
+    return build_encoder(
         dataclasses.replace(config, heads=subnetwork.heads, ffn=subnetwork.ffn),
         extract_weights(config, weights, subnetwork),
     )
-    small.eval()
-    return small
 
 
 def pass_parity_gate(
@@ -431,7 +585,7 @@ def pass_parity_gate(
     folder.mkdir(parents=True)
     batch, reference = folder / "batch.npz", folder / "reference.npz"
     np.savez(batch, **pad(rows, range(len(rows)), pad_id=supernet.config.pad_token_id))
-    np.savez(reference, logits=predict(supernet, rows, subnetwork=subnetwork))
+    np.savez(reference, logits=padded_logits(predict(supernet, rows, subnetwork=subnetwork)))
     reports = []
     for fmt, files in exported.items():
         parity = None
@@ -496,7 +650,7 @@ def test_accuracy(job: Job, encoder: Encoder, subnetwork: Subnetwork | None) -> 
     rows = job.splits.get("test")
     if rows is None:
         return None
-    return job.task.metric(predict(encoder, rows, subnetwork=subnetwork), rows.labels)
+    return job.task.score(predict(encoder, rows, subnetwork=subnetwork, threads=job.replicas), rows)
 
 
 def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) -> SubnetworkReport:
@@ -505,6 +659,15 @@ def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) ->
         return report
     subnetwork = subnetwork_of(supernet.config, report.width_mult)
     return report.model_copy(update={"test_accuracy": test_accuracy(job, supernet, subnetwork)})
+
+
+def cut_notes(job: Job) -> tuple[str, ...]:
+    return tuple(
+        f"{rows.cut} of {len(rows)} rows of {split} are longer than {job.spec.task.max_seq_len} "
+        "tokens and were cut"
+        for split, rows in job.splits.items()
+        if rows.cut
+    )
 
 
 def export_warnings(
@@ -523,6 +686,46 @@ def export_warnings(
         if files.error is not None
     ]
     return (*unpublished, *unmeasured)
+
+
+def identity(spec: Spec, model_dir: Path, dataset_dir: Path) -> dict[str, str]:
+    """What makes a checkpoint this job's: digests of all that goes into it."""
+    return {
+        "spec": digest(spec.model_dump_json()),
+        "model": digest(json.dumps(input_digests(model_dir))),
+        "dataset": digest(json.dumps(input_digests(dataset_dir))),
+    }
+
+
+def resumption(checkpoints: Checkpoints) -> str:
+    """One sentence: where the job goes on, and what is not as it was; empty at its start."""
+    found = [*checkpoints.warnings]
+    if checkpoints.resumed is not None:
+        state = checkpoints[checkpoints.resumed]
+        assert state is not None
+        where = (
+            f"the end of {checkpoints.resumed}"
+            if state.done
+            else (f"step {state.step} of {checkpoints.resumed}")
+        )
+        found.insert(0, f"goes on from {where}")
+    return "; ".join(found)
+
+
+def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> Iterator[str]:
+    for stage, training in trainings.items():
+        if training.ended == "time":
+            yield (
+                f"the time budget of {spec.max_minutes:g} minutes ended {stage} after "
+                f"{training.steps} of {training.planned_steps} steps; the weights are those after "
+                f"step {training.best_step}"
+            )
+        section = spec.teacher if stage == "teacher" else spec.distillation
+        if training.micro_batch is not None and section.micro_batch == "auto":
+            yield (
+                f"the memory was too small for a whole batch in {stage}: {training.micro_batch} "
+                "rows were computed at once"
+            )
 
 
 def environment(spec: Spec) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -34,6 +34,7 @@ STAGES = (
     "importance",
     "reorder",
     "distil",
+    "final",
     "evaluate",
     "export",
     "verify",
@@ -41,6 +42,20 @@ STAGES = (
     "select",
     "bundle",
 )
+
+
+METRIC_NAMES: Mapping[str, str] = {  # what people call them
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "matthews": "Matthews correlation",
+    "micro_f1": "micro F1",
+    "macro_f1": "macro F1",
+    "exact_match": "exact match",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+}
+MAIN_METRIC = "The report's `main_metric` on dev, whatever it is; at most 1."
+METRICS = "Every metric of the task on dev, by name."
 
 
 class LatencyReport(Frozen):
@@ -96,11 +111,13 @@ class SubnetworkReport(Frozen):
     ffn: tuple[int, ...]
     parameters: int
     flops: int = Field(description="Multiply-adds times two, one row of the latency spec's length.")
-    accuracy: float = Field(description="Main metric on dev, 0..1.")
+    accuracy: float = Field(description=MAIN_METRIC)
     accuracy_drop: float = Field(
-        description="Points lost against the teacher on dev; negative is a gain."
+        description="Points (hundredths) of the main metric lost against the teacher on dev; "
+        "negative is a gain."
     )
-    test_accuracy: float | None = None
+    test_accuracy: float | None = Field(None, description="The main metric on test.")
+    metrics: Mapping[str, float] = Field({}, description=METRICS)
     formats: tuple[FormatReport, ...] = ()
     pareto: bool = False
     selected: bool = False
@@ -110,8 +127,9 @@ class TeacherReport(Frozen):
     family: str
     fine_tuned_steps: int
     parameters: int
-    accuracy: float
-    test_accuracy: float | None = None
+    accuracy: float = Field(description=MAIN_METRIC)
+    test_accuracy: float | None = Field(None, description="The main metric on test.")
+    metrics: Mapping[str, float] = Field({}, description=METRICS)
     formats: tuple[FormatReport, ...] = ()
 
 
@@ -145,21 +163,48 @@ class DatasetReport(Frozen):
     text: str
     text_pair: str | None = None
     label: str
+    cut_rows: Mapping[str, int] = Field(
+        default_factory=dict, description="Rows of each split that are longer than max_seq_len."
+    )
     shared_rows: Mapping[str, int] = Field(
         default_factory=dict, description='"train/dev": rows of dev whose text stands in train.'
     )
     notes: tuple[str, ...] = ()
 
 
+class TrainingReport(Frozen):
+    """How one training went; the weights are those after `best_step`."""
+
+    steps: int = Field(description="Optimizer steps done, in all runs of the job together.")
+    planned_steps: int
+    best_step: int
+    ended: Literal["complete", "plateau", "time"] = Field(
+        description='"plateau": no gain for the spec\'s patience; "time": its share of max_minutes.'
+    )
+    step_seconds: float = Field(description="Median of a step, of the last thousand.")
+    micro_batch: int | None = Field(
+        description="Rows computed at once; null where the whole batch was."
+    )
+
+
 class CompressionReport(Frozen):
     spec: Spec
+    main_metric: str = Field(
+        "accuracy", description="What accuracy and accuracy_drop are measured in."
+    )
     dataset: DatasetReport
     teacher: TeacherReport
     reorder_max_abs: float = Field(description="Largest logit change of reordering at full width.")
     subnetworks: tuple[SubnetworkReport, ...]
     selection: Selection
     distillation_steps: int
+    final_steps: int = Field(0, description="Steps of the last fine-tuning on labels.")
     step_seconds: float = Field(description="Median seconds of a distillation step.")
-    stage_seconds: Mapping[str, float]
+    stage_seconds: Mapping[str, float] = Field(
+        description="In the job's last run: a stage that a checkpoint spared it takes no time."
+    )
+    trainings: Mapping[str, TrainingReport] = Field(
+        default_factory=dict, description='By stage: "teacher" where it was fine-tuned, "distil".'
+    )
     environment: Mapping[str, str] = Field(description="Device and library versions measured on.")
     warnings: tuple[str, ...] = ()

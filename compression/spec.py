@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
@@ -13,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -65,6 +67,7 @@ def _unicode(value: str) -> str:
 
 Text = Annotated[str, AfterValidator(_unicode)]
 Format = Literal["safetensors", "paddle", "onnx"]
+Head = Literal["sequence", "token"]  # classifies the pooled first token, or every token
 SERVED_FORMATS: tuple[Format, ...] = ("paddle", "onnx")  # those that a runtime serves
 
 
@@ -80,10 +83,32 @@ class _Asked(Frozen):
     model_config = ConfigDict(allow_inf_nan=False)
 
 
+class TaskKind(NamedTuple):
+    """`head`: what the classifier reads. `metrics`: what is reported, the default main one first.
+
+    Every metric is better when larger and lies in [-1, 1]; a point is a hundredth of it.
+    """
+
+    head: Head
+    metrics: tuple[str, ...]
+
+
+TASK_KINDS: Mapping[str, TaskKind] = {
+    "classification": TaskKind("sequence", ("accuracy", "f1", "matthews")),
+    "multi_label": TaskKind("sequence", ("micro_f1", "macro_f1", "exact_match")),
+    "regression": TaskKind("sequence", ("pearson", "spearman")),
+}
+
+
 class TaskSpec(_Asked):
     """What the model predicts, and which columns hold it. Columns not named are guessed."""
 
-    kind: Literal["classification"] = "classification"
+    kind: Literal["classification", "multi_label", "regression"] = "classification"
+    metric: Text | None = Field(
+        None,
+        description="The main metric, which the accuracy drop is measured in; by default the "
+        "first of the task's.",
+    )
     text: Text | None = Field(None, description="Column of the (first) sentence.")
     text_pair: Text | None = Field(None, description="Column of the second sentence, for pairs.")
     label: Text | None = Field(None, description="Column of the label.")
@@ -92,17 +117,33 @@ class TaskSpec(_Asked):
         description="Label values in the order of the classifier's outputs. Needed where the "
         "dataset's labels are neither the model's label names nor their numbers.",
     )
+    separator: Text = Field(
+        ",",
+        min_length=1,
+        description="Between the labels of one row, where a multi-label column holds texts.",
+    )
     max_seq_len: int = Field(128, ge=8, le=512, description="Tokens; longer rows are cut.")
 
+    @property
+    def main_metric(self) -> str:
+        return self.metric or TASK_KINDS[self.kind].metrics[0]
 
-class FineTuneSpec(_Asked):
-    """Training of the teacher on the dataset's labels, before compression.
+    @property
+    def head(self) -> Head:
+        return TASK_KINDS[self.kind].head
 
-    `when`: "auto" fine-tunes only where the model has no classifier head; "always"
-    starts from the uploaded encoder and trains a new head; "never" refuses a headless model.
-    """
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, value: str | None, info: ValidationInfo) -> str | None:
+        kind = info.data.get("kind")  # absent where it was refused itself
+        if value is not None and kind is not None and value not in TASK_KINDS[kind].metrics:
+            raise ValueError(f"a {kind} task has the metrics {', '.join(TASK_KINDS[kind].metrics)}")
+        return value
 
-    when: Literal["auto", "always", "never"] = "auto"
+
+class _Training(_Asked):
+    """What every training is told."""
+
     epochs: float = Field(3.0, gt=0, le=100)
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(32, ge=1, le=1024)
@@ -110,6 +151,32 @@ class FineTuneSpec(_Asked):
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluations without gain after which the training stops; it is judged by the "
+        "loss on a seeded tenth of train (1,024 rows at most), which is then not trained on, and "
+        "the best weights are kept. null: trains to its end on all rows.",
+    )
+    evaluate_every: int | None = Field(
+        None, ge=1, description="Steps between evaluations for patience; null: an epoch."
+    )
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        "auto",
+        description="Rows computed at once; gradients are summed to the whole batch's, within "
+        'rounding. "auto": the whole batch, halved each time the memory is too small. null: the '
+        "whole batch, and an error where it does not fit.",
+    )
+
+
+class FineTuneSpec(_Training):
+    """Training of the teacher on the dataset's labels, before compression.
+
+    `when`: "auto" fine-tunes only where the model has no classifier head; "always"
+    starts from the uploaded encoder and trains a new head; "never" refuses a headless model.
+    """
+
+    when: Literal["auto", "always", "never"] = "auto"
 
 
 class ImportanceSpec(_Asked):
@@ -136,27 +203,36 @@ class SupernetSpec(_Asked):
         return value
 
 
-class DistillationSpec(_Asked):
+class DistillationSpec(_Training):
     """DynaBERT's width stage; the loss weights are named as in the paper (equation 3)."""
 
-    epochs: float = Field(3.0, gt=0, le=100)
-    max_steps: int | None = Field(None, ge=1)
-    batch_size: int = Field(32, ge=1, le=1024)
-    learning_rate: float = Field(1e-4, gt=0, lt=1)
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0, lt=1)
-    max_grad_norm: float = Field(1.0, gt=0)
     dropout: float | None = Field(
         0.0, ge=0, lt=1, description="Of the supernet while it learns; null: the model's own."
     )
     lambda_rep: float = Field(0.1, ge=0)
     lambda_logit: float = Field(1.0, ge=0)
+    padded_mean: bool = Field(
+        False,
+        description="The mean of lambda_rep is over padding too, as PaddleSlim takes it: for "
+        "comparisons with it alone, because a row's loss then depends on its batch-mates.",
+    )
 
     @model_validator(mode="after")
     def _some_loss(self) -> DistillationSpec:
         if self.lambda_rep == 0 and self.lambda_logit == 0:
             raise ValueError("lambda_rep and lambda_logit are both 0: nothing would be learnt")
         return self
+
+
+class FinalSpec(_Training):
+    """DynaBERT's optional last stage: all sub-networks are fine-tuned on train's labels.
+
+    One optimizer step after all widths, as in distillation, and with its dropout.
+    """
+
+    when: Literal["never", "always"] = "never"
+    epochs: float = Field(1.0, gt=0, le=100)
+    learning_rate: float = Field(2e-5, gt=0, lt=1)
 
 
 class LatencySpec(_Asked):
@@ -209,15 +285,22 @@ class Spec(_Asked):
         "widthwise",
         description="Who scores, reorders and distils. paddleslim: its own OFA-BERT recipe, "
         "mended, in a process of its own, to compare with: BERT classifiers only, gradients are "
-        "not clipped, and a job that is interrupted starts it again. Everything before and after "
-        "is the same for both.",
+        "not clipped; patience, time budgets, micro-batches and resuming in the middle of its "
+        "training are not for it. Everything before and after is the same for both.",
     )
     teacher: FineTuneSpec = FineTuneSpec()
     importance: ImportanceSpec = ImportanceSpec()
     supernet: SupernetSpec = SupernetSpec()
     distillation: DistillationSpec = DistillationSpec()
+    final: FinalSpec = FinalSpec()
     latency: LatencySpec = LatencySpec()
     constraints: ConstraintSpec = ConstraintSpec()
     export: ExportSpec = ExportSpec()
     device: Literal["cpu", "gpu"] = "cpu"
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Of the whole job, all its runs together. Training stops early enough to "
+        "evaluate, export and measure what was learnt by then.",
+    )
     seed: int = Field(0, ge=0, lt=2**31)

@@ -1,21 +1,42 @@
-"""The optimizer and schedule of both trainings, and the fine-tuning that makes a teacher."""
+"""What both trainings share: optimizer, schedule, and the loop with what a long job needs.
+
+A training says what the losses of a batch are; the loop does the rest. Everything random in step
+n comes from the seed, n and the rows alone, so a training goes on from a checkpoint with the bits
+of one that never stopped.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Protocol
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import paddle
 from paddle import Tensor, nn
 
-from compression.batches import Encoded, make_batch, training_rows
-from compression.encoder import Encoder
-from compression.errors import TrainingDiverged
+from compression.batches import Batch, Encoded, make_batch, sorted_batches, training_rows
+from compression.checkpoint import Checkpoints, StageState
+from compression.encoder import Encoder, load_weights, numpy_weights
+from compression.errors import Interrupted, OutOfMemory, TrainingDiverged
 from compression.noise import Noise
 from compression.parallel import Replicas
-from compression.spec import FineTuneSpec
+from compression.report import TrainingReport
+from compression.supernet import Subnetwork
+from compression.tasks.base import Task
+
+HELD_OUT_SHARE = 10  # one row in ten of train judges a training that has a patience
+HELD_OUT_ROWS = 1024  # at most
+TIMED_STEPS = 1000  # the newest ones, of which a step's median time is told
+SHOWN_ROWS = 10
+
+ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")  # of AdamW
+
+Ended = Literal["complete", "plateau", "time"]
 
 
 class Schedule(Protocol):
@@ -35,21 +56,18 @@ class Schedule(Protocol):
     def weight_decay(self) -> float: ...
     @property
     def max_grad_norm(self) -> float: ...
+    @property
+    def patience(self) -> int | None: ...
+    @property
+    def evaluate_every(self) -> int | None: ...
+    @property
+    def micro_batch(self) -> int | Literal["auto"] | None: ...
 
 
 def step_count(schedule: Schedule, rows: int) -> int:
     """Optimizer steps: epochs over the rows, at most max_steps, at least one."""
     steps = math.ceil(schedule.epochs * math.ceil(rows / schedule.batch_size))
     return max(1, min(steps, schedule.max_steps or steps))
-
-
-def finite(loss: float, *, stage: str, step: int) -> float:
-    """The loss. TrainingDiverged, naming the step, where it is not a finite number."""
-    if not math.isfinite(loss):
-        raise TrainingDiverged(
-            f"the loss of {stage} is {loss} at step {step}: lower its learning_rate"
-        )
-    return loss
 
 
 class Optimizer:
@@ -71,6 +89,7 @@ class Optimizer:
             for name, parameter in model.named_parameters()
             if not name.endswith(".bias") and ".norm." not in name
         }
+        self.named = dict(model.named_parameters())
         self.rate = paddle.optimizer.lr.LambdaDecay(schedule.learning_rate, factor)
         self.optimizer = paddle.optimizer.AdamW(
             self.rate,
@@ -86,39 +105,372 @@ class Optimizer:
         self.rate.step()
         self.optimizer.clear_grad(set_to_zero=False)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Its moments and their powers, "<parameter>.<accumulator>"; none before the first step."""
+        held = self.optimizer.state_dict()
+        return {
+            f"{name}.{accumulator}": held[key]
+            for name, parameter in self.named.items()
+            for accumulator in ACCUMULATORS
+            if (key := f"{parameter.name}_{accumulator}_0") in held
+        }
+
+    def restore(self, tensors: Mapping[str, np.ndarray], *, step: int) -> None:
+        """As it was after `step` steps; the inverse of `tensors`."""
+        # Paddle names parameters by a counter of the process; ours are the same in any.
+        self.optimizer.set_state_dict(
+            {
+                f"{parameter.name}_{accumulator}_0": paddle.to_tensor(tensors[key])
+                for name, parameter in self.named.items()
+                for accumulator in ACCUMULATORS
+                if (key := f"{name}.{accumulator}") in tensors
+            }
+        )
+        self.rate.step(step)
+
+
+# --- the loop -------------------------------------------------------------------------------
+
+
+class Losses(Protocol):
+    """Yields name and loss of each sub-network for a share of a batch.
+
+    A loss may be differentiated before the next is asked for. It is the share's part of the
+    `whole` batch's, so that the shares' losses and gradients add up. `encoder` is the one to
+    run, a replica of the model; `noise` None is a pass outside training.
+    """
+
+    def __call__(
+        self, encoder: Encoder, share: Batch, whole: Batch, noise: Noise | None
+    ) -> Iterator[tuple[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class BatchGradients:
+    """One step before the optimizer: the gradients of a batch, computed by replicas at once."""
+
+    replicas: Replicas
+    data: Encoded
+    losses: Losses
+    seed: int
+    keep_length: bool = False  # shares are padded like the whole batch
+
+    def __call__(
+        self, rows: np.ndarray, *, step: int, micro_batch: int | None = None
+    ) -> dict[str, float]:
+        """The batch's losses by name; its gradients are then the encoder's.
+
+        At most `micro_batch` rows are computed at once, but one a replica; None is all.
+        """
+        pad_id = self.replicas.members[0].config.pad_token_id
+        whole = make_batch(self.data, rows, pad_id=pad_id)
+        length = whole.input_ids.shape[1] if self.keep_length else None
+        size = max(1, (micro_batch or len(rows)) // len(self.replicas.members))
+
+        def work(member: Encoder, part: np.ndarray) -> dict[str, float]:
+            found: dict[str, float] = {}
+            for start in range(0, len(part), size if micro_batch else len(part)):
+                micro = part[start : start + size] if micro_batch else part
+                share = make_batch(self.data, micro, pad_id=pad_id, length=length)
+                noise = Noise([self.seed, step, int(micro[0])])
+                for name, loss in self.losses(member, share, whole, noise):
+                    loss.backward()
+                    found[name] = found.get(name, 0.0) + float(loss)
+            return found
+
+        parts = self.replicas.map(work, rows)
+        self.replicas.gather_gradients()
+        return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a training is given by the job that it is a stage of.
+
+    `section` is where the spec speaks of it. `deadline` is in seconds of the job
+    (`Checkpoints.seconds`); `stop` is asked after each step whether to write a checkpoint and end.
+    """
+
+    stage: str
+    section: str
+    checkpoints: Checkpoints | None = None
+    deadline: float | None = None
+    stop: Callable[[], bool] = lambda: False
+
+    @property
+    def state(self) -> StageState | None:
+        """Where an earlier run of the job left the stage."""
+        return self.checkpoints[self.stage] if self.checkpoints else None
+
+    @property
+    def is_late(self) -> bool:
+        if self.checkpoints is None or self.deadline is None:
+            return False
+        return self.checkpoints.seconds >= self.deadline
+
+    @property
+    def newest(self) -> str:
+        """The last good checkpoint, in words."""
+        newest = self.checkpoints.newest if self.checkpoints else None
+        return "there is no checkpoint" if newest is None else f"the checkpoint is {newest.name}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's losses by name, and its duration in seconds."""
+
+    done: int
+    total: int
+    losses: Mapping[str, float]
+    seconds: float
+
+
+def held_out(count: int, schedule: Schedule, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the rows to train on, and of those that judge it: none without a patience."""
+    if schedule.patience is None or count < 2:
+        return np.arange(count), np.arange(0)
+    order = np.random.default_rng([seed, 3]).permutation(count)
+    judging = max(1, min(count // HELD_OUT_SHARE, HELD_OUT_ROWS))
+    return np.sort(order[judging:]), np.sort(order[:judging])
+
+
+def train(
+    model: Encoder,
+    data: Encoded,
+    schedule: Schedule,
+    surroundings: Surroundings,
+    losses: Losses,
+    *,
+    seed: int,
+    replicas: int,
+    keep_length: bool = False,
+    on_step: Callable[[Step], None],
+) -> TrainingReport:
+    """Trains the model in place, from the stage's checkpoint where there is one.
+
+    `replicas` threads share each batch. Where there is a patience, the losses of rows that it
+    is not trained on judge the model, and the best weights are what is left. TrainingDiverged
+    where a loss is not finite, OutOfMemory where the memory is too small and the spec leaves no
+    smaller micro-batch, Interrupted when told to stop.
+    """
+    rows, judging = held_out(len(data), schedule, seed=seed)
+    steps = step_count(schedule, len(rows))
+    every = schedule.evaluate_every or math.ceil(len(rows) / schedule.batch_size)
+    optimizer = Optimizer(model, schedule, steps=steps)
+    run = _Run.restored(surroundings.state, model, optimizer, schedule)
+    learnt = data.take(rows)
+    batches = training_rows(
+        learnt, batch_size=schedule.batch_size, steps=steps, seed=seed, start=run.step
+    )
+    with Replicas(model, replicas) as parallel:
+        gradients = BatchGradients(parallel, learnt, losses, seed, keep_length)
+        for batch in batches:
+            started = time.perf_counter()
+            found = run.losses(gradients, batch, schedule, surroundings)
+            _require_finite(found, rows[batch], surroundings, step=run.step + 1)
+            optimizer.step()
+            run.step += 1
+            run.seconds.append(time.perf_counter() - started)
+            on_step(Step(run.step, steps, found, run.seconds[-1]))
+            is_late, is_last = surroundings.is_late, run.step == steps
+            if len(judging) and (is_late or is_last or run.step % every == 0):
+                run.judge(_loss_of(model, data.take(judging), schedule.batch_size, losses), model)
+            if run.without_gain >= (schedule.patience or math.inf):
+                run.ended = "plateau"
+                break
+            if is_late and not is_last:
+                run.ended = "time"
+                break
+            _save(surroundings, lambda: run.state(model, optimizer))
+    if run.best is not None:
+        load_weights(model, run.best)
+    return TrainingReport(
+        steps=run.step,
+        planned_steps=steps,
+        best_step=run.step if run.best is None else run.best_step,
+        ended=run.ended,
+        step_seconds=statistics.median(run.seconds),
+        micro_batch=run.micro_batch,
+    )
+
+
+@paddle.no_grad()
+def _loss_of(model: Encoder, data: Encoded, batch_size: int, losses: Losses) -> float:
+    """The mean over rows, of the sum over sub-networks."""
+    pad_id = model.config.pad_token_id
+    return sum(
+        float(loss) * len(batch.rows) / len(data)
+        for batch in sorted_batches(data, batch_size=batch_size, pad_id=pad_id)
+        for _, loss in losses(model, batch, batch, None)
+    )
+
+
+@dataclass
+class _Run:
+    """What changes from step to step, beside the weights and the optimizer."""
+
+    step: int
+    micro_batch: int | None
+    seconds: deque[float]
+    best: Mapping[str, np.ndarray] | None = None
+    best_loss: float = math.inf
+    best_step: int = 0
+    without_gain: int = 0
+    ended: Ended = "complete"
+
+    @classmethod
+    def restored(
+        cls,
+        state: StageState | None,
+        model: Encoder,
+        optimizer: Optimizer,
+        schedule: Schedule,
+    ) -> _Run:
+        """At the checkpoint's step, with model and optimizer as they were; else at the start."""
+        size = schedule.micro_batch
+        run = cls(0, size if isinstance(size, int) else None, deque(maxlen=TIMED_STEPS))
+        if state is None:
+            return run
+        load_weights(model, _below(state.tensors, "weights/"))
+        optimizer.restore(_below(state.tensors, "optimizer/"), step=state.step)
+        figures = dict(state.figures)
+        run.seconds.extend(figures.pop("seconds"))
+        run.step = state.step
+        run.best = _below(state.tensors, "best/") or None
+        for name, value in figures.items():
+            setattr(run, name, value)
+        return run
+
+    def state(self, model: Encoder, optimizer: Optimizer) -> StageState:
+        tensors: dict[str, Any] = _under("weights/", model.state_dict())
+        tensors |= _under("optimizer/", optimizer.tensors())
+        tensors |= _under("best/", self.best or {})
+        names = ("micro_batch", "best_loss", "best_step", "without_gain")
+        figures = {name: getattr(self, name) for name in names}
+        return StageState(self.step, False, {**figures, "seconds": list(self.seconds)}, tensors)
+
+    def losses(
+        self,
+        gradients: BatchGradients,
+        batch: np.ndarray,
+        schedule: Schedule,
+        surroundings: Surroundings,
+    ) -> Mapping[str, float]:
+        """Of the next step, whose gradients are then the model's.
+
+        Where the memory is too small the micro-batch is halved, if the spec allows it.
+        """
+        step = self.step + 1
+        while True:
+            try:
+                return gradients(batch, step=step, micro_batch=self.micro_batch)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                size = min(self.micro_batch or len(batch), len(batch))
+                if schedule.micro_batch != "auto" or size <= len(gradients.replicas.members):
+                    raise OutOfMemory(
+                        f"the memory is too small for {size} rows at once (step {step}, stage "
+                        f"{surroundings.stage}): lower {surroundings.section}.micro_batch or "
+                        "task.max_seq_len",
+                        pointer=f"/{surroundings.section}/micro_batch",
+                    ) from error
+            # Here the error is gone, and with it the frames that held the failed step's tensors.
+            self.micro_batch = size // 2
+            gradients.replicas.clear_gradients()
+
+    def judge(self, loss: float, model: Encoder) -> None:
+        if loss < self.best_loss:
+            self.best, self.best_loss, self.best_step = numpy_weights(model), loss, self.step
+            self.without_gain = 0
+        else:
+            self.without_gain += 1
+
+
+def _under(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def _below(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _save(surroundings: Surroundings, state: Callable[[], StageState]) -> None:
+    """A checkpoint where one is due or the job is to stop, which then raises Interrupted."""
+    stop, checkpoints = surroundings.stop(), surroundings.checkpoints
+    if checkpoints is not None and (stop or checkpoints.is_due):
+        checkpoints.save(surroundings.stage, state())
+    if stop:
+        raise Interrupted(f"stopped in stage {surroundings.stage}; {surroundings.newest}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Paddle's allocators raise MemoryError; some operators wrap it in a RuntimeError."""
+    return isinstance(error, MemoryError) or "ResourceExhausted" in str(error)
+
+
+def _require_finite(
+    losses: Mapping[str, float], rows: np.ndarray, surroundings: Surroundings, *, step: int
+) -> None:
+    """TrainingDiverged, with all that is needed to look into it."""
+    for name, loss in losses.items():
+        if math.isfinite(loss):
+            continue
+        shown = ", ".join(str(row) for row in np.sort(rows)[:SHOWN_ROWS])
+        more = ", ..." if len(rows) > SHOWN_ROWS else ""
+        raise TrainingDiverged(
+            f"the loss of {name} is {loss} at step {step}: lower {surroundings.section}."
+            f"learning_rate, or look at the batch's {len(rows)} rows of train (counted "
+            f"from 0): {shown}{more}; {surroundings.newest}",
+            pointer=f"/{surroundings.section}/learning_rate",
+        )
+
+
+# --- fine-tuning ----------------------------------------------------------------------------
+
+
+FINE_TUNING = Surroundings("teacher", "teacher")  # with nothing to go on from, and no limit
+
 
 def fine_tune(
     encoder: Encoder,
     data: Encoded,
-    spec: FineTuneSpec,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    spec: Schedule,
+    task: Task,
+    surroundings: Surroundings = FINE_TUNING,
     *,
+    subnetworks: Sequence[Subnetwork | None] = (None,),
     seed: int,
-    on_step: Callable[[int, int, float], None],
+    on_step: Callable[[Step], None],
     replicas: int = 1,
-) -> int:
-    """Trains the encoder in place on labels; on_step(done, total, loss). Returns the steps.
+) -> TrainingReport:
+    """Trains the encoder in place on labels.
 
-    `replicas` threads share each batch.
+    `None` is the whole network. Of several sub-networks each batch takes the sum of the
+    losses, one after the other, and then one optimizer step: DynaBERT's (arXiv:2004.04037)
+    final fine-tuning. `replicas` threads share each batch.
     """
-    steps = step_count(spec, len(data))
-    optimizer = Optimizer(encoder, spec, steps=steps)
-    batches = training_rows(data, batch_size=spec.batch_size, steps=steps, seed=seed)
-    with Replicas(encoder, replicas) as parallel:
-        for done, rows in enumerate(batches, start=1):
 
-            def share(
-                member: Encoder, part: np.ndarray, rows: np.ndarray = rows, done: int = done
-            ) -> float:
-                batch = make_batch(data, part, pad_id=encoder.config.pad_token_id)
-                noise = Noise([seed, int(part[0]), done])
-                logits = member.encode(*batch.inputs, noise=noise).logits
-                value = loss(logits, batch.labels) * (len(part) / len(rows))
-                value.backward()
-                return float(value)
+    def losses(
+        member: Encoder, share: Batch, whole: Batch, noise: Noise | None
+    ) -> Iterator[tuple[str, Tensor]]:
+        total = task.count(whole)
+        for subnetwork in subnetworks:
+            states = member.encode(*share.inputs, subnetwork=subnetwork, noise=noise)
+            name = subnetwork.name if subnetwork else "fine-tuning"
+            yield name, task.label_loss(states.logits, share, total=total)
 
-            scalar = finite(sum(parallel.map(share, rows)), stage="fine-tuning", step=done)
-            parallel.gather_gradients()
-            optimizer.step()
-            on_step(done, steps, scalar)
-    return steps
+    return train(
+        encoder,
+        data,
+        spec,
+        surroundings,
+        losses,
+        seed=seed,
+        replicas=replicas,
+        on_step=on_step,
+    )

@@ -158,7 +158,9 @@ class Job(Record):
     `fence` counts the runs ever opened; a write by a run with a lower number is stale.
     `attempts` counts those of them that were not handed back. `last_event` is the number
     of the newest event. `error`: `{"code", "message", "pointer", "rows",
-    "last_lines"?}`. `report`: compression.report.CompressionReport.
+    "last_lines"?}`. `report`: compression.report.CompressionReport. `checkpoints`: `[{"name",
+    "key", "size_bytes", "sha256", "stage", "step", "stored_at"}]`, newest first, those that are
+    still in the object store; a run stages in the newest good one.
     """
 
     __tablename__ = "jobs"
@@ -182,6 +184,7 @@ class Job(Record):
     last_event: Mapped[int] = mapped_column(default=0)
     report: Mapped[Any | None]
     error: Mapped[Any | None]
+    checkpoints: Mapped[Any | None]
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]

@@ -56,7 +56,10 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(60, gt=0, description="A run that is silent this long is lost.")
     reconcile_seconds: float = Field(30, gt=0)
     cancel_poll_seconds: float = Field(2, gt=0, le=5)
-    stop_grace_seconds: float = Field(4, ge=0, description="Between SIGTERM and SIGKILL.")
+    stop_grace_seconds: float = Field(8, ge=0, description="Between SIGTERM and SIGKILL.")
+    checkpoint_seconds: float = Field(
+        300, gt=0, description="Between two checkpoints of a training."
+    )
     max_runs: int = Field(3, ge=1, description="Automatic runs of a job before it fails.")
     worker_slots: int = Field(1, ge=1, le=64, description="Jobs at once in one worker.")
     orphan_grace_seconds: float = Field(

@@ -36,7 +36,8 @@ R = TypeVar("R", Model, Dataset, Job)
 class Claim:
     """The right to run a job, until its lease ends or another run has a higher `fence`.
 
-    `model_files` and `dataset_files` are what the run stages in: see records.Model.
+    `model_files` and `dataset_files` are what the run stages in: see records.Model; and of
+    `checkpoints` (records.Job) the newest that is good.
     """
 
     job_id: str
@@ -47,6 +48,7 @@ class Claim:
     spec: dict[str, Any]
     model_files: tuple[dict[str, Any], ...]
     dataset_files: tuple[dict[str, Any], ...]
+    checkpoints: tuple[dict[str, Any], ...]
 
 
 def json_safe(value: Any) -> Any:
@@ -233,6 +235,7 @@ def create_job(
         last_event=0,
         report=None,
         error=None,
+        checkpoints=None,
         created_at=at,
         started_at=None,
         finished_at=None,
@@ -386,6 +389,7 @@ def claim_job(
         spec=job.spec,
         model_files=tuple(session.get_one(Model, job.model_id).files),
         dataset_files=tuple(session.get_one(Dataset, job.dataset_id).files),
+        checkpoints=tuple(job.checkpoints or ()),
     )
 
 
@@ -405,6 +409,26 @@ def append_events(
     at = now(session)
     for kind, data in events:
         _add_event(session, job, kind, data, at)
+
+
+def add_checkpoint(
+    session: Session,
+    claim: Claim,
+    *,
+    name: str,
+    key: str,
+    size_bytes: int,
+    sha256: str,
+    stage: str,
+    step: int,
+) -> None:
+    """Names an object that is already stored as the job's newest checkpoint, with its event."""
+    job = _hold(session, claim)
+    at = now(session)
+    file = {"name": name, "key": key, "size_bytes": size_bytes, "sha256": sha256}
+    checkpoint = {**file, "stage": stage, "step": step, "stored_at": at.isoformat()}
+    job.checkpoints = [checkpoint, *(job.checkpoints or ())]
+    _add_event(session, job, "checkpoint", {"stage": stage, "step": step, "name": name}, at)
 
 
 def add_artifact(
@@ -526,12 +550,12 @@ def queued_jobs(session: Session, *, limit: int = 100) -> list[str]:
 
 
 def unswept_runs(session: Session, *, grace_seconds: float, limit: int = 100) -> list[Run]:
-    """Runs that came to nothing at least `grace_seconds` ago and may have left objects."""
+    """Runs that ended at least `grace_seconds` ago and may have left objects without a record."""
     return list(
         session.scalars(
             select(Run)
             .where(
-                Run.state.not_in([RunState.RUNNING, RunState.SUCCEEDED]),
+                Run.state != RunState.RUNNING,
                 Run.swept_at.is_(None),
                 Run.ended_at < now(session) - timedelta(seconds=grace_seconds),
             )
@@ -543,6 +567,44 @@ def unswept_runs(session: Session, *, grace_seconds: float, limit: int = 100) ->
 
 def mark_swept(session: Session, run_id: str) -> None:
     session.get_one(Run, run_id).swept_at = now(session)
+
+
+def spent_checkpoints(session: Session, *, kept: int, grace_seconds: float) -> dict[str, list[str]]:
+    """Keys, by job, of checkpoints that no run will want: those of jobs that ended at least
+    `grace_seconds` ago, and all but the newest `kept` of the others, where each was stored as
+    long ago (a slow run may still be staging it in)."""
+    before = now(session) - timedelta(seconds=grace_seconds)
+    spent: dict[str, list[str]] = {}
+    for job in session.scalars(select(Job).where(Job.checkpoints.is_not(None))):
+        checkpoints = job.checkpoints or []
+        if job.finished_at is not None:
+            old = checkpoints if job.finished_at < before else []
+        else:
+            old = [
+                each
+                for each in checkpoints[kept:]
+                if datetime.fromisoformat(each["stored_at"]) < before
+            ]
+        if old:
+            spent[job.id] = [each["key"] for each in old]
+    return spent
+
+
+def forget_checkpoints(session: Session, job_id: str, keys: Sequence[str]) -> None:
+    """Call it once their objects are deleted."""
+    job = session.scalars(
+        select(Job)
+        .where(Job.id == job_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).one()
+    left = [each for each in job.checkpoints or () if each["key"] not in keys]
+    job.checkpoints = left or None
+
+
+def checkpoint_keys(session: Session, job_id: str) -> list[str]:
+    """Objects of a job that a run may still resume from, whichever run stored them."""
+    return [each["key"] for each in session.get_one(Job, job_id).checkpoints or ()]
 
 
 def _hold(session: Session, claim: Claim) -> Job:

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from compression.reference.exchange import read_request
 from compression.reference.recipe import ReferenceLoop, reference_batch
+from compression.reorder import descending
 from tests.encoders import OPTIMIZERS
 
 
@@ -44,7 +45,7 @@ def main() -> None:
             make_optimizer=optimizer,
         )
         heads, neurons = loop.importance(batches)
-        loop.reorder(heads, neurons)
+        loop.reorder(*(np.stack([descending(row) for row in each]) for each in (heads, neurons)))
         answer |= {"heads": heads, "neurons": neurons}
         for width in spec.supernet.width_mults:
             answer[f"{name}.logits.{width}"] = loop.logits(batches[0], width)

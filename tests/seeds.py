@@ -28,19 +28,34 @@ def stored_file(objects: ObjectStore, key: str, content: bytes) -> dict[str, Any
     }
 
 
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
 def seed_job(
     database: Database,
     objects: ObjectStore | None = None,
     *,
     spec: Mapping[str, Any] | None = None,
     project_id: str = DEFAULT_PROJECT,
+    model: Path | None = None,
+    dataset: Path | None = None,
 ) -> str:
-    """A queued job with a model and a dataset of its own; with `objects`, their files too."""
+    """A queued job with a model and a dataset of its own; with `objects`, their files too: those
+    of the folders `model` and `dataset`, or one that holds nothing."""
     model_id, dataset_id = new_id("model"), new_id("dataset")
     model_files, dataset_files = [], []
     if objects is not None:
-        model_files = [stored_file(objects, model_key(model_id, "config.json"), b"{}")]
-        dataset_files = [stored_file(objects, dataset_key(dataset_id, "train.jsonl"), b"[]")]
+        contents = {"config.json": b"{}"} if model is None else _contents(model)
+        rows = {"train.jsonl": b"[]"} if dataset is None else _contents(dataset)
+        model_files = [
+            stored_file(objects, model_key(model_id, name), content)
+            for name, content in contents.items()
+        ]
+        dataset_files = [
+            stored_file(objects, dataset_key(dataset_id, name), content)
+            for name, content in rows.items()
+        ]
     with database.transaction() as session:
         store.add_model(
             session,

@@ -1,18 +1,24 @@
 """The process of one job: the only place that imports the half of `compression` with paddle.
 
-One JSON request comes on standard input: `{"spec", "model_dir", "dataset_dir", "run_dir"}`.
-JSON lines go to standard output: `{"kind": "progress", "stage", "step", "total", "message",
-"figures"}` as it goes, then `{"kind": "done", "report"}` or `{"kind": "failed", "code",
-"message", "pointer", "rows"}`.
+One JSON request comes on standard input: `{"spec", "model_dir", "dataset_dir", "run_dir",
+"checkpoint_seconds"}`. JSON lines go to standard output: `{"kind": "progress", "stage", "step",
+"total", "message", "figures"}` and `{"kind": "checkpoint", "name", "sha256", "stage", "step"}` as
+it goes, then `{"kind": "done", "report"}` or `{"kind": "failed", "code", "message", "pointer",
+"rows"}`. SIGTERM makes it write a checkpoint and end without either; where `run_dir/checkpoints`
+holds one, the job goes on from it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+
+INTERRUPTED = 3  # the exit status of a process that was told to stop
 
 
 def main() -> int:
@@ -24,7 +30,11 @@ def main() -> int:
         protocol.write(json.dumps({"kind": kind, **data}) + "\n")
         protocol.flush()
 
-    from compression.errors import CompressionError
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+
+    from compression.checkpoint import Saved
+    from compression.errors import CompressionError, Interrupted
     from compression.report import Progress
     from compression.spec import Spec
     from jobs.errors import as_json
@@ -39,6 +49,15 @@ def main() -> int:
             figures=dict(progress.figures),
         )
 
+    def on_checkpoint(saved: Saved) -> None:
+        send(
+            "checkpoint",
+            name=saved.path.name,
+            sha256=saved.sha256,
+            stage=saved.stage,
+            step=saved.step,
+        )
+
     request = json.loads(sys.stdin.readline())
     try:
         from compression.pipeline import compress
@@ -49,7 +68,12 @@ def main() -> int:
             dataset_dir=Path(request["dataset_dir"]),
             run_dir=Path(request["run_dir"]),
             on_progress=on_progress,
+            checkpoint_seconds=request["checkpoint_seconds"],
+            on_checkpoint=on_checkpoint,
+            stop=stop.is_set,
         )
+    except Interrupted:
+        return INTERRUPTED
     except CompressionError as error:
         send("failed", **as_json(error))
         return 1

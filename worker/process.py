@@ -89,16 +89,17 @@ class JobProcess:
         """The end of what it wrote to standard error."""
         return list(self._errors)
 
-    def end(self, *, grace_seconds: float, ask: bool = True) -> int:
+    def ask_to_end(self) -> None:
+        """SIGTERM to the whole group: the job's process writes a checkpoint and ends."""
+        self._signal(signal.SIGTERM)
+
+    def end(self, *, grace_seconds: float = 0) -> int:
         """Ends the whole group and returns the command's exit status.
 
-        It is asked (SIGTERM) unless `ask` is false, given `grace_seconds` to end by
-        itself, and then killed.
+        It is given `grace_seconds` to end by itself, and is then killed.
         """
         if self._exit_code is not None:
             return self._exit_code
-        if ask:
-            self._signal(signal.SIGTERM)
         deadline = time.monotonic() + grace_seconds
         while not self.has_exited() and time.monotonic() < deadline:
             # Its messages are no longer wanted, but a full pipe must not keep it alive.

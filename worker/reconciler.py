@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import structlog
 
+from compression.checkpoint import FOLDER as CHECKPOINTS
+from compression.checkpoint import KEPT
 from jobs import store
 from jobs.artifacts import ObjectStore, run_prefix
 from jobs.db import Database
 from jobs.settings import Settings
+from jobs.states import RunState
 from worker.workspace import remove_leftovers
 
 log = structlog.get_logger(__name__)
@@ -30,6 +33,7 @@ def reconcile(
         lambda: _settle_expired(settings, database),
         lambda: _nudge_queued(database, nudge),
         lambda: _delete_orphans(settings, database, objects),
+        lambda: _delete_spent_checkpoints(settings, database, objects),
         lambda: _clean_work_dir(settings),
     )
     for step in steps:
@@ -57,16 +61,34 @@ def _nudge_queued(database: Database, nudge: Callable[[str], object]) -> None:
 
 
 def _delete_orphans(settings: Settings, database: Database, objects: ObjectStore) -> None:
-    """Objects of runs that came to nothing. No record names them: artifacts are recorded
-    together with their run's success."""
+    """Objects that no record names: all of a run that came to nothing (artifacts are recorded
+    together with their run's success), and checkpoints that a run could not record."""
     with database.reading() as session:
         runs = store.unswept_runs(session, grace_seconds=settings.orphan_grace_seconds)
     for run in runs:
-        deleted = objects.delete_prefix(run_prefix(run.job_id, run.fence))
+        prefix = run_prefix(run.job_id, run.fence)
+        if run.state == RunState.SUCCEEDED:
+            prefix += f"{CHECKPOINTS}/"
+        with database.reading() as session:
+            named = set(store.checkpoint_keys(session, run.job_id))
+        orphans = [key for key in objects.keys(prefix) if key not in named]
+        objects.delete(orphans)
         with database.transaction() as session:
             store.mark_swept(session, run.id)
-        if deleted:
-            log.info("orphaned objects deleted", job=run.job_id, run=run.id, objects=deleted)
+        if orphans:
+            log.info("orphaned objects deleted", job=run.job_id, run=run.id, objects=len(orphans))
+
+
+def _delete_spent_checkpoints(settings: Settings, database: Database, objects: ObjectStore) -> None:
+    with database.reading() as session:
+        spent = store.spent_checkpoints(
+            session, kept=KEPT, grace_seconds=settings.orphan_grace_seconds
+        )
+    for job_id, keys in spent.items():
+        objects.delete(keys)
+        with database.transaction() as session:
+            store.forget_checkpoints(session, job_id, keys)
+        log.info("spent checkpoints deleted", job=job_id, objects=len(keys))
 
 
 def _clean_work_dir(settings: Settings) -> None:

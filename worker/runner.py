@@ -14,19 +14,23 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import structlog
+from obstore.exceptions import BaseError
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+from compression.checkpoint import FOLDER as CHECKPOINTS
+from compression.checkpoint import resumed_variables
 from compression.runtime_env import cpu_vendor, training_environment
 from jobs import store
 from jobs.artifacts import ObjectStore, run_prefix
 from jobs.db import Database
-from jobs.errors import JobsError, StaleRun, as_json
+from jobs.errors import JobsError, ObjectMissing, StaleRun, as_json
 from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.store import Claim
@@ -250,22 +254,28 @@ class Runner:
             (folder / part).mkdir()
         self._stage_in(claim.model_files, folder / "model", check)
         self._stage_in(claim.dataset_files, folder / "dataset", check)
+        checkpoints = folder / "run" / CHECKPOINTS
+        self._stage_in_checkpoint(claim, checkpoints, check)
         request = {
             "spec": claim.spec,
             "model_dir": str(folder / "model"),
             "dataset_dir": str(folder / "dataset"),
             "run_dir": str(folder / "run"),
+            "checkpoint_seconds": self._settings.checkpoint_seconds,
         }
         process = JobProcess(
             self._child_command,
             request,
             folder=folder / "scratch",
-            environment=child_environment(folder / "scratch"),
+            environment=child_environment(folder / "scratch") | resumed_variables(checkpoints),
         )
         try:
-            report = self._converse(claim, process, check)
+            report = self._converse(claim, process, checkpoints, check)
+        except _Stopping:
+            self._await_last_checkpoint(claim, process, checkpoints)
+            raise
         finally:
-            process.end(grace_seconds=self._settings.stop_grace_seconds)
+            process.end()
         return report, self._stage_out(claim, folder / "run" / "artifacts", check)
 
     def _stage_in(
@@ -280,8 +290,24 @@ class Runner:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._objects.get_to_file(file["key"], path, sha256=file["sha256"])
 
+    def _stage_in_checkpoint(self, claim: Claim, folder: Path, check: Callable[[], None]) -> None:
+        """The newest good checkpoint of the runs before, if any; an event says which."""
+        folder.mkdir()
+        passed_over = []
+        for file in claim.checkpoints:
+            try:
+                self._stage_in([file], folder, check)
+            except ObjectMissing as error:
+                log.warning("a checkpoint cannot be used", job=claim.job_id, error=error.message)
+                (folder / file["name"]).unlink(missing_ok=True)
+                passed_over.append(error.message)
+                continue
+            told = {name: file[name] for name in ("stage", "step", "name")}
+            self._append(claim, "resumed", {"run": claim.fence, **told, "passed_over": passed_over})
+            return
+
     def _converse(
-        self, claim: Claim, process: JobProcess, check: Callable[[], None]
+        self, claim: Claim, process: JobProcess, checkpoints: Path, check: Callable[[], None]
     ) -> dict[str, Any]:
         """Stores the child's progress until it is done; its report. JobFailed if it fails."""
         wanted = ProgressFilter(PROGRESS_SECONDS)
@@ -300,15 +326,17 @@ class Runner:
             if kind == "progress":
                 if wanted(message):
                     self._append(claim, kind, message)
+            elif kind == "checkpoint":
+                self._store_checkpoint(claim, checkpoints, message)
             elif kind == "done":
                 report = message["report"]
                 # It has said all; it may take its time to end, as large processes do.
-                process.end(grace_seconds=self._settings.stop_grace_seconds, ask=False)
+                process.end(grace_seconds=self._settings.stop_grace_seconds)
                 return dict(report)
             elif kind == "failed":
-                process.end(grace_seconds=self._settings.stop_grace_seconds, ask=False)
+                process.end(grace_seconds=self._settings.stop_grace_seconds)
                 raise JobFailed(message)
-        code = process.end(grace_seconds=self._settings.stop_grace_seconds, ask=False)
+        code = process.end(grace_seconds=self._settings.stop_grace_seconds)
         raise JobFailed(
             {
                 "code": "child-died",
@@ -318,6 +346,40 @@ class Runner:
                 "last_lines": process.last_lines(),
             }
         )
+
+    def _await_last_checkpoint(self, claim: Claim, process: JobProcess, checkpoints: Path) -> None:
+        """Asks the child to end and stores what it writes before it does, within the grace."""
+        process.ask_to_end()
+        deadline = time.monotonic() + self._settings.stop_grace_seconds
+        with suppress(EOFError):
+            while (left := deadline - time.monotonic()) > 0:
+                message = process.message(min(left, _POLL_SECONDS))
+                if message is not None and message["kind"] == "checkpoint":
+                    self._store_checkpoint(claim, checkpoints, message)
+
+    def _store_checkpoint(self, claim: Claim, folder: Path, message: Mapping[str, Any]) -> None:
+        """Uploads a checkpoint and names it in the job's record. One that cannot be stored is
+        not worth the run: the one before stays the newest."""
+        path = folder / PurePosixPath(message["name"]).name
+        key = f"{run_prefix(claim.job_id, claim.fence)}{CHECKPOINTS}/{path.name}"
+        try:
+            size_bytes = path.stat().st_size
+            self._objects.put_file(key, path)
+            with self._database.transaction() as session:
+                store.add_checkpoint(
+                    session,
+                    claim,
+                    name=path.name,
+                    key=key,
+                    size_bytes=size_bytes,
+                    sha256=message["sha256"],
+                    stage=message["stage"],
+                    step=message["step"],
+                )
+        except StaleRun:
+            raise
+        except (SQLAlchemyError, JobsError, BaseError, OSError) as error:
+            log.warning("a checkpoint was not stored", job=claim.job_id, error=str(error))
 
     def _append(self, claim: Claim, kind: str, data: Mapping[str, Any]) -> None:
         try:

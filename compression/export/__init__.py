@@ -115,8 +115,9 @@ def verify(
     """Reloads one exported format in a fresh process and compares its logits.
 
     `batch` is an .npz of INPUTS, each int64 [rows, tokens]; `reference` an .npz with
-    "logits" [rows, labels]. All rows are run in padded batches, and some again alone
-    at their own length, so a shape frozen by the export cannot pass.
+    "logits" [rows, labels], or of a token head [rows, tokens, labels]. All rows are run
+    in padded batches, and some again alone at their own length, so a shape frozen by the
+    export cannot pass.
     """
     try:
         answer = run_fresh(

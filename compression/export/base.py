@@ -20,7 +20,10 @@ OUTPUT = "logits"
 
 Logits = NDArray[np.float32]
 Run = Callable[[Mapping[str, NDArray[np.int64]]], Logits]
-"""One call of a loaded model: arrays [B, T] by input name -> logits [B, labels]."""
+"""One call of a loaded model: arrays [B, T] by input name -> logits [B, labels].
+
+A token head's logits are [B, T, labels].
+"""
 
 
 class Program(NamedTuple):

@@ -62,7 +62,8 @@ class OnnxExporter(Exporter):
 
 
 def convert(graph: Path, weights: Path, out: Path) -> None:
-    """Writes `out` with inputs INPUTS [batch, length] and output OUTPUT [batch, labels]."""
+    """Writes `out` with inputs INPUTS [batch, length] and output OUTPUT, [batch, labels] or of a
+    token head [batch, length, labels]."""
     import onnx
     import paddle2onnx
 
@@ -102,7 +103,10 @@ def _name_ends(graph: Any) -> None:
     for value in graph.input:
         batch, length = value.type.tensor_type.shape.dim
         batch.dim_param, length.dim_param = "batch", "length"
-    output.type.tensor_type.shape.dim[0].dim_param = "batch"
+    for axis, name in zip(
+        output.type.tensor_type.shape.dim[:-1], ("batch", "length"), strict=False
+    ):
+        axis.dim_param = name
 
 
 def _drop_dead(graph: Any) -> None:

@@ -45,12 +45,18 @@ def largest_difference(
         return None, f"{rows_given} rows, but logits of {len(reference)} to compare with"
     if not np.isfinite(reference).all():  # a comparison with NaN is never true, so would pass
         return None, "the supernet's own logits are not finite"
+    of_tokens = reference.ndim == 3  # [rows, T, labels]
     largest = 0.0
     for rows, inputs in cuts(batch):
         logits = run(inputs)
         expected = reference[rows]
+        real = inputs["attention_mask"] == 1  # [B, T]
+        if of_tokens:
+            expected = expected[:, : real.shape[1]]  # cut as the inputs are
         if logits.shape != expected.shape:
             return None, f"logits have shape {list(logits.shape)}, not {list(expected.shape)}"
+        if of_tokens:
+            logits, expected = logits[real], expected[real]  # of padding they mean nothing
         if not np.isfinite(logits).all():
             return None, f"logits of row {rows.start} are not finite"
         largest = max(largest, float(np.abs(logits - expected).max()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +22,25 @@ SUPERNET = "supernet.safetensors"
 
 
 @dataclass(frozen=True)
+class Orders:
+    """Each layer's unit numbers, most important first."""
+
+    heads: Sequence[np.ndarray]
+    neurons: Sequence[np.ndarray]
+
+
+@dataclass(frozen=True)
 class Request:
-    """A fine-tuned model by our names, the rows to see, and the scores to reorder by, if any."""
+    """A fine-tuned model by our names, the rows to see, and the orders to put units into, if any.
+
+    Labels serve importance alone, so the rows of a distillation may have none.
+    """
 
     spec: Spec
     config: EncoderConfig
     weights: dict[str, np.ndarray]
     rows: Encoded
-    importance: Importance | None = None
+    orders: Orders | None = None
 
 
 def write_request(folder: Path, request: Request) -> None:
@@ -40,14 +52,16 @@ def write_request(folder: Path, request: Request) -> None:
         "rows.token_type_ids": np.concatenate(
             [np.asarray(types, np.int64) for types in rows.token_type_ids]
         ),
-        "rows.labels": rows.labels.astype(np.int64),
         **{f"weights.{name}": np.ascontiguousarray(v) for name, v in request.weights.items()},
     }
+    if rows.labels is not None:
+        arrays["rows.labels"] = np.asarray(rows.labels, np.int64)
+    if request.orders is not None:
+        arrays["orders.heads"] = np.stack(request.orders.heads)
+        arrays["orders.neurons"] = np.stack(request.orders.neurons)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SETTINGS).write_text(json.dumps(settings))
     save_file(arrays, folder / ARRAYS)
-    if request.importance is not None:
-        write_scores(folder, request.importance)
 
 
 def read_request(folder: Path) -> Request:
@@ -67,9 +81,11 @@ def read_request(folder: Path) -> Request:
             if name.startswith("weights.")
         },
         rows=Encoded(
-            ragged("rows.input_ids"), ragged("rows.token_type_ids"), arrays["rows.labels"]
+            ragged("rows.input_ids"), ragged("rows.token_type_ids"), arrays.get("rows.labels")
         ),
-        importance=read_scores(folder) if (folder / SCORES).is_file() else None,
+        orders=Orders(arrays["orders.heads"], arrays["orders.neurons"])
+        if "orders.heads" in arrays
+        else None,
     )
 
 

@@ -48,11 +48,11 @@ Weights = Mapping[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceBatch:
-    """What the tutorial's loader yields: int64 [B, T], int64 [B, T] and labels int64 [B]."""
+    """What the tutorial's loader yields, int64 [B, T] twice and [B]; labels may be absent."""
 
     input_ids: Tensor
     token_type_ids: Tensor
-    labels: Tensor
+    labels: Tensor | None
 
 
 class Stepper(Protocol):
@@ -165,18 +165,13 @@ class ReferenceLoop:
         self.student.train()
         return heads, neurons
 
-    def reorder(self, head_scores: np.ndarray, neuron_scores: np.ndarray) -> None:
-        """The tutorial's reorder_neuron_head: the highest score first, in each layer."""
-
-        def order(scores: np.ndarray) -> Tensor:
-            return paddle.argsort(paddle.to_tensor(scores), descending=True)
-
-        for layer, heads, neurons in zip(
-            self.student.bert.encoder.layers, head_scores, neuron_scores, strict=True
-        ):
-            nlp_utils.reorder_head(layer.self_attn, order(heads))
-            nlp_utils.reorder_neuron(layer.linear1.fn, order(neurons), dim=1)
-            nlp_utils.reorder_neuron(layer.linear2.fn, order(neurons), dim=0)
+    def reorder(self, heads: Sequence[np.ndarray], neurons: Sequence[np.ndarray]) -> None:
+        """The tutorial's reorder_neuron_head: each layer's units into these orders."""
+        for layer, *orders in zip(self.student.bert.encoder.layers, heads, neurons, strict=True):
+            head_order, neuron_order = map(paddle.to_tensor, orders)
+            nlp_utils.reorder_head(layer.self_attn, head_order)
+            nlp_utils.reorder_neuron(layer.linear1.fn, neuron_order, dim=1)
+            nlp_utils.reorder_neuron(layer.linear2.fn, neuron_order, dim=0)
 
     def weights(self) -> dict[str, np.ndarray]:
         """The full-width supernet's weights by our names."""
@@ -267,10 +262,11 @@ def reference_batch(
 ) -> ReferenceBatch:
     """These rows, padded to the longest of them unless `length` (tokens) is given."""
     arrays = pad(data, rows, pad_id=pad_id, length=length)
+    labels = data.take(rows).labels
     return ReferenceBatch(
         paddle.to_tensor(arrays["input_ids"]),
         paddle.to_tensor(arrays["token_type_ids"]),
-        paddle.to_tensor(data.labels[np.asarray(rows, np.int64)]),
+        None if labels is None else paddle.to_tensor(labels),
     )
 
 

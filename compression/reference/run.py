@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from compression.distillation import StepReport
 from compression.errors import ReferenceFailed, TrainingDiverged
 from compression.export.fresh import IMPORT_ROOT, fresh_command, fresh_environment, last_lines
 from compression.importance import Importance
 from compression.reference.exchange import SUPERNET, Request, read_scores, write_request
+from compression.report import TrainingReport
 from compression.supernet import subnetwork_name
+from compression.training import Step
 
 IMPORTANCE = "importance"
 DISTIL = "distil"
@@ -41,23 +42,33 @@ def distil(
     work: Path,
     request: Request,
     *,
-    on_step: Callable[[StepReport], None],
+    on_step: Callable[[Step], None],
     replicas: int = 1,
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], TrainingReport]:
     """PaddleSlim's reordering and training loop; the full-width supernet's weights by our names.
 
-    It reorders by the scores that `measure_importance` left in `work`.
+    The spec's patience, time budget, micro-batch and checkpoints are not for this engine.
     """
     folder = work / DISTIL
-    write_request(folder, replace(request, importance=read_scores(work / IMPORTANCE)))
+    write_request(folder, request)
+    seconds: list[float] = []
     names = [subnetwork_name(width) for width in request.spec.supernet.width_mults]
 
     def on_event(event: dict[str, Any]) -> None:
         losses = dict(zip(names, event["losses"], strict=True))
-        on_step(StepReport(event["step"], event["total"], losses, event["seconds"]))
+        seconds.append(event["seconds"])
+        on_step(Step(event["step"], event["total"], losses, event["seconds"]))
 
     _run(DISTIL, folder, on_event, replicas)
-    return load_file(folder / SUPERNET)
+    report = TrainingReport(
+        steps=len(seconds),
+        planned_steps=len(seconds),
+        best_step=len(seconds),
+        ended="complete",
+        step_seconds=statistics.median(seconds),
+        micro_batch=None,
+    )
+    return load_file(folder / SUPERNET), report
 
 
 def _run(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import save_file
 
+from compression.errors import TrainingDiverged
 from compression.importance import Importance
 from compression.reference.exchange import SUPERNET, Request, write_scores
 from compression.reference.recipe import (
@@ -17,7 +18,7 @@ from compression.reference.recipe import (
     reference_batch,
     shuffled_batches,
 )
-from compression.training import finite, step_count
+from compression.training import step_count
 
 Send = Callable[..., None]
 
@@ -62,10 +63,9 @@ def distil(request: Request, folder: Path, send: Send) -> None:
     spec = request.spec.distillation
     steps = step_count(spec, len(request.rows))
     loop = start(request, steps)
-    scores = request.importance
-    if scores is None:
-        raise ValueError(f"{folder} holds no importance to reorder by")
-    loop.reorder(np.stack(scores.heads), np.stack(scores.neurons))
+    if request.orders is None:
+        raise ValueError(f"{folder} holds no orders to put heads and neurons into")
+    loop.reorder(request.orders.heads, request.orders.neurons)
     batches = shuffled_batches(
         request.rows,
         batch_size=spec.batch_size,
@@ -75,6 +75,10 @@ def distil(request: Request, folder: Path, send: Send) -> None:
     )
     for done, batch in enumerate(batches, start=1):
         started = time.perf_counter()
-        losses = [finite(loss, stage="distillation", step=done) for loss in loop.step(batch)]
+        losses = loop.step(batch)
+        if not all(map(math.isfinite, losses)):
+            raise TrainingDiverged(
+                f"the losses of distillation are {losses} at step {done}: lower its learning_rate"
+            )
         send(step=done, total=steps, losses=losses, seconds=time.perf_counter() - started)
     save_file(loop.weights(), folder / SUPERNET)

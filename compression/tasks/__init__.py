@@ -1,29 +1,28 @@
-"""What a model predicts: one file a task, registered in TASKS below."""
+"""What a model predicts: one file a task, registered in TASKS below.
+
+What of a task is known without paddle (its head, its metrics' names) stands in
+`compression.spec.TASK_KINDS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import numpy as np
-from paddle import Tensor
+from compression.spec import TaskSpec
+from compression.tasks.base import Predictions, Task
+from compression.tasks.classification import Classification
+from compression.tasks.multi_label import MultiLabel
+from compression.tasks.regression import Regression
 
-from compression.tasks import classification
-
-
-@dataclass(frozen=True)
-class Task:
-    """label_loss(logits, labels), logit_loss(*, student, teacher), metric(logits, labels) 0..1."""
-
-    label_loss: Callable[[Tensor, Tensor], Tensor]
-    logit_loss: Callable[..., Tensor]
-    metric: Callable[[np.ndarray, np.ndarray], float]
-
-
-TASKS = {
-    "classification": Task(
-        label_loss=classification.label_loss,
-        logit_loss=classification.logit_loss,
-        metric=classification.accuracy,
-    ),
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "multi_label": MultiLabel,
+    "regression": Regression,
 }
+
+__all__ = ["TASKS", "Predictions", "Task", "make_task"]
+
+
+def make_task(spec: TaskSpec, labels: Sequence[str]) -> Task:
+    """The task that a spec names; `labels` are the dataset's values in the outputs' order."""
+    return TASKS[spec.kind](tuple(labels), spec.main_metric)

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from paddle import Tensor
 from paddle.nn import functional as F
 
-
-def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of logits [B, C] against labels [B]."""
-    return F.cross_entropy(logits, labels)
-
-
-def logit_loss(*, student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean cross-entropy of the student's logits against the teacher's softmax, both [B, C]."""
-    return -(F.softmax(teacher) * F.log_softmax(student)).sum(axis=-1).mean()
+from compression.batches import Batch, Encoded
+from compression.tasks.base import Count, Predictions, Task
+from compression.tasks.scores import accuracy, f1, marked_counts, matthews
 
 
-def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Share of rows whose largest logit is the label's, 0..1."""
-    return float((logits.argmax(axis=-1) == labels).mean())
+@dataclass(frozen=True)
+class Classification(Task):
+    """One of C labels a row. Labels int64 [rows]."""
+
+    def label_loss(self, logits: Tensor, batch: Batch, *, total: Count | None = None) -> Tensor:
+        """Cross-entropy of logits [B, C] against labels [B]."""
+        entropies = F.cross_entropy(logits, batch.labels, reduction="sum")
+        return entropies / (self.count(batch) if total is None else total)
+
+    def logit_loss(
+        self, *, student: Tensor, teacher: Tensor, batch: Batch, total: Count | None = None
+    ) -> Tensor:
+        """Cross-entropy of the student's logits against the teacher's softmax, both [B, C]."""
+        entropies = -(F.softmax(teacher) * F.log_softmax(student)).sum()
+        return entropies / (self.count(batch) if total is None else total)
+
+    def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
+        """Accuracy, Matthews correlation and F1: of the second of two labels, as GLUE does it.
+
+        Of more labels, the mean F1 of those that occur in data or predictions.
+        """
+        labels = np.asarray(data.labels)
+        found = np.asarray(predictions).argmax(axis=-1)
+        classes = np.arange(len(self.labels))
+        counts = marked_counts(found[:, None] == classes, labels[:, None] == classes)
+        each = f1(*counts)
+        occurs = counts[1] + counts[2] > 0
+        return {
+            "accuracy": accuracy(found, labels),
+            "f1": float(each[1] if len(classes) == 2 else each[occurs].mean()),
+            "matthews": matthews(found, labels, len(classes)),
+        }

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from compression.errors import InvalidModel, InvalidSpec
+from compression.spec import Head
 
 MODEL_TYPE = "widthwise-encoder"
 FORMAT_VERSION = 1
@@ -20,7 +21,8 @@ class EncoderConfig:
 
     `heads[i]` and `ffn[i]` are those of layer i; every head has `head_dim` units,
     so a layer's attention is `heads[i] * head_dim` wide, whatever `hidden` is.
-    `num_labels` is None where there is no classifier head.
+    `num_labels` is None where there is no classifier head; `head` says what it classifies:
+    "sequence" the pooled first token, "token" every token, without a pooler.
     """
 
     family: str
@@ -38,6 +40,7 @@ class EncoderConfig:
     attention_dropout: float
     pad_token_id: int
     num_labels: int | None
+    head: Head = "sequence"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON object that `from_dict` reads back to an equal config."""
@@ -60,9 +63,10 @@ class EncoderConfig:
             )
         values: dict[str, Any] = {}
         for spec in dataclasses.fields(cls):
-            if spec.name not in data:
+            if spec.name in data:
+                values[spec.name] = data[spec.name]
+            elif spec.default is dataclasses.MISSING:
                 raise InvalidModel(f"config.json lacks {spec.name!r}", pointer="config.json")
-            values[spec.name] = data[spec.name]
         try:
             values["heads"] = tuple(int(n) for n in values["heads"])
             values["ffn"] = tuple(int(n) for n in values["ffn"])

@@ -6,9 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from compression.errors import InvalidModel
+from compression.spec import Head
 from compression.teachers.config import EncoderConfig
 
 MAX_JSON_BYTES = 64 * 2**20
@@ -126,6 +127,8 @@ def check_bounds(config: EncoderConfig, *, file: str) -> None:
     fields.text("family")
     if fields.text("activation") not in ACTIVATIONS:
         raise fields.error(f"activation is {_short(config.activation)}")
+    if config.head not in get_args(Head):
+        raise fields.error(f"head is {_short(config.head)}")
     if config.num_labels is not None:
         fields.integer("num_labels", low=1, high=MAX_LABELS)
     for name, counts, high in (("heads", config.heads, MAX_HEADS), ("ffn", config.ffn, MAX_FFN)):

@@ -8,8 +8,8 @@ from compression.teachers.config import EncoderConfig
 def parameter_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of an encoder, in the order of the forward pass.
 
-    Linear weights are [in, out], as paddle keeps them. The pooler is always
-    listed; the classifier only where `num_labels` is known.
+    Linear weights are [in, out], as paddle keeps them. The pooler is listed
+    unless the head reads every token; the classifier only where `num_labels` is known.
     """
     hidden = config.hidden
     shapes: dict[str, tuple[int, ...]] = {
@@ -34,8 +34,9 @@ def parameter_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"layers.{i}.ffn.output.bias"] = (hidden,)
         shapes[f"layers.{i}.ffn.norm.weight"] = (hidden,)
         shapes[f"layers.{i}.ffn.norm.bias"] = (hidden,)
-    shapes["pooler.weight"] = (hidden, hidden)
-    shapes["pooler.bias"] = (hidden,)
+    if config.head == "sequence":
+        shapes["pooler.weight"] = (hidden, hidden)
+        shapes["pooler.bias"] = (hidden,)
     if config.num_labels is not None:
         shapes["classifier.weight"] = (hidden, config.num_labels)
         shapes["classifier.bias"] = (config.num_labels,)

@@ -11,10 +11,11 @@ import paddle
 import pytest
 from safetensors.numpy import save_file
 
-from compression.batches import pad
+from compression.batches import make_batch, pad
 from compression.encoder import build_encoder, numpy_weights, with_new_head
 from compression.errors import InvalidModel
-from compression.teachers import read_checkpoint
+from compression.evaluate import largest_difference, predict
+from compression.teachers import parameter_shapes, read_checkpoint, write_checkpoint
 from tests.encoders import as_tensors, random_rows, random_weights, tiny_config, tiny_encoder
 
 
@@ -49,7 +50,6 @@ def test_hidden_states_and_logits_equal_paddlenlps_own_bert(tmp_path: Path) -> N
     checkpoint = read_checkpoint(tmp_path)
     assert checkpoint.layout == "paddlenlp"
     ours = build_encoder(checkpoint.config, checkpoint.tensors)
-    ours.eval()
 
     ids, types, mask = as_tensors(pad(random_rows(8), range(8), pad_id=0))
     states = ours.encode(ids, types, mask)
@@ -115,3 +115,28 @@ def test_a_new_head_is_seeded_and_leaves_the_rest() -> None:
     kept = numpy_weights(encoder)
     for name, value in headless.items():
         np.testing.assert_array_equal(kept[name], value)
+
+
+def test_a_token_head_classifies_every_token_and_has_no_pooler(tmp_path: Path) -> None:
+    encoder, data = tiny_encoder(head="token"), random_rows(5)
+    shapes = {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
+    assert shapes == parameter_shapes(encoder.config)
+    assert not any(name.startswith("pooler") for name in shapes)
+    found = predict(encoder, data)
+    for row, logits in enumerate(found):
+        assert logits.shape == (len(data.input_ids[row]), 3)
+        alone = encoder.encode(*make_batch(data, [row], pad_id=0).inputs)
+        by_hand = encoder.classifier(alone.hidden[-1])[0]
+        np.testing.assert_allclose(logits, by_hand.numpy(), atol=1e-5)
+    write_checkpoint(tmp_path, encoder.config, numpy_weights(encoder), None)
+    assert read_checkpoint(tmp_path).config == encoder.config
+    config, weights = with_new_head(
+        tiny_config(num_labels=None),
+        random_weights(tiny_config()),
+        num_labels=5,
+        head="token",
+        seed=0,
+    )
+    assert {name: value.shape for name, value in weights.items()} == parameter_shapes(config)
+    new = build_encoder(config, weights)
+    assert largest_difference(predict(new, data), predict(new, data)) == 0

@@ -16,6 +16,7 @@ import pytest
 from compression.batches import pad
 from compression.encoder import Encoder, build_encoder, numpy_weights
 from compression.errors import ExportFailed
+from compression.evaluate import padded_logits, predict
 from compression.export import (
     EXPORTERS,
     INPUTS,
@@ -63,7 +64,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         supernet.config.narrowed(Fraction(1, 2)),
         extract_weights(supernet.config, numpy_weights(supernet), subnetwork),
     )
-    small.eval()
     rows = random_rows(20)
     arrays = pad(rows, range(len(rows)), pad_id=0)
     with paddle.no_grad():
@@ -150,12 +150,8 @@ def test_exporting_leaves_the_encoder_as_it_was(tmp_path: Path) -> None:
     arrays = pad(random_rows(4), range(4), pad_id=0)
     with paddle.no_grad():
         logits = encoder(*as_tensors(arrays)).numpy()
-    encoder.train()
     export("paddle", encoder, tmp_path, labels=None)
-    assert encoder.training
-    assert all(layer.training for layer in encoder.sublayers())
     assert "forward" not in vars(encoder)  # tracing replaces the forward of the layer it is given
-    encoder.eval()
     after = numpy_weights(encoder)
     assert before.keys() == after.keys()
     with paddle.no_grad():
@@ -174,7 +170,6 @@ def test_the_program_is_traced_once_and_removed(case: Case) -> None:
 def test_drift_is_refused_with_its_size(case: Case, tmp_path: Path) -> None:
     drifted = build_encoder(case.small.config, numpy_weights(case.small))
     drifted.classifier.bias.set_value(drifted.classifier.bias.numpy() + np.float32(0.01))
-    drifted.eval()
     export("onnx", drifted, tmp_path / "onnx", labels=LABELS)
     max_abs, error = gate(case, "onnx", tmp_path / "onnx")
     assert max_abs == pytest.approx(0.01, abs=1e-4)
@@ -286,3 +281,32 @@ def test_what_does_not_pass_is_deleted(case: Case, tmp_path: Path, parity: Parit
     assert report.error
     assert report.files == ()
     assert not folder.exists()
+
+
+def test_a_token_head_is_exported_with_its_length_open_and_compared_token_by_token(
+    tmp_path: Path,
+) -> None:
+    encoder, rows = tiny_encoder(head="token"), random_rows(12)
+    batch, reference = tmp_path / "batch.npz", tmp_path / "reference.npz"
+    np.savez(batch, **pad(rows, range(12), pad_id=0))
+    logits = padded_logits(predict(encoder, rows))
+    np.savez(reference, logits=logits)
+    exported = export_formats(FORMATS, encoder, tmp_path / "w1", labels=LABELS)
+    for fmt, item in exported.items():
+        max_abs, error = verify(
+            fmt, item.folder, batch=batch, reference=reference, tolerance=TOLERANCE
+        )
+        assert error is None
+        assert max_abs is not None
+        assert max_abs <= 1e-5
+    graph = onnx.load(str(exported["onnx"].files[0])).graph
+    (dims,) = [v.type.tensor_type.shape.dim for v in graph.output]
+    assert [d.dim_param or d.dim_value for d in dims] == ["batch", "length", 3]
+    last = len(rows.input_ids[7]) - 1
+    logits[7, last, 2] += 0.5  # one class of one token of one row
+    np.savez(reference, logits=logits)
+    parity = verify(
+        "onnx", exported["onnx"].folder, batch=batch, reference=reference, tolerance=TOLERANCE
+    )
+    assert parity.max_abs == pytest.approx(0.5, abs=1e-4)
+    assert parity.error is not None

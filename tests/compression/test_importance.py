@@ -9,16 +9,15 @@ import pytest
 from compression.batches import Batch, make_batch
 from compression.encoder import Encoder, build_encoder, numpy_weights
 from compression.importance import measure_importance
-from compression.tasks import TASKS
-from tests.encoders import gradients, random_rows, tiny_encoder
+from tests.encoders import CLASSIFICATION, gradients, random_rows, tiny_encoder
 
-LOSS = TASKS["classification"].label_loss
+LOSS = CLASSIFICATION.label_loss
 STEP = 1e-2  # of the finite differences, in float32
 
 
 def loss_of(encoder: Encoder, batch: Batch, gates: list[paddle.Tensor] | None = None) -> float:
     with paddle.no_grad():
-        return float(LOSS(encoder.encode(*batch.inputs, head_gates=gates).logits, batch.labels))
+        return float(LOSS(encoder.encode(*batch.inputs, head_gates=gates).logits, batch))
 
 
 def batch_of(rows: range, seed: int = 0) -> Batch:
@@ -27,7 +26,7 @@ def batch_of(rows: range, seed: int = 0) -> Batch:
 
 def test_head_importance_is_the_slope_of_the_loss_in_each_gate() -> None:
     encoder, batch = tiny_encoder(), batch_of(range(8))
-    found = measure_importance(encoder, random_rows(8), [np.arange(8)], LOSS)
+    found = measure_importance(encoder, random_rows(8), [np.arange(8)], CLASSIFICATION)
     for layer in range(2):
         for head in range(4):
             sides = []
@@ -41,7 +40,7 @@ def test_head_importance_is_the_slope_of_the_loss_in_each_gate() -> None:
 
 def test_neuron_importance_is_the_slope_in_each_neurons_own_scale() -> None:
     encoder, batch = tiny_encoder(), batch_of(range(8))
-    found = measure_importance(encoder, random_rows(8), [np.arange(8)], LOSS)
+    found = measure_importance(encoder, random_rows(8), [np.arange(8)], CLASSIFICATION)
     weights = numpy_weights(encoder)
 
     def slope(layer: int, neuron: int, side: str) -> float:
@@ -55,7 +54,6 @@ def test_neuron_importance_is_the_slope_in_each_neurons_own_scale() -> None:
             else:
                 scaled[f"layers.{layer}.ffn.output.weight"][neuron] *= factor
             moved = build_encoder(encoder.config, scaled)
-            moved.eval()
             ends.append(loss_of(moved, batch))
         return abs(ends[0] - ends[1]) / (2 * STEP)
 
@@ -68,8 +66,8 @@ def test_neuron_importance_is_the_slope_in_each_neurons_own_scale() -> None:
 def test_batches_add_their_own_absolute_values() -> None:
     encoder = tiny_encoder()
     data, one, two = random_rows(14), np.arange(5), np.arange(5, 14)
-    both = measure_importance(encoder, data, [one, two], LOSS)
-    apart = [measure_importance(encoder, data, [rows], LOSS) for rows in (one, two)]
+    both = measure_importance(encoder, data, [one, two], CLASSIFICATION)
+    apart = [measure_importance(encoder, data, [rows], CLASSIFICATION) for rows in (one, two)]
     for layer in range(2):
         np.testing.assert_allclose(
             both.heads[layer], apart[0].heads[layer] + apart[1].heads[layer], rtol=1e-5
@@ -82,9 +80,9 @@ def test_batches_add_their_own_absolute_values() -> None:
 def test_replicas_do_not_change_importance_and_nothing_is_left_behind() -> None:
     encoder, data = tiny_encoder(), random_rows(6)
     before = numpy_weights(encoder)
-    one = measure_importance(encoder, data, [np.arange(6)], LOSS)
+    one = measure_importance(encoder, data, [np.arange(6)], CLASSIFICATION)
     # Each replica pads its own rows: neither they nor their padding may matter.
-    three = measure_importance(encoder, data, [np.arange(6)], LOSS, replicas=3)
+    three = measure_importance(encoder, data, [np.arange(6)], CLASSIFICATION, replicas=3)
     for found, expected in zip(three.heads + three.neurons, one.heads + one.neurons, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert gradients(encoder) == {}
@@ -101,7 +99,7 @@ def test_a_unit_that_reaches_nothing_scores_zero() -> None:
     weights["layers.0.ffn.intermediate.weight"][:, 5] = 0
     weights["layers.0.ffn.intermediate.bias"][5] = 0
     dead = build_encoder(encoder.config, weights)
-    found = measure_importance(dead, random_rows(8), [np.arange(8)], LOSS)
+    found = measure_importance(dead, random_rows(8), [np.arange(8)], CLASSIFICATION)
     assert found.heads[1][1] == 0
     assert found.neurons[0][5] == 0
     assert (np.delete(found.heads[1], 1) > 0).all()

@@ -7,41 +7,38 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from compression.distillation import SupernetGradients
+from compression.distillation import SupernetLosses
 from compression.encoder import Encoder, numpy_weights
 from compression.parallel import Replicas, shares
 from compression.spec import DistillationSpec, FineTuneSpec
 from compression.supernet import subnetwork_of
-from compression.tasks import TASKS
-from compression.training import Optimizer, fine_tune
-from tests.encoders import gradients, random_rows, tiny_encoder
+from compression.training import BatchGradients, Optimizer, fine_tune
+from tests.encoders import CLASSIFICATION, gradients, random_rows, tiny_encoder
 
-TASK = TASKS["classification"]
 ROWS = np.arange(10)
 
 
-def step_gradients(count: int, *, step: int = 1) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def step_gradients(
+    count: int, *, step: int = 1, micro_batch: int | None = None
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Losses and gradients of one batch of ten rows, with dropout off."""
     calm = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
     supernet, teacher = tiny_encoder(1, **calm), tiny_encoder(2, **calm)
     subnetworks = [subnetwork_of(teacher.config, Fraction(w)) for w in ("1", "1/2")]
+    losses = SupernetLosses(teacher, subnetworks, DistillationSpec(), CLASSIFICATION)
     with Replicas(supernet, count) as replicas:
-        compute = SupernetGradients(
-            replicas,
-            teacher,
-            random_rows(10),
-            subnetworks,
-            DistillationSpec(),
-            TASK.logit_loss,
-            seed=3,
-        )
-        return compute(ROWS, step=step), gradients(supernet)
+        compute = BatchGradients(replicas, random_rows(10), losses, seed=3)
+        return compute(ROWS, step=step, micro_batch=micro_batch), gradients(supernet)
 
 
-@pytest.mark.parametrize("count", [2, 3, 12])
-def test_shares_of_a_batch_give_the_whole_batchs_losses_and_gradients(count: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "micro_batch"), [(2, None), (3, None), (12, None), (1, 4), (2, 4)]
+)
+def test_shares_of_a_batch_give_the_whole_batchs_losses_and_gradients(
+    count: int, micro_batch: int | None
+) -> None:
     losses, whole = step_gradients(1)
-    shared_losses, shared = step_gradients(count)
+    shared_losses, shared = step_gradients(count, micro_batch=micro_batch)
     assert shared_losses == pytest.approx(losses, rel=1e-5)
     assert shared.keys() == whole.keys()
     for name, value in whole.items():
@@ -91,9 +88,9 @@ def test_a_training_with_dropout_and_replicas_repeats_itself() -> None:
             encoder,
             random_rows(20),
             FineTuneSpec(batch_size=7, epochs=2),
-            TASK.label_loss,
+            CLASSIFICATION,
             seed=1,
-            on_step=lambda done, total, loss: None,
+            on_step=lambda step: None,
             replicas=3,
         )
         ends.append(encoder)

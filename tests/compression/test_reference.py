@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from compression.batches import Encoded
-from compression.distillation import SupernetGradients
+from compression.distillation import SupernetLosses
 from compression.encoder import Encoder, build_encoder, numpy_weights
 from compression.errors import ReferenceFailed, TrainingDiverged
 from compression.evaluate import predict
@@ -25,24 +25,20 @@ from compression.importance import Importance, measure_importance
 from compression.parallel import Replicas
 from compression.pipeline import compress
 from compression.reference import run
-from compression.reference.exchange import (
-    Request,
-    read_request,
-    write_request,
-    write_scores,
-)
+from compression.reference.exchange import Orders, Request, read_request, write_request
 from compression.reorder import descending, reorder
 from compression.report import STAGES, Progress
-from compression.spec import Spec
+from compression.spec import Spec, TaskSpec
 from compression.supernet import subnetwork_of
-from compression.tasks import TASKS
+from compression.tasks import make_task
+from compression.training import BatchGradients
 from tests.builders import tiny_bert, tiny_dataset
 from tests.encoders import OPTIMIZERS, random_weights, tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, BATCH = 20, 4
 CONFIG = tiny_config(hidden_dropout=0.0, attention_dropout=0.0)
-TASK = TASKS["classification"]
+TASK = make_task(TaskSpec(), ("0", "1", "2"))
 SPEC = Spec.model_validate(
     {
         "engine": "paddleslim",
@@ -85,7 +81,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def scores() -> Importance:
     teacher = build_encoder(CONFIG, REQUEST.weights)
-    return measure_importance(teacher, REQUEST.rows, BATCHES, TASK.label_loss)
+    return measure_importance(teacher, REQUEST.rows, BATCHES, TASK)
 
 
 def reordered(scores: Importance) -> dict[str, np.ndarray]:
@@ -103,17 +99,17 @@ def part(answer: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]
 
 def our_losses(supernet: Encoder, optimizer: paddle.optimizer.Optimizer) -> np.ndarray:
     """The loss of each step and width, [STEPS, widths], trained in place on the same batches."""
-    teacher = build_encoder(CONFIG, REQUEST.weights)
+    losses = SupernetLosses(
+        build_encoder(CONFIG, REQUEST.weights), SUBNETWORKS, SPEC.distillation, TASK
+    )
+    found = []
     with Replicas(supernet, 1) as replicas:
-        gradients = SupernetGradients(
-            replicas, teacher, REQUEST.rows, SUBNETWORKS, SPEC.distillation, TASK.logit_loss, seed=0
-        )
-        losses = []
+        gradients = BatchGradients(replicas, REQUEST.rows, losses, 0, False)
         for step, rows in enumerate(BATCHES):
-            losses.append(list(gradients(rows, step=step).values()))
+            found.append(list(gradients(rows, step=step).values()))
             optimizer.step()
             optimizer.clear_grad()
-    return np.array(losses)
+    return np.array(found)
 
 
 def test_paddleslims_importance_is_ours(theirs: dict[str, np.ndarray], scores: Importance) -> None:
@@ -156,20 +152,21 @@ def test_twenty_steps_of_both_recipes_have_the_same_losses(
 
 
 def test_a_request_reads_back_and_nothing_in_it_is_a_pickle(tmp_path: Path) -> None:
-    scores = Importance((np.array([1.0, 2.0]),), (np.array([3.0, 4.0, 5.0]),))
-    write_request(tmp_path, Request(SPEC, CONFIG, REQUEST.weights, REQUEST.rows, scores))
+    orders = Orders((np.array([1, 0]),), (np.array([2, 0, 1]),))
+    unlabelled = replace(REQUEST.rows, labels=None)
+    write_request(tmp_path, Request(SPEC, CONFIG, REQUEST.weights, unlabelled, orders))
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".safetensors"}
     found = read_request(tmp_path)
     assert (found.spec, found.config) == (SPEC, CONFIG)
     assert found.rows.input_ids == REQUEST.rows.input_ids
     assert found.rows.token_type_ids == REQUEST.rows.token_type_ids
-    np.testing.assert_array_equal(found.rows.labels, REQUEST.rows.labels)
+    assert found.rows.labels is None
     assert found.weights.keys() == REQUEST.weights.keys()
     np.testing.assert_array_equal(
         found.weights["classifier.weight"], REQUEST.weights["classifier.weight"]
     )
-    assert found.importance is not None
-    np.testing.assert_array_equal(found.importance.neurons[0], scores.neurons[0])
+    assert found.orders is not None
+    np.testing.assert_array_equal(found.orders.neurons, orders.neurons)
 
 
 def test_a_reference_process_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
@@ -180,12 +177,10 @@ def test_a_reference_process_that_fails_is_told_with_its_last_words(tmp_path: Pa
 
 def test_a_loss_that_is_not_finite_stops_the_engine(tmp_path: Path) -> None:
     weights = {**REQUEST.weights, "pooler.bias": np.full(CONFIG.hidden, np.nan, np.float32)}
-    (tmp_path / run.IMPORTANCE).mkdir()
-    write_scores(tmp_path / run.IMPORTANCE, Importance((np.ones(4),) * 2, (np.ones(16),) * 2))
+    orders = Orders((np.arange(4),) * 2, (np.arange(16),) * 2)
+    request = Request(SPEC, CONFIG, weights, REQUEST.rows, orders)
     with pytest.raises(TrainingDiverged, match="at step 1"):
-        run.distil(
-            tmp_path, Request(SPEC, CONFIG, weights, REQUEST.rows), on_step=lambda step: None
-        )
+        run.distil(tmp_path, request, on_step=lambda step: None)
 
 
 @pytest.mark.timeout(600)  # a dozen processes, each of which imports paddle or more

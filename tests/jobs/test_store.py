@@ -373,7 +373,7 @@ def test_the_clock_is_aware_and_in_utc(database: Database) -> None:
     assert abs((at - datetime.now(UTC)).total_seconds()) < 60
 
 
-def test_runs_that_came_to_nothing_are_swept_once(database: Database) -> None:
+def test_ended_runs_are_swept_once(database: Database) -> None:
     lost, kept = seed_job(database), seed_job(database)
     expired_claim(database, lost)
     settle(database, lost)
@@ -384,10 +384,77 @@ def test_runs_that_came_to_nothing_are_swept_once(database: Database) -> None:
     with database.transaction() as session:
         assert store.unswept_runs(session, grace_seconds=3600) == []
         found = store.unswept_runs(session, grace_seconds=0)
-        assert [(item.job_id, item.fence) for item in found] == [(lost, 1)]
-        store.mark_swept(session, found[0].id)
+        assert {(item.job_id, item.state) for item in found} == {
+            (lost, RunState.LOST),
+            (kept, RunState.SUCCEEDED),
+        }
+        for item in found:
+            store.mark_swept(session, item.id)
     with database.reading() as session:
         assert store.unswept_runs(session, grace_seconds=0) == []
+
+
+def checkpoint(step: int) -> dict[str, Any]:
+    key = f"jobs/j/1/checkpoints/{step}"
+    return {
+        "name": str(step),
+        "key": key,
+        "size_bytes": 1,
+        "sha256": "a" * 64,
+        "stage": "distil",
+        "step": step,
+    }
+
+
+def test_the_next_run_gets_the_checkpoints_newest_first(database: Database) -> None:
+    job_id = seed_job(database)
+    run = claimed(database, job_id)
+    assert run.checkpoints == ()
+    with database.transaction() as session:
+        store.add_checkpoint(session, run, **checkpoint(1))
+        store.add_checkpoint(session, run, **checkpoint(2))
+    with database.transaction() as session:
+        store.release_job(session, run, reason="a test")
+    again = claimed(database, job_id)
+    assert [each["step"] for each in again.checkpoints] == [2, 1]
+    assert again.checkpoints[0].items() >= checkpoint(2).items()
+    with database.transaction() as session, pytest.raises(StaleRun):
+        store.add_checkpoint(session, run, **checkpoint(3))
+    with database.reading() as session:
+        kept = [checkpoint(2)["key"], checkpoint(1)["key"]]
+        assert store.checkpoint_keys(session, job_id) == kept
+
+
+def test_checkpoints_are_spent_when_superseded_or_when_the_job_has_ended(
+    database: Database,
+) -> None:
+    job_id = seed_job(database)
+    run = claimed(database, job_id)
+    with database.transaction() as session:
+        for step in (1, 2, 3):
+            store.add_checkpoint(session, run, **checkpoint(step))
+    time.sleep(0.01)
+
+    def spent(grace_seconds: float) -> dict[str, list[str]]:
+        with database.reading() as session:
+            return store.spent_checkpoints(session, kept=2, grace_seconds=grace_seconds)
+
+    assert spent(3600) == {}
+    assert spent(0) == {job_id: [checkpoint(1)["key"]]}
+    with database.transaction() as session:
+        store.forget_checkpoints(session, job_id, [checkpoint(1)["key"]])
+    assert spent(0) == {}
+    with database.transaction() as session:
+        store.finish_job(session, run, JobState.FAILED, error={})
+    time.sleep(0.01)
+    assert spent(3600) == {}
+    keys = [checkpoint(3)["key"], checkpoint(2)["key"]]
+    assert spent(0) == {job_id: keys}
+    with database.transaction() as session:
+        store.forget_checkpoints(session, job_id, keys)
+    with database.reading() as session:
+        assert store.get_job(session, job_id, project_id=DEFAULT_PROJECT).checkpoints is None
+    assert spent(0) == {}
 
 
 def test_a_revoked_key_is_not_found(database: Database) -> None:

@@ -5,6 +5,7 @@ A real process: it needs neither paddle nor a real model. `spec["do"]`: a list o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 
@@ -23,9 +25,28 @@ def progress(step: int = 0, total: int = 1, stage: str = "load") -> None:
     send("progress", stage=stage, step=step, total=total, message="", figures={"pid": os.getpid()})
 
 
+def checkpoint(folder: Path, step: int) -> None:
+    """A real file without tensors, of a processor that no host has."""
+    host = {"cpu": "", "replicas": 1, "libraries": {}, "variables": {"OMP_NUM_THREADS": "77"}}
+    stages = {"distil": {"step": step, "done": False, "figures": {}}}
+    facts = {"identity": {}, "host": host, "seconds": 1.0, "stages": stages}
+    header = json.dumps({"__metadata__": {"job": json.dumps(facts)}}).encode()
+    content = len(header).to_bytes(8, "little") + header
+    sha256 = hashlib.sha256(content).hexdigest()
+    name = f"{step:06d}.{sha256}.safetensors"
+    (folder / name).write_bytes(content)
+    send("checkpoint", name=name, sha256=sha256, stage="distil", step=step)
+
+
 def main() -> None:
     request = json.loads(sys.stdin.readline())
     run_dir = Path(request["run_dir"])
+    checkpoints = run_dir / "checkpoints"
+
+    def write_the_last_and_end(number: int, frame: FrameType | None) -> None:
+        checkpoint(checkpoints, 99)
+        sys.exit(3)
+
     for step in request["spec"]["do"]:
         name, _, value = step.partition(" ")
         if name == "progress":
@@ -40,6 +61,13 @@ def main() -> None:
             path = run_dir / "artifacts" / value
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(value.encode())
+        elif name == "checkpoint":
+            checkpoint(checkpoints, int(value))
+        elif name == "checkpoint-at-the-end":
+            signal.signal(signal.SIGTERM, write_the_last_and_end)
+        elif name == "resumed":
+            found = [int(path.name[:6]) for path in sorted(checkpoints.iterdir())]
+            send("progress", stage="found", step=0, total=1, message="", figures={"found": found})
         elif name == "environment":
             send("progress", stage="load", step=0, total=2, message="", figures=dict(os.environ))
         elif name == "deaf":

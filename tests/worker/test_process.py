@@ -39,7 +39,7 @@ def test_messages_come_in_order_until_the_end(tmp_path: Path) -> None:
     environment = found[4]["figures"]
     assert environment.pop("LC_CTYPE", "C.UTF-8") == "C.UTF-8"  # Python's own doing
     assert environment == {"A": "b"}
-    assert process.end(grace_seconds=10, ask=False) == 0
+    assert process.end(grace_seconds=10) == 0
     with pytest.raises(EOFError):
         process.message(0)
 
@@ -57,7 +57,7 @@ def test_its_status_and_last_lines_are_kept(
 ) -> None:
     process = start(tmp_path, "complain a word before", "garbage", *steps)
     assert messages(process) == []
-    assert process.end(grace_seconds=10, ask=False) == status
+    assert process.end(grace_seconds=10) == status
     assert words in exit_in_words(status)
     assert {"a word before", "not JSON", "[1]"} <= set(process.last_lines())
     assert any("ValueError" in line for line in process.last_lines()) == (status == 1)
@@ -75,7 +75,7 @@ def test_a_flood_of_errors_is_kept_short(tmp_path: Path) -> None:
 def test_a_command_that_is_not_there_is_told(tmp_path: Path) -> None:
     process = JobProcess(["/no/such"], {}, folder=tmp_path, environment={})
     assert messages(process) == []
-    assert process.end(grace_seconds=10, ask=False) == 127
+    assert process.end(grace_seconds=10) == 127
     assert "/no/such" in process.last_lines()[-1]
 
 
@@ -83,6 +83,7 @@ def test_the_whole_group_ends_also_when_it_is_deaf(tmp_path: Path) -> None:
     process = start(tmp_path, "deaf", "spawn", "sleep 600")
     spawned = process.message(30)
     assert spawned is not None
+    process.ask_to_end()
     process.end(grace_seconds=0.1)
     wait_for_death(process.pid, *spawned["figures"].values())
 
@@ -99,7 +100,7 @@ def test_what_it_started_ends_with_it(tmp_path: Path) -> None:
     spawned = process.message(30)
     assert spawned is not None
     assert is_alive(spawned["figures"]["grandchild"])
-    assert process.end(grace_seconds=10, ask=False) == 137
+    assert process.end(grace_seconds=10) == 137
     wait_for_death(spawned["figures"]["grandchild"])
 
 

@@ -178,6 +178,85 @@ def test_stopping_hands_the_job_back_uncounted(
     assert kinds_of(database, job_id).count("requeued") == 1
 
 
+def test_the_next_run_goes_on_from_the_checkpoint_of_a_worker_that_was_stopped(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    go_on = tmp_path / "go on"
+    steps = ("resumed", "checkpoint 4", "checkpoint-at-the-end", "progress", f"wait {go_on}")
+    job_id = submit(database, objects, *steps)
+    first = make_runner(stop_grace_seconds=30)
+    first.offer(job_id)
+    assert wait_for_event(database, job_id, "progress").data["figures"] == {"found": []}
+    wait_for_event(database, job_id, "progress", 2)
+    first.stop()
+    assert first.join(30)
+    stored = job_of(database, job_id).checkpoints or []
+    assert [(each["stage"], each["step"]) for each in stored] == [("distil", 99), ("distil", 4)]
+    assert all(each["key"].startswith(f"jobs/{job_id}/1/checkpoints/") for each in stored)
+    go_on.touch()
+    assert make_runner().offer(job_id)
+    wait_for_state(database, job_id, "succeeded")
+    kinds = kinds_of(database, job_id)
+    assert kinds[kinds.index("requeued") :][:3] == ["requeued", "started", "resumed"]
+    resumed = wait_for_event(database, job_id, "resumed").data
+    assert (resumed["run"], resumed["step"], resumed["passed_over"]) == (2, 99, [])
+    found = wait_for_event(database, job_id, "progress", 3).data["figures"]
+    assert found == {"found": [99]}
+
+
+@ON_SQLITE
+def test_a_checkpoint_that_is_gone_or_damaged_is_passed_over(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    go_on = tmp_path / "go on"
+    steps = [f"checkpoint {step}" for step in (1, 2, 3)]
+    job_id = submit(database, objects, "resumed", *steps, "progress", f"wait {go_on}")
+    first = make_runner()
+    first.offer(job_id)
+    wait_for_event(database, job_id, "progress", 2)
+    first.stop()
+    assert first.join(30)
+    newest, second, _ = job_of(database, job_id).checkpoints or []
+    objects.delete([newest["key"]])
+    (tmp_path / "objects" / second["key"]).write_bytes(b"7")
+    go_on.touch()
+    assert make_runner().offer(job_id)
+    wait_for_state(database, job_id, "succeeded")
+    resumed = wait_for_event(database, job_id, "resumed").data
+    assert resumed["step"] == 1
+    assert newest["key"] in resumed["passed_over"][0]
+    assert second["key"] in resumed["passed_over"][1]
+    found = wait_for_event(database, job_id, "progress", 3).data["figures"]
+    assert found == {"found": [1]}
+
+
+def test_reconciling_keeps_what_a_run_may_resume_from(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, settings: Settings
+) -> None:
+    eager = settings.model_copy(update={"orphan_grace_seconds": 0})
+    steps = [f"checkpoint {step}" for step in (1, 2, 3)]
+    job_id = submit(database, objects, *steps, "progress", "sleep 600")
+    first = make_runner()
+    first.offer(job_id)
+    wait_for_event(database, job_id, "progress")
+    unnamed = run_prefix(job_id, 1) + "checkpoints/never recorded"
+    objects.put_file(unnamed, SOME_FILE)
+    first.stop()
+    assert first.join(30)
+    third, second, superseded = job_of(database, job_id).checkpoints or []
+    time.sleep(0.02)
+    reconcile(settings, database, objects, nudge=lambda job_id: None)
+    assert objects.exists(unnamed) and objects.exists(superseded["key"])
+    reconcile(eager, database, objects, nudge=lambda job_id: None)
+    assert not objects.exists(unnamed) and not objects.exists(superseded["key"])
+    assert objects.exists(second["key"]) and objects.exists(third["key"])
+    cancel(database, job_id)
+    time.sleep(0.02)
+    reconcile(eager, database, objects, nudge=lambda job_id: None)
+    assert objects.keys(f"jobs/{job_id}/") == []
+    assert job_of(database, job_id).checkpoints is None
+
+
 def test_two_workers_race_and_one_runs_the_job(
     make_runner: MakeRunner, database: Database, objects: ObjectStore
 ) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,58 +29,11 @@ from tests.worker.helpers import (
     wait_for_event,
     wait_for_state,
 )
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-STOP_SECONDS = 15.0
+from tests.worker.worker_process import STOP_SECONDS, Worker
 
 ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 ON_POSTGRESQL = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-StartWorker = Callable[[Settings], "Worker"]
-
-
-class Worker:
-    """A worker's process. `folder` is its working directory, home and temporary folder."""
-
-    def __init__(self, settings: Settings, folder: Path, *, program: list[str]) -> None:
-        folder.mkdir()
-        self.folder = folder
-        self.log = folder.with_suffix(".log")
-        environment = {
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(REPOSITORY),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "HOME": str(folder),
-            "TMPDIR": str(folder),
-            "WIDTHWISE_DATABASE_URL": settings.database_url,
-            "WIDTHWISE_BROKER_URL": settings.broker_url,
-            "WIDTHWISE_DATA_DIR": str(settings.data_dir),
-            "WIDTHWISE_STORE_URL": settings.store_url,
-            "WIDTHWISE_LEASE_SECONDS": str(settings.lease_seconds),
-            "WIDTHWISE_RECONCILE_SECONDS": str(settings.reconcile_seconds),
-            "WIDTHWISE_CANCEL_POLL_SECONDS": str(settings.cancel_poll_seconds),
-            "WIDTHWISE_STOP_GRACE_SECONDS": str(settings.stop_grace_seconds),
-            "WIDTHWISE_MAX_RUNS": str(settings.max_runs),
-        }
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *program], cwd=folder, env=environment, stdout=log, stderr=log
-            )
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def has_logged(self, words: str) -> bool:
-        assert self.process.poll() is None, self.log.read_text()
-        return words in self.log.read_text()
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Its exit status; AssertionError if it takes too long."""
-        self.process.send_signal(number)
-        try:
-            return self.process.wait(timeout=STOP_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise AssertionError(self.log.read_text()) from error
+StartWorker = Callable[[Settings], Worker]
 
 
 @pytest.fixture
