@@ -73,6 +73,12 @@ class TrainingDiverged(CompressionError):
     code = "training-diverged"
 
 
+class ReferenceFailed(CompressionError):
+    """The process of the engine paddleslim did not come to its end."""
+
+    code = "reference-failed"
+
+
 class OutOfMemory(CompressionError):
     """The host's or the device's memory is too small for the spec; `pointer` says what to lower."""
 

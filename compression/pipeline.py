@@ -35,6 +35,8 @@ from compression.evaluate import largest_difference, padded_logits, predict
 from compression.export import Exported, export_formats, format_report, graph_inputs, verify
 from compression.importance import measure_importance
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
+from compression.reference import run as reference
+from compression.reference.exchange import Orders, Request
 from compression.reorder import descending, reorder
 from compression.report import (
     STAGES,
@@ -56,13 +58,14 @@ from compression.tasks import Task, make_task
 from compression.teachers import Checkpoint, read_checkpoint
 from compression.teachers.config import EncoderConfig
 from compression.tokenization import load_tokenizer, save_tokenizer
-from compression.training import Surroundings, fine_tune
+from compression.training import Step, Surroundings, fine_tune
 
 PARITY_ROWS = 64
 PARITY_TOLERANCE = 1e-4  # fp32
 TRAININGS = ("teacher", "distil", "final")
 UNITS = ("heads", "neurons")
 TEACHER = "teacher"
+REFERENCE = "reference"
 BUNDLE = "bundle.tar.gz"
 
 Advance = Callable[..., None]
@@ -119,7 +122,9 @@ def compress(
         teacher_accuracy = teacher_metrics[job.task.main_metric]
         advance(1, 1, accuracy=teacher_accuracy)
     with stages("importance") as advance:
-        head_orders, neuron_orders = rank_units(job, teacher, checkpoints, advance)
+        head_orders, neuron_orders = rank_units(
+            job, teacher, checkpoints, run_dir / "work", advance
+        )
     with stages("reorder") as advance:
         weights = numpy_weights(teacher)
         supernet = build_encoder(
@@ -138,6 +143,8 @@ def compress(
             subnetworks,
             Surroundings("distil", "distillation", checkpoints, until["distil"], stop),
             advance,
+            Orders(head_orders, neuron_orders),
+            run_dir / "work",
         )
     with stages("final") as advance:
         tuned = fine_tune_subnetworks(
@@ -429,7 +436,7 @@ def finished(
 
 
 def rank_units(
-    job: Job, teacher: Encoder, checkpoints: Checkpoints, advance: Advance
+    job: Job, teacher: Encoder, checkpoints: Checkpoints, work: Path, advance: Advance
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Each layer's heads and neurons, most important first, on a seeded sample of rows."""
     state = checkpoints["importance"]
@@ -444,14 +451,22 @@ def rank_units(
         np.random.default_rng([job.spec.seed, 2]).permutation(len(rows))[: spec.rows]
     )
     total = -(-len(sample) // spec.batch_size)
-    importance = measure_importance(
-        teacher,
-        sample,
-        sorted_rows(sample, batch_size=spec.batch_size),
-        job.task,
-        replicas=job.replicas,
-        on_batch=lambda done: advance(done, total),
-    )
+    if job.spec.engine == "paddleslim":
+        importance = reference.measure_importance(
+            work / REFERENCE,
+            Request(job.spec, teacher.config, numpy_weights(teacher), sample),
+            replicas=job.replicas,
+            on_batch=lambda done: advance(done, total),
+        )
+    else:
+        importance = measure_importance(
+            teacher,
+            sample,
+            sorted_rows(sample, batch_size=spec.batch_size),
+            job.task,
+            replicas=job.replicas,
+            on_batch=lambda done: advance(done, total),
+        )
     heads = [descending(scores) for scores in importance.heads]
     neurons = [descending(scores) for scores in importance.neurons]
     orders = {
@@ -470,14 +485,32 @@ def train_supernet(
     subnetworks: Sequence[Subnetwork],
     surroundings: Surroundings,
     advance: Advance,
+    orders: Orders,
+    work: Path,
 ) -> TrainingReport:
     """Distils the supernet in place.
 
-    The teacher's answers are all that is learnt, so rows without labels serve as well.
+    The teacher's answers are all that is learnt, so rows without labels serve as well. The
+    engine paddleslim reorders and trains a supernet of its own, whose weights come into ours.
     """
     rows = job.splits["train"]
     if "unlabelled" in job.splits:
         rows = rows.joined(job.splits["unlabelled"])
+
+    def on_step(step: Step) -> None:
+        advance(step.done, step.total, losses=dict(step.losses))
+
+    if job.spec.engine == "paddleslim":
+        request = Request(job.spec, teacher.config, numpy_weights(teacher), rows, orders)
+
+        def learn() -> TrainingReport:
+            learnt, report = reference.distil(
+                work / REFERENCE, request, replicas=job.replicas, on_step=on_step
+            )
+            load_weights(supernet, learnt)
+            return report
+
+        return finished(supernet, surroundings, learn)
     return finished(
         supernet,
         surroundings,
@@ -491,7 +524,7 @@ def train_supernet(
             surroundings,
             seed=job.spec.seed,
             replicas=job.replicas,
-            on_step=lambda step: advance(step.done, step.total, losses=dict(step.losses)),
+            on_step=on_step,
         ),
     )
 
@@ -699,7 +732,9 @@ def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> It
 
 def environment(spec: Spec) -> dict[str, str]:
     """The device and the libraries that the figures were measured with."""
-    names = ("paddlepaddle", "onnxruntime", "paddle2onnx", "numpy", "tokenizers", "safetensors")
+    names = ["paddlepaddle", "onnxruntime", "paddle2onnx", "numpy", "tokenizers", "safetensors"]
+    if spec.engine == "paddleslim":
+        names += ["paddleslim", "paddlenlp"]
     return {
         "device": spec.device,
         "cpu": cpu_name(),

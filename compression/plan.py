@@ -20,6 +20,7 @@ from pydantic import Field
 
 from compression import cost
 from compression.alignment import longest_overlap
+from compression.engines import check_paddleslim
 from compression.errors import InvalidDataset, InvalidSpec
 from compression.examples import (
     AskedExamples,
@@ -232,6 +233,8 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
     _check_lengths(spec, encoder, pair=columns.text_pair is not None)
     full = dataclasses.replace(encoder, num_labels=len(label_names), head=spec.task.head)
     configs = _narrowed(spec, model, full)
+    if spec.engine == "paddleslim":
+        check_paddleslim(spec, encoder)
     rows = {split: dataset.splits[split].rows for split in SPLITS if split in dataset.splits}
     dev_from_train = "dev" not in rows
     if dev_from_train:

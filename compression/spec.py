@@ -315,6 +315,13 @@ class Spec(_Asked):
     """One compression job. Every field has a default; `{}` is a complete spec."""
 
     task: TaskSpec = TaskSpec()
+    engine: Literal["widthwise", "paddleslim"] = Field(
+        "widthwise",
+        description="Who scores, reorders and distils. paddleslim: its own OFA-BERT recipe, "
+        "mended, in a process of its own, to compare with: BERT classifiers only, gradients are "
+        "not clipped; patience, time budgets, micro-batches and resuming in the middle of its "
+        "training are not for it. Everything before and after is the same for both.",
+    )
     teacher: FineTuneSpec = FineTuneSpec()
     importance: ImportanceSpec = ImportanceSpec()
     supernet: SupernetSpec = SupernetSpec()

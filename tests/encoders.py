@@ -79,3 +79,12 @@ def as_tensors(arrays: dict[str, np.ndarray]) -> tuple[paddle.Tensor, ...]:
     return tuple(
         paddle.to_tensor(arrays[name]) for name in ("input_ids", "token_type_ids", "attention_mask")
     )
+
+
+# Made by name on both sides of a comparison, each in its own process.
+OPTIMIZERS = {
+    "sgd": lambda parameters: paddle.optimizer.SGD(0.02, parameters=parameters),
+    "adamw": lambda parameters: paddle.optimizer.AdamW(
+        1e-3, parameters=parameters, weight_decay=0.01
+    ),
+}

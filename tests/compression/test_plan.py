@@ -147,6 +147,17 @@ def test_a_width_must_suit_every_layer() -> None:
     )
 
 
+def test_the_engine_paddleslim_is_held_against_the_model() -> None:
+    spec = {"engine": "paddleslim", "supernet": {"width_mults": ["1", "1/2"]}}
+    assert (
+        plan_of(spec, train=TRAIN, dev=DEV).subnetworks
+        == plan_of({**spec, "engine": "widthwise"}, train=TRAIN, dev=DEV).subnetworks
+    )
+    info = model(activation="gelu_new")
+    assert "gelu_new" in refused_spec("/engine", spec, info, train=TRAIN, dev=DEV)
+    assert plan_of(info=info, train=TRAIN, dev=DEV).subnetworks
+
+
 def test_names_of_subnetworks_are_safe_as_folders() -> None:
     assert subnetwork_name(Fraction(11, 12)) == "w11_12"
     assert subnetwork_name(Fraction(1)) == "w1"

