@@ -104,7 +104,7 @@ def compress(
         checkpoints = Checkpoints(
             run_dir / CHECKPOINTS,
             identity=identity(spec, model_dir, dataset_dir),
-            host=host_facts(os.environ),
+            host=host_facts(os.environ, replicas=job.replicas),
             every_seconds=checkpoint_seconds,
             on_saved=on_checkpoint,
         )
@@ -252,7 +252,7 @@ def compress(
             step_seconds=trainings["distil"].step_seconds,
             stage_seconds=stages.seconds,
             trainings=trainings,
-            environment=environment(spec),
+            environment=environment(spec, job.replicas),
             warnings=(
                 *export_warnings(reports, teacher_files),
                 *checkpoints.warnings,
@@ -730,14 +730,16 @@ def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> It
             )
 
 
-def environment(spec: Spec) -> dict[str, str]:
-    """The device and the libraries that the figures were measured with."""
+def environment(spec: Spec, replicas: int) -> dict[str, str]:
+    """The device, the libraries and the threads that the figures were measured with."""
     names = ["paddlepaddle", "onnxruntime", "paddle2onnx", "numpy", "tokenizers", "safetensors"]
     if spec.engine == "paddleslim":
         names += ["paddleslim", "paddlenlp"]
     return {
         "device": spec.device,
         "cpu": cpu_name(),
+        "replicas": str(replicas),
+        "kernel_threads": os.environ.get("OMP_NUM_THREADS", "1"),
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: version(name) for name in names},

@@ -66,6 +66,12 @@ class Settings(BaseSettings):
         3600, ge=0, description="Age at which the objects of runs that came to nothing go."
     )
 
+    measure_training: bool = Field(
+        True,
+        description="Whether a worker measures once, at its first job, which threads and math "
+        "library settings train fastest on its machine.",
+    )
+
     sandbox_seconds: float = Field(300, gt=0)
     sandbox_memory_bytes: int = Field(4 * GIB, ge=1)
     sandbox_output_bytes: int = Field(8 * GIB, ge=1)

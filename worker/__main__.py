@@ -27,6 +27,7 @@ from jobs.logs import configure_logging
 from jobs.migrate import upgrade
 from jobs.queue import enqueue_job, make_celery
 from jobs.settings import Settings, get_settings
+from worker.environment import measured
 from worker.reconciler import reconcile
 from worker.runner import CHILD_COMMAND, Runner
 from worker.tasks import add_tasks
@@ -44,7 +45,14 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
     upgrade(database)
     objects = open_store(settings.store_url)
     app = make_celery(settings)
-    runner = Runner(settings, database, objects, worker=worker, child_command=child_command)
+    runner = Runner(
+        settings,
+        database,
+        objects,
+        worker=worker,
+        child_command=child_command,
+        training=measured(settings),
+    )
     stopping = threading.Event()
 
     def reconcile_now() -> None:

@@ -26,7 +26,6 @@ from sqlalchemy.orm import Session
 
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import resumed_variables
-from compression.runtime_env import cpu_vendor, training_environment
 from jobs import store
 from jobs.artifacts import ObjectStore, run_prefix
 from jobs.db import Database
@@ -34,6 +33,7 @@ from jobs.errors import JobsError, ObjectMissing, StaleRun, as_json
 from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.store import Claim
+from worker import environment
 from worker.process import JobProcess, exit_in_words
 from worker.workspace import workspace
 
@@ -92,12 +92,15 @@ class Runner:
         *,
         worker: str,
         child_command: Sequence[str] = CHILD_COMMAND,
+        training: Callable[[], environment.Variables] = environment.expected,
     ) -> None:
+        """`training`: the variables that make a job's process train fast."""
         self._settings = settings
         self._database = database
         self._objects = objects
         self._worker = worker
         self._child_command = tuple(child_command)
+        self._training = training
         self._free = threading.Semaphore(settings.worker_slots)
         self._stopping = threading.Event()
         self._threads: set[threading.Thread] = set()
@@ -267,7 +270,8 @@ class Runner:
             self._child_command,
             request,
             folder=folder / "scratch",
-            environment=child_environment(folder / "scratch") | resumed_variables(checkpoints),
+            environment=child_environment(folder / "scratch", self._training())
+            | resumed_variables(checkpoints),
         )
         try:
             report = self._converse(claim, process, checkpoints, check)
@@ -489,16 +493,15 @@ class ProgressFilter:
         return True
 
 
-def child_environment(scratch: Path) -> dict[str, str]:
+def child_environment(scratch: Path, training: environment.Variables) -> dict[str, str]:
     """Of a job's process: no secrets of ours, and all temporary files in its own folder."""
     passed_on = {
         name: value
         for name, value in os.environ.items()
         if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)
     }
-    cpu_count = len(os.sched_getaffinity(0))
     return (
-        training_environment(cpu_count=cpu_count, vendor=cpu_vendor())
+        dict(training)
         | passed_on
         | {
             "HOME": str(scratch),

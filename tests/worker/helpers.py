@@ -19,7 +19,7 @@ CHILD_COMMAND = (sys.executable, "-S", str(JOB_PROCESS))
 
 
 def settings_for(tmp_path: Path, database_url: str | None = None, **more: Any) -> Settings:
-    """Quick ones: no test waits for a lease of a minute."""
+    """Quick ones: no test waits for a lease of a minute, or for the machine to be measured."""
     chosen: dict[str, Any] = {
         "data_dir": tmp_path / "data",
         "store_url": (tmp_path / "objects").as_uri(),
@@ -27,6 +27,7 @@ def settings_for(tmp_path: Path, database_url: str | None = None, **more: Any) -
         "reconcile_seconds": 0.5,
         "cancel_poll_seconds": 0.1,
         "stop_grace_seconds": 0.5,
+        "measure_training": False,
     }
     if database_url is not None:
         chosen["database_url"] = database_url
