@@ -72,8 +72,6 @@ def main() -> None:
         return make_batch(data, numbers, pad_id=config.pad_token_id, length=PADDED)
 
     teacher, supernet = build_encoder(config, weights), build_encoder(config, weights)
-    teacher.eval()
-    supernet.train()
     spec = DistillationSpec()
     optimizer = Optimizer(supernet, spec, steps=1000)
     subnetworks = [subnetwork_of(config, Fraction(width)) for width in WIDTHS]

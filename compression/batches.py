@@ -19,13 +19,15 @@ class Encoded:
 
     `labels` is an array [rows, ...], or for token-level tasks an array [T_i, ...] a row;
     None where the rows have none. `label_mask` then says, True or False [T_i] a row,
-    which tokens a token-level loss counts.
+    which tokens a token-level loss counts. `cut` counts the rows of a whole split that
+    were longer than the model takes.
     """
 
     input_ids: Sequence[Sequence[int]]
     token_type_ids: Sequence[Sequence[int]]
     labels: np.ndarray | Sequence[np.ndarray] | None
     label_mask: Sequence[np.ndarray] | None = None
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -41,6 +43,16 @@ class Encoded:
             [self.token_type_ids[r] for r in rows],
             _taken(self.labels, rows),
             _taken(self.label_mask, rows),
+        )
+
+    def joined(self, other: Encoded) -> Encoded:
+        """These rows and the other's, none with labels: the teacher labels them all alike."""
+        masks = (self.label_mask, other.label_mask)
+        return Encoded(
+            [*self.input_ids, *other.input_ids],
+            [*self.token_type_ids, *other.token_type_ids],
+            None,
+            None if None in masks else [row for mask in masks for row in mask or ()],
         )
 
 

@@ -39,6 +39,11 @@ from compression.spec import Frozen, Spec
 
 MANIFEST_VERSION = 1
 GZIP_LEVEL = 1  # trained weights hardly compress: 8 % here, 9 % at level 6
+KIND_NAMES = {  # what the model of a task is called
+    "classification": "classifier",
+    "multi_label": "multi-label classifier",
+    "regression": "regression model",
+}
 PREDICT_SOURCE = Path(__file__).with_name("bundle_predict.py")
 
 
@@ -172,7 +177,6 @@ def model_card(facts: BundleFacts) -> str:
     """The card, in Markdown: what it is, from what, how good, how fast, and what it is not."""
     subnetwork, teacher, dataset = facts.subnetwork, facts.teacher, facts.dataset
     metric = METRIC_NAMES[facts.spec.task.main_metric]
-    labels = ", ".join(_code(label) for label in dataset.label_names)
     pair = f" and {_code(dataset.text_pair)}" if dataset.text_pair else ""
     made = (
         f"fine-tuned for {teacher.fine_tuned_steps} steps on the dataset first"
@@ -180,12 +184,12 @@ def model_card(facts: BundleFacts) -> str:
         else "used as it was uploaded"
     )
     parts = [
-        f"# {subnetwork.name}: a {teacher.family} classifier at width {subnetwork.width_mult}",
-        f"It reads {_code(dataset.text)}{pair} and answers with one of "
-        f"{len(dataset.labels)} labels: {labels}. It is the sub-network of width "
-        f"{subnetwork.width_mult} of a supernet that was distilled from the uploaded model with "
-        "DynaBERT's method (arXiv:2004.04037, width stage, without data augmentation). "
-        f"The uploaded model was {made}.",
+        f"# {subnetwork.name}: a {teacher.family} {KIND_NAMES[facts.spec.task.kind]} at width "
+        f"{subnetwork.width_mult}",
+        f"It reads {_code(dataset.text)}{pair} and answers with {_answer(facts)}. "
+        f"It is the sub-network of width {subnetwork.width_mult} of a supernet that was distilled "
+        "from the uploaded model with DynaBERT's method (arXiv:2004.04037, width stage, without "
+        f"data augmentation). The uploaded model was {made}.",
         "## How good it is",
         _table(
             ("", "this model", "teacher"),
@@ -252,6 +256,16 @@ def model_card(facts: BundleFacts) -> str:
         _how_to_run(facts),
     ]
     return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
+
+
+def _answer(facts: BundleFacts) -> str:
+    names = ", ".join(_code(label) for label in facts.dataset.label_names)
+    count = len(facts.dataset.label_names)
+    return {
+        "classification": f"one of {count} labels: {names}",
+        "multi_label": f"those of {count} labels that apply, which may be none: {names}",
+        "regression": f"a score: {names}",
+    }[facts.spec.task.kind]
 
 
 def _published_files(subnetwork: SubnetworkReport) -> list[FileReport]:

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Classify texts with the model of this folder.
+"""Ask the model of this folder about texts.
 
     python predict.py "first text" "second text" ...
     python predict.py --json "a text"
 
 A model of sentence pairs takes its texts two at a time. Prints each text's label
-and its probability. Needs numpy and tokenizers, and onnxruntime for the ONNX file
-or paddlepaddle for the Paddle Inference one; nothing else of the service that made it.
+and its probability, its labels if it may have several, or its score. Needs numpy and
+tokenizers, and onnxruntime for the ONNX file or paddlepaddle for the Paddle Inference
+one; nothing else of the service that made it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def read_manifest() -> dict[str, Any]:
             isinstance(manifest["files"], list)
             and all(isinstance(item["files"], list) for item in manifest["formats"].values())
             and isinstance(task["labels"], list)
+            and task["kind"] in ANSWERS
             and {"text_pair", "max_seq_len", "pad_token_id"} <= task.keys()
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -135,26 +137,51 @@ def batches(manifest: dict[str, Any], texts: list[str]) -> Iterator[dict[str, An
         yield {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
 
 
-def classify(manifest: dict[str, Any], fmt: str, texts: list[str]) -> list[dict[str, Any]]:
+def one_label(np: Any, labels: list[str], logits: Any) -> dict[str, Any]:
+    """Of a classification: the likeliest label, and every label's probability."""
+    exponents = np.exp(logits - logits.max())
+    probabilities = exponents / exponents.sum()
+    best = int(probabilities.argmax())
+    return {
+        "label": labels[best],
+        "probability": float(probabilities[best]),
+        "probabilities": {label: float(p) for label, p in zip(labels, probabilities, strict=True)},
+    }
+
+
+def any_labels(np: Any, labels: list[str], logits: Any) -> dict[str, Any]:
+    """Of a multi-label task: the labels with a probability above 1/2, and every probability."""
+    probabilities = 1 / (1 + np.exp(-logits))
+    return {
+        "labels": [label for label, logit in zip(labels, logits, strict=True) if logit > 0],
+        "probabilities": {label: float(p) for label, p in zip(labels, probabilities, strict=True)},
+    }
+
+
+def score(np: Any, labels: list[str], logits: Any) -> dict[str, Any]:
+    """Of a regression: the one output."""
+    return {"score": float(logits[0])}
+
+
+ANSWERS = {"classification": one_label, "multi_label": any_labels, "regression": score}
+
+
+def predict(manifest: dict[str, Any], fmt: str, texts: list[str]) -> list[dict[str, Any]]:
     np = need("numpy")
-    labels = manifest["task"]["labels"]
-    results: list[dict[str, Any]] = []
+    task = manifest["task"]
     run = load(manifest, fmt)
-    for batch in batches(manifest, texts):
-        logits = run(batch)
-        exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        for row in exponents / exponents.sum(axis=-1, keepdims=True):
-            best = int(row.argmax())
-            results.append(
-                {
-                    "label": labels[best],
-                    "probability": float(row[best]),
-                    "probabilities": {
-                        label: float(p) for label, p in zip(labels, row, strict=True)
-                    },
-                }
-            )
-    return results
+    return [
+        ANSWERS[task["kind"]](np, task["labels"], logits)
+        for batch in batches(manifest, texts)
+        for logits in run(batch)
+    ]
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """One answer in the columns of a line."""
+    if "label" in result:
+        return f"{result['label']}\t{result['probability']:.4f}"
+    return ", ".join(result["labels"]) if "labels" in result else f"{result['score']:.4f}"
 
 
 def main() -> None:
@@ -181,13 +208,13 @@ def main() -> None:
         return
     fmt = choose_format(manifest, arguments.format)
     step = 2 if task["text_pair"] else 1
-    for i, result in enumerate(classify(manifest, fmt, arguments.texts)):
+    for i, result in enumerate(predict(manifest, fmt, arguments.texts)):
         given = arguments.texts[i * step : (i + 1) * step]
         if arguments.json:
             shown = {"text": given[0], **({"text_pair": given[1]} if step == 2 else {}), **result}
             print(json.dumps(shown, ensure_ascii=False))
         else:
-            print(f"{result['label']}\t{result['probability']:.4f}\t{' | '.join(given)}")
+            print(f"{in_words(result)}\t{' | '.join(given)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -295,7 +295,7 @@ class Checkpoints:
         """Writes a checkpoint with the stage in this state, and removes the third newest.
 
         Tensors are read now and again at each later checkpoint: a finished stage's must not
-        change afterwards.
+        change afterwards, unless `drop_tensors` is told.
         """
         self._stages[stage] = state
         self._number += 1
@@ -306,6 +306,10 @@ class Checkpoints:
         self.newest = saved.path
         self._written = time.monotonic()
         self._on_saved(saved)
+
+    def drop_tensors(self, stage: str) -> None:
+        """Of a finished stage whose weights a later one trains on, and will keep itself."""
+        self._stages[stage] = replace(self._stages[stage], tensors={})
 
 
 def _refuse_another_job(then: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:

@@ -52,25 +52,43 @@ def distillation_loss(
     spec: DistillationSpec,
     task: Task,
     *,
-    units: Count | None = None,
-    tokens: Count | None = None,
+    totals: Totals | None = None,
 ) -> Tensor:
     """lambda_rep * representation loss + lambda_logit * logit loss of one sub-network.
 
-    `units` (`Task.count`) and `tokens` are a larger batch's, where this is a part of one: the
-    parts' losses then add up to its loss.
+    `totals` are those of the whole, where the batch is a share of a larger one.
     """
+    mask = batch.attention_mask
     loss = spec.lambda_logit * task.logit_loss(
-        student=student.logits, teacher=teacher.logits, batch=batch, total=units
+        student=student.logits,
+        teacher=teacher.logits,
+        batch=batch,
+        total=totals and totals.units,
     )
     if spec.lambda_rep:
         loss = loss + spec.lambda_rep * representation_loss(
             student=student.hidden,
             teacher=teacher.hidden,
-            attention_mask=batch.attention_mask,
-            total=tokens,
+            attention_mask=paddle.ones_like(mask) if spec.padded_mean else mask,
+            total=totals and totals.tokens,
         )
     return loss
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the losses of a batch's shares divide by; shares are padded to `length` tokens."""
+
+    units: Count  # of the task's logit loss
+    tokens: int
+    length: int | None
+
+    @classmethod
+    def of(cls, batch: Batch, task: Task, spec: DistillationSpec) -> Totals:
+        rows, length = batch.attention_mask.shape
+        if spec.padded_mean:
+            return cls(task.count(batch), rows * length, length)
+        return cls(task.count(batch), int(batch.attention_mask.sum()), None)
 
 
 def distil(
@@ -123,25 +141,23 @@ class SupernetGradients:
         self, rows: np.ndarray, *, step: int, micro_batch: int | None = None
     ) -> dict[str, float]:
         """The losses of a batch by sub-network; the gradients are left in the supernet."""
-        whole = make_batch(self.data, rows, pad_id=self.teacher.config.pad_token_id)
-        units, tokens = self.task.count(whole), int(self.data.lengths[rows].sum())
+        pad_id = self.teacher.config.pad_token_id
+        totals = Totals.of(make_batch(self.data, rows, pad_id=pad_id), self.task, self.spec)
 
         def share(member: Encoder, part: np.ndarray) -> list[float]:
-            return self._share(member, part, units=units, tokens=tokens, step=step)
+            batch = make_batch(self.data, part, pad_id=pad_id, length=totals.length)
+            return self._share(member, batch, totals, step=step)
 
         losses = self.replicas.map(share, rows, at_once=micro_batch)
         self.replicas.gather_gradients()
-        totals = [sum(parts) for parts in zip(*losses, strict=True)]
-        return {each.name: loss for each, loss in zip(self.subnetworks, totals, strict=True)}
+        sums = [sum(parts) for parts in zip(*losses, strict=True)]
+        return {each.name: loss for each, loss in zip(self.subnetworks, sums, strict=True)}
 
-    def _share(
-        self, supernet: Encoder, part: np.ndarray, *, units: Count, tokens: int, step: int
-    ) -> list[float]:
-        """What some rows add to each sub-network's loss, a mean over units and tokens."""
-        batch = make_batch(self.data, part, pad_id=supernet.config.pad_token_id)
+    def _share(self, supernet: Encoder, batch: Batch, totals: Totals, *, step: int) -> list[float]:
+        """Each sub-network's part of the loss, from a share of the batch."""
         with paddle.no_grad():
             targets = self.teacher.encode(*batch.inputs)
-        noise = Noise([self.seed, step, int(part[0])])
+        noise = Noise([self.seed, step, int(batch.rows[0])])
         embedded = supernet.embeddings(batch.input_ids, batch.token_type_ids, noise=noise)
         shared = embedded.detach()
         shared.stop_gradient = False
@@ -150,9 +166,7 @@ class SupernetGradients:
             states = supernet.encode_embedded(
                 shared, batch.attention_mask, subnetwork=subnetwork, noise=noise
             )
-            loss = distillation_loss(
-                states, targets, batch, self.spec, self.task, units=units, tokens=tokens
-            )
+            loss = distillation_loss(states, targets, batch, self.spec, self.task, totals=totals)
             loss.backward()
             losses.append(float(loss))
         embedded.backward(shared.grad)

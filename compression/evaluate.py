@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import paddle
 
-from compression.batches import Encoded, sorted_batches
+from compression.batches import Encoded, make_batch, sorted_rows
 from compression.encoder import Encoder
 from compression.supernet import Subnetwork
 
 
-@paddle.no_grad()
 def predict(
-    encoder: Encoder, data: Encoded, *, subnetwork: Subnetwork | None = None, batch_size: int = 64
+    encoder: Encoder,
+    data: Encoded,
+    *,
+    subnetwork: Subnetwork | None = None,
+    batch_size: int = 64,
+    threads: int = 1,
 ) -> np.ndarray | list[np.ndarray]:
-    """Logits in the rows' own order.
+    """Logits in the rows' own order: [rows, labels]; of a token head [T_i, labels] a row.
 
-    [rows, labels]; of a token head an array [T_i, labels] a row, padding cut off.
+    Without dropout. Threads take turns at the batches; their number changes no bit.
     """
     logits: list[np.ndarray] = [np.empty(0)] * len(data)
-    for batch in sorted_batches(data, batch_size=batch_size, pad_id=encoder.config.pad_token_id):
+
+    @paddle.no_grad()
+    def fill(rows: np.ndarray) -> None:
+        batch = make_batch(data, rows, pad_id=encoder.config.pad_token_id)
         found = encoder(*batch.inputs, subnetwork=subnetwork).numpy()
-        for row, own in zip(batch.rows, found, strict=True):
+        for row, own in zip(rows, found, strict=True):
             logits[row] = own[: len(data.input_ids[row])] if encoder.config.head == "token" else own
+
+    batches = sorted_rows(data, batch_size=batch_size)
+    if threads == 1:
+        for rows in batches:
+            fill(rows)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, batches))  # a list, so that an error is raised here
     return logits if encoder.config.head == "token" else np.stack(logits)
 
 

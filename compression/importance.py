@@ -44,16 +44,16 @@ def measure_importance(
     neurons = [paddle.zeros([n]) for n in config.ffn]
     with Replicas(encoder, replicas) as parallel:
         for done, rows in enumerate(batches, start=1):
-            whole = task.count(make_batch(data, rows, pad_id=config.pad_token_id))
+            total = task.count(make_batch(data, rows, pad_id=config.pad_token_id))
 
-            def share(member: Encoder, part: np.ndarray, whole: Count = whole) -> list[Tensor]:
+            def share(member: Encoder, part: np.ndarray, total: Count = total) -> list[Tensor]:
                 batch = make_batch(data, part, pad_id=config.pad_token_id)
                 gates = [paddle.ones([n]) for n in config.heads]
                 for gate in gates:
                     gate.stop_gradient = False
                 states = member.encode(*batch.inputs, head_gates=gates)
                 # Not paddle.grad: it keeps a state of its own for the whole process.
-                task.label_loss(states.logits, batch, total=whole).backward()
+                task.label_loss(states.logits, batch, total=total).backward()
                 return [gate.grad for gate in gates]
 
             slopes = parallel.map(share, rows)  # [shares][layers] of [heads]

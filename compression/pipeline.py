@@ -34,7 +34,7 @@ from compression.errors import DeviceUnavailable, Interrupted, OutOfMemory
 from compression.evaluate import largest_difference, padded_logits, predict
 from compression.export import Exported, export_formats, format_report, verify
 from compression.importance import measure_importance
-from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
+from compression.plan import TRAININGS, Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.reorder import descending, reorder
 from compression.report import (
     STAGES,
@@ -48,10 +48,10 @@ from compression.report import (
     TeacherReport,
     TrainingReport,
 )
-from compression.runtime_env import cpu_name
+from compression.runtime_env import core_count, cpu_name, replica_count
 from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
-from compression.tables import LABELLED_SPLITS, Columns, profile, read_splits, shared_rows
+from compression.tables import Columns, profile, read_splits, shared_rows
 from compression.tasks import Task, make_task
 from compression.teachers import Checkpoint, read_checkpoint
 from compression.teachers.config import EncoderConfig
@@ -60,7 +60,6 @@ from compression.training import Surroundings, fine_tune
 
 PARITY_ROWS = 64
 PARITY_TOLERANCE = 1e-4  # fp32
-TRAININGS = ("teacher", "distil")
 UNITS = ("heads", "neurons")
 TEACHER = "teacher"
 BUNDLE = "bundle.tar.gz"
@@ -101,21 +100,21 @@ def compress(
         checkpoints = Checkpoints(
             run_dir / CHECKPOINTS,
             identity=identity(spec, model_dir, dataset_dir),
-            host=host_facts(os.environ),
+            host=host_facts(os.environ, replicas=job.replicas),
             every_seconds=checkpoint_seconds,
             on_saved=on_checkpoint,
         )
         rows = {split: len(rows) for split, rows in job.splits.items()}
         advance(1, 1, resumption(checkpoints), rows=rows, resumed=checkpoints.resumed)
     until = deadlines(spec, job.plan)
-    trainings: dict[str, TrainingReport] = {}
+
+    def surroundings(stage: str, section: str) -> Surroundings:
+        return Surroundings(stage, section, checkpoints, until[stage], stop)
+
     with stages("teacher") as advance:
-        teacher, trained = make_teacher(
-            job, Surroundings("teacher", "teacher", checkpoints, until["teacher"], stop), advance
-        )
-        if trained is not None:
-            trainings["teacher"] = trained
-        teacher_logits = predict(teacher, job.splits["dev"])
+        teacher, trained = make_teacher(job, surroundings("teacher", "teacher"), advance)
+        trainings = {} if trained is None else {"teacher": trained}
+        teacher_logits = predict(teacher, job.splits["dev"], threads=job.replicas)
         teacher_metrics = job.task.metrics(teacher_logits, job.splits["dev"])
         teacher_accuracy = teacher_metrics[job.task.main_metric]
         advance(1, 1, accuracy=teacher_accuracy)
@@ -127,22 +126,25 @@ def compress(
             learning_config(teacher.config, spec.distillation),
             reorder(teacher.config, weights, head_orders=head_orders, neuron_orders=neuron_orders),
         )
-        reorder_max_abs = largest_difference(predict(supernet, job.splits["dev"]), teacher_logits)
+        reordered = predict(supernet, job.splits["dev"], threads=job.replicas)
+        reorder_max_abs = largest_difference(reordered, teacher_logits)
         advance(1, 1, max_abs=reorder_max_abs)
     subnetworks = [subnetwork_of(supernet.config, each.width_mult) for each in job.plan.subnetworks]
     with stages("distil") as advance:
         trainings["distil"] = train_supernet(
-            job,
-            supernet,
-            teacher,
-            subnetworks,
-            Surroundings("distil", "distillation", checkpoints, until["distil"], stop),
-            advance,
+            job, supernet, teacher, subnetworks, surroundings("distil", "distillation"), advance
         )
+    with stages("final") as advance:
+        if spec.final.when == "always":
+            trainings["final"] = fine_tune_subnetworks(
+                job, supernet, subnetworks, surroundings("final", "final"), advance
+            )
     with stages("evaluate") as advance:
         metrics = []
         for i, subnetwork in enumerate(subnetworks, start=1):
-            logits = predict(supernet, job.splits["dev"], subnetwork=subnetwork)
+            logits = predict(
+                supernet, job.splits["dev"], subnetwork=subnetwork, threads=job.replicas
+            )
             metrics.append(job.task.metrics(logits, job.splits["dev"]))
             accuracy = metrics[-1][job.task.main_metric]
             advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
@@ -204,8 +206,9 @@ def compress(
                 text=job.plan.text,
                 text_pair=job.plan.text_pair,
                 label=job.plan.label,
+                cut_rows={split: rows.cut for split, rows in job.splits.items() if rows.cut},
                 shared_rows=job.shared_rows,
-                notes=job.plan.warnings,
+                notes=(*job.plan.warnings, *cut_notes(job)),
             ),
             teacher=TeacherReport(
                 family=teacher.config.family,
@@ -228,6 +231,7 @@ def compress(
             subnetworks=tuple(reports),
             selection=chosen,
             distillation_steps=trainings["distil"].steps,
+            final_steps=trainings["final"].steps if "final" in trainings else 0,
             step_seconds=trainings["distil"].step_seconds,
             stage_seconds=stages.seconds,
             trainings=trainings,
@@ -278,6 +282,7 @@ class Job:
     splits: Mapping[str, Encoded]
     shared_rows: Mapping[str, int]
     seq_len: int  # of the latency measurement, tokens
+    replicas: int  # threads that share a batch in training, and the batches elsewhere
 
 
 @dataclass
@@ -346,9 +351,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
     task = make_task(spec.task, plan.labels)
     examples = resolve_rows(spec, plan, tables, spec.seed)
     splits = {
-        split: task.encode(tokenizer, examples[split], spec.task.max_seq_len)
-        for split in LABELLED_SPLITS
-        if split in examples
+        split: task.encode(tokenizer, examples[split], spec.task.max_seq_len) for split in examples
     }
     dev_lengths = [len(ids) for ids in splits["dev"].input_ids]
     return Job(
@@ -359,6 +362,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
         splits=splits,
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
+        replicas=replica_count(os.environ, cores=core_count()) if spec.device == "cpu" else 1,
     )
 
 
@@ -369,7 +373,6 @@ def make_teacher(
     config, tensors = job.checkpoint.config, job.checkpoint.tensors
     if not job.plan.fine_tune:
         teacher = build_encoder(config, tensors)
-        teacher.eval()
         return teacher, None
     config, tensors = with_new_head(
         config,
@@ -389,6 +392,7 @@ def make_teacher(
             job.task,
             surroundings,
             seed=job.spec.seed,
+            replicas=job.replicas,
             on_step=lambda step: advance(step.done, step.total, loss=sum(step.losses.values())),
         ),
     )
@@ -400,8 +404,8 @@ def finished(
     """Trains the model in place and keeps it in a checkpoint, or takes it from one."""
     state = surroundings.state
     if state is not None and state.done:
-        load_weights(model, state.tensors)
-        model.eval()
+        if state.tensors:  # else a later stage holds the weights
+            load_weights(model, state.tensors)
         return TrainingReport.model_validate(state.figures)
     report = training()
     if surroundings.checkpoints is not None:
@@ -433,6 +437,7 @@ def rank_units(
         sample,
         sorted_rows(sample, batch_size=spec.batch_size),
         job.task,
+        replicas=job.replicas,
         on_batch=lambda done: advance(done, total),
     )
     heads = [descending(scores) for scores in importance.heads]
@@ -454,22 +459,56 @@ def train_supernet(
     surroundings: Surroundings,
     advance: Advance,
 ) -> TrainingReport:
-    """Distils the supernet in place."""
+    """Distils the supernet in place.
+
+    The teacher's answers are all that is learnt, so rows without labels serve as well.
+    """
+    rows = job.splits["train"]
+    if "unlabelled" in job.splits:
+        rows = rows.joined(job.splits["unlabelled"])
     return finished(
         supernet,
         surroundings,
         lambda: distil(
             supernet,
             teacher,
-            job.splits["train"],
+            rows,
             subnetworks,
             job.spec.distillation,
             job.task,
             surroundings,
             seed=job.spec.seed,
+            replicas=job.replicas,
             on_step=lambda step: advance(step.done, step.total, losses=dict(step.losses)),
         ),
     )
+
+
+def fine_tune_subnetworks(
+    job: Job,
+    supernet: Encoder,
+    subnetworks: Sequence[Subnetwork],
+    surroundings: Surroundings,
+    advance: Advance,
+) -> TrainingReport:
+    """The optional last training, on train's labels."""
+
+    def training() -> TrainingReport:
+        if surroundings.checkpoints is not None:
+            surroundings.checkpoints.drop_tensors("distil")
+        return fine_tune(
+            supernet,
+            job.splits["train"],
+            job.spec.final,
+            job.task,
+            surroundings,
+            subnetworks=subnetworks,
+            seed=job.spec.seed,
+            replicas=job.replicas,
+            on_step=lambda step: advance(step.done, step.total, loss=sum(step.losses.values())),
+        )
+
+    return finished(supernet, surroundings, training)
 
 
 def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:
@@ -482,13 +521,11 @@ def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderCon
 def extract(
     config: EncoderConfig, weights: Mapping[str, np.ndarray], subnetwork: Subnetwork
 ) -> Encoder:
-    """The physically smaller network, in evaluation mode; its config keeps the model's dropout."""
-    small = build_encoder(
+    """The physically smaller network; its config keeps the model's dropout."""
+    return build_encoder(
         dataclasses.replace(config, heads=subnetwork.heads, ffn=subnetwork.ffn),
         extract_weights(config, weights, subnetwork),
     )
-    small.eval()
-    return small
 
 
 def pass_parity_gate(
@@ -570,7 +607,7 @@ def test_accuracy(job: Job, encoder: Encoder, subnetwork: Subnetwork | None) -> 
     rows = job.splits.get("test")
     if rows is None:
         return None
-    return job.task.score(predict(encoder, rows, subnetwork=subnetwork), rows)
+    return job.task.score(predict(encoder, rows, subnetwork=subnetwork, threads=job.replicas), rows)
 
 
 def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) -> SubnetworkReport:
@@ -579,6 +616,15 @@ def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) ->
         return report
     subnetwork = subnetwork_of(supernet.config, report.width_mult)
     return report.model_copy(update={"test_accuracy": test_accuracy(job, supernet, subnetwork)})
+
+
+def cut_notes(job: Job) -> tuple[str, ...]:
+    return tuple(
+        f"{rows.cut} of {len(rows)} rows of {split} are longer than {job.spec.task.max_seq_len} "
+        "tokens and were cut"
+        for split, rows in job.splits.items()
+        if rows.cut
+    )
 
 
 def export_warnings(
@@ -631,7 +677,7 @@ def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> It
                 f"{training.steps} of {training.planned_steps} steps; the weights are those after "
                 f"step {training.best_step}"
             )
-        section = spec.teacher if stage == "teacher" else spec.distillation
+        section = {"teacher": spec.teacher, "distil": spec.distillation, "final": spec.final}[stage]
         if training.micro_batch is not None and section.micro_batch == "auto":
             yield (
                 f"the memory was too small for a whole batch in {stage}: {training.micro_batch} "

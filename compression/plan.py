@@ -19,13 +19,21 @@ import numpy.typing as npt
 from pydantic import Field
 
 from compression import cost
-from compression.errors import InvalidDataset, InvalidSpec, RowError
-from compression.spec import DistillationSpec, FineTuneSpec, Format, Frozen, Spec, WidthMult
+from compression.errors import InvalidDataset, InvalidSpec
+from compression.report import METRIC_NAMES
+from compression.spec import (
+    DistillationSpec,
+    FinalSpec,
+    FineTuneSpec,
+    Format,
+    Frozen,
+    Spec,
+    WidthMult,
+)
 from compression.supernet import subnetwork_name
 from compression.tables import (
     LABELLED_SPLITS,
     MAX_LABELS,
-    MAX_ROW_ERRORS,
     SPLITS,
     Columns,
     DatasetProfile,
@@ -33,9 +41,18 @@ from compression.tables import (
     Table,
     column_warnings,
     guess_columns,
-    is_empty,
+    label_candidates,
+    plain_text,
     shared_warnings,
     whole_number,
+)
+from compression.targets import (
+    check_scores,
+    labelled_columns,
+    multi_label_values,
+    read_targets,
+    refuse_empty,
+    refuse_unseen,
 )
 from compression.teachers import Checkpoint, EncoderConfig, legal_widths
 
@@ -48,6 +65,8 @@ FLOPS_PER_SECOND = 60e9
 CHARACTERS_PER_TOKEN = 4.0  # of English text in a vocabulary of 30,000 word pieces
 START_SECONDS = 20.0
 SECONDS_PER_EXPORT = 6.0  # writing one format, and a fresh process that reads it back
+TRAINED = ("teacher", "importance", "distil", "final")  # stages that a time budget shortens
+TRAININGS = ("teacher", "distil", "final")
 BACKWARD_AND_FORWARD = 3  # a training step costs this many forward passes
 
 # Beside the weights: the graph, the configuration, names. Generous, in bytes.
@@ -68,6 +87,10 @@ class ModelInfo(Frozen):
     parameters: int
     num_labels: int | None = Field(description="Outputs of the classifier; null without one.")
     labels: tuple[str, ...] | None = Field(description="Names of the outputs, where it has any.")
+    head_task: str | None = Field(
+        None,
+        description="The kind of task that the classifier says it is for; null: any that fits.",
+    )
     legal_widths: tuple[WidthMult, ...]
     layout: str
     encoder: Mapping[str, Any]
@@ -88,7 +111,10 @@ class PlannedSubnetwork(Frozen):
 
 
 class Plan(Frozen):
-    """What a job will do. `labels[i]` is the dataset's value for the classifier's output i."""
+    """What a job will do. `labels[i]` is the dataset's value for the classifier's output i.
+
+    A regression has no labels; `label_names` names its one output.
+    """
 
     subnetworks: tuple[PlannedSubnetwork, ...]
     text: str
@@ -114,22 +140,22 @@ class Plan(Frozen):
         "seconds an export. Half or double is no surprise."
     )
     predicted_stage_seconds: Mapping[str, float] = Field(
-        description='The same, apart: "teacher" (its fine-tuning), "importance", "distil", and '
-        '"finish" for all after it. A time budget is shared out by these.',
+        description='The same, apart: "teacher" (its fine-tuning), "importance", "distil", '
+        '"final", and "finish" for all after it. A time budget is shared out by these.',
     )
     warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Rows as the training takes them. `labels` is int64 [rows]; -1 throughout in "unlabelled".
+    """Rows as the training takes them. `labels` as `read_targets` says; None in "unlabelled".
 
     `lines[i]` is the line of row i in the uploaded file, `pairs` the second sentences.
     """
 
     texts: list[str]
     pairs: list[str] | None
-    labels: npt.NDArray[np.int64]
+    labels: npt.NDArray[Any] | None
     lines: list[int]
 
     def __len__(self) -> int:
@@ -140,7 +166,7 @@ class Examples:
         return Examples(
             texts=[self.texts[i] for i in rows],
             pairs=None if self.pairs is None else [self.pairs[i] for i in rows],
-            labels=self.labels[np.asarray(rows, np.int64)],
+            labels=None if self.labels is None else self.labels[np.asarray(rows, np.int64)],
             lines=[self.lines[i] for i in rows],
         )
 
@@ -159,6 +185,7 @@ def model_info(checkpoint: Checkpoint) -> ModelInfo:
         parameters=cost.parameters(config),
         num_labels=config.num_labels,
         labels=checkpoint.labels,
+        head_task=checkpoint.head_task,
         legal_widths=legal_widths(config),
         layout=checkpoint.layout,
         encoder=config.to_dict(),
@@ -173,9 +200,15 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
     """
     encoder = EncoderConfig.from_dict(model.encoder)
     columns = _columns(spec, dataset)
-    values = _label_values(columns.label, dataset)
+    values = _label_values(spec, columns.label, dataset)
     fine_tune = _fine_tune(spec, model)
-    labels, label_names = _label_order(spec, model, [v.value for v in values], fine_tune=fine_tune)
+    if spec.task.kind == "regression":
+        labels: tuple[str, ...] = ()
+        label_names = (columns.label,) if fine_tune or model.labels is None else model.labels
+    else:
+        labels, label_names = _label_order(
+            spec, model, [v.value for v in values], fine_tune=fine_tune
+        )
     _check_lengths(spec, encoder, pair=columns.text_pair is not None)
     full = dataclasses.replace(encoder, num_labels=len(label_names), head=spec.task.head)
     configs = _narrowed(spec, model, full)
@@ -183,7 +216,11 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
     dev_from_train = "dev" not in rows
     if dev_from_train:
         counts = {value.value: value.count for value in values}
-        dev = sum(_dev_quotas([counts.get(label, 0) for label in labels]))
+        dev = sum(
+            _dev_quotas([counts.get(label, 0) for label in labels])
+            if spec.task.kind == "classification"
+            else _dev_quotas([rows["train"]])
+        )
         if dev == 0:
             raise InvalidDataset(
                 f"there is no dev split, and the {rows['train']} rows of train are too few to "
@@ -266,7 +303,7 @@ def _columns(spec: Spec, dataset: DatasetProfile) -> _TaskColumns:
         if name is not None:
             _require_column(dataset, field, name)
     guess = guess_columns(
-        dataset.splits, text=task.text, text_pair=task.text_pair, label=task.label
+        dataset.splits, task.kind, text=task.text, text_pair=task.text_pair, label=task.label
     )
     if guess.text is None:
         raise InvalidSpec(
@@ -274,7 +311,8 @@ def _columns(spec: Spec, dataset: DatasetProfile) -> _TaskColumns:
         )
     if guess.label is None:
         raise InvalidSpec(
-            "which column holds the label? These could: " + ", ".join(dataset.label_candidates),
+            f"which column holds the label of a {task.kind} task? These could: "
+            + (", ".join(label_candidates(dataset.splits, task.kind)) or "none"),
             pointer="/task/label",
         )
     resolved = _TaskColumns(guess.text, guess.text_pair, guess.label)
@@ -282,6 +320,14 @@ def _columns(spec: Spec, dataset: DatasetProfile) -> _TaskColumns:
         raise InvalidSpec(
             f"{resolved.label!r} is named as text and as label", pointer="/task/label"
         )
+    for field, name in (("text", resolved.text), ("text_pair", resolved.text_pair)):
+        for found in dataset.splits.values():
+            column = found.column(name) if name is not None else None
+            if column is not None and column.kind == "list":
+                raise InvalidSpec(
+                    f"the column {name!r} of {found.file} holds lists, not texts",
+                    pointer=f"/task/{field}",
+                )
     if resolved.text == resolved.text_pair:
         raise InvalidSpec(
             f"{resolved.text!r} is named as both sentences", pointer="/task/text_pair"
@@ -310,59 +356,51 @@ def _columns_of(dataset: DatasetProfile, split: str) -> str:
     return f"its columns are {', '.join(names[:20])}{more}"
 
 
-def _label_values(name: str, dataset: DatasetProfile) -> tuple[DistinctValue, ...]:
-    """Train's label values. InvalidDataset: an empty label, or one that train does not have."""
-    empty = [
-        RowError(found.file, line, f"the label ({name!r}) is empty")
-        for split, found in dataset.splits.items()
-        if split in LABELLED_SPLITS and (column := found.column(name)) is not None
-        for line in column.empty_lines
-    ]
-    if empty:
-        raise InvalidDataset(
-            f"{empty[0].file}, line {empty[0].line}: {empty[0].message}",
-            pointer=empty[0].file,
-            rows=tuple(empty[:MAX_ROW_ERRORS]),
-        )
-    train = dataset.splits["train"]
-    column = train.column(name)
-    assert column is not None  # _columns has looked
-    if column.distinct < 2:
-        raise InvalidDataset(
-            f"{train.file}: the column {name!r} has one class only; a classifier needs two",
-            pointer=train.file,
-        )
-    if column.values is None:
+def _label_values(spec: Spec, name: str, dataset: DatasetProfile) -> tuple[DistinctValue, ...]:
+    """Train's labels, none of a regression. InvalidDataset names rows that have no usable one."""
+    if spec.task.kind != "multi_label" and any(
+        column.kind == "list" for column in labelled_columns(name, dataset).values()
+    ):
         raise InvalidSpec(
-            f"the column {name!r} of {train.file} holds no labels: it has {column.distinct} "
-            f"distinct values in {train.rows} rows; a label has at most {MAX_LABELS}, short ones, "
-            "that repeat",
+            f"the column {name!r} holds lists, which are labels of a multi_label task alone",
             pointer="/task/label",
         )
-    known = {value.value for value in column.values}
-    unseen = []
-    for split, found in dataset.splits.items():
-        other = found.column(name)
-        if split == "train" or split not in LABELLED_SPLITS or other is None:
-            continue
-        if other.values is None:
+    match spec.task.kind:
+        case "multi_label":
+            return multi_label_values(spec.task, name, dataset)
+        case "regression":
+            if spec.task.labels is not None:
+                raise InvalidSpec("a regression has no labels to list", pointer="/task/labels")
+            check_scores(name, dataset)
+            return ()
+        case "classification":
+            return _class_values(name, dataset)
+
+
+def _class_values(name: str, dataset: DatasetProfile) -> tuple[DistinctValue, ...]:
+    columns = labelled_columns(name, dataset)
+    refuse_empty(name, columns)
+    (train, column), *_ = columns.items()
+    if column.distinct < 2:
+        raise InvalidDataset(
+            f"{train}: the column {name!r} has one class only; a classifier needs two",
+            pointer=train,
+        )
+    found = {}
+    for file, each in columns.items():
+        if each.values is None:
             raise InvalidSpec(
-                f"the column {name!r} of {found.file} holds no labels: it has {other.distinct} "
+                f"the column {name!r} of {file} holds no labels: it has {each.distinct} "
+                f"distinct values in {dataset.splits['train'].rows} rows; a label has at most "
+                f"{MAX_LABELS}, short ones, that repeat"
+                if file == train
+                else f"the column {name!r} of {file} holds no labels: it has {each.distinct} "
                 "distinct values, or long ones",
                 pointer="/task/label",
             )
-        unseen += [
-            RowError(found.file, value.first_line, f"the label {value.value!r} is not in train")
-            for value in other.values
-            if value.value not in known
-        ]
-    if unseen:
-        raise InvalidDataset(
-            f"{unseen[0].file}, line {unseen[0].line}: {unseen[0].message}",
-            pointer=unseen[0].file,
-            rows=tuple(unseen[:MAX_ROW_ERRORS]),
-        )
-    return column.values
+        found[file] = each.values
+    refuse_unseen(found)
+    return found[train]
 
 
 def _fine_tune(spec: Spec, model: ModelInfo) -> bool:
@@ -371,13 +409,21 @@ def _fine_tune(spec: Spec, model: ModelInfo) -> bool:
             'the model has no classifier head: let the job fine-tune one (when: "auto")',
             pointer="/teacher/when",
         )
-    if spec.teacher.when != "always" and model.num_labels == 1:
+    if spec.teacher.when == "always" or model.num_labels is None:
+        return True
+    one_output = model.num_labels == 1
+    made_for = model.head_task or ("regression" if one_output else None)
+    if made_for not in (None, spec.task.kind) or (
+        spec.task.kind == "regression" and not one_output
+    ):
+        outputs = "one output" if one_output else f"{model.num_labels} outputs"
         raise InvalidSpec(
-            "the model's head has one output, as for regression: let the job fine-tune a "
-            'classifier (when: "always")',
-            pointer="/teacher/when",
+            f"the model's head has {outputs}{f' for {made_for}' if made_for else ''}, and the task "
+            f"is {spec.task.kind}: name the task that the model was made for, or let the job "
+            'fine-tune a new head (teacher.when: "always")',
+            pointer="/task/kind",
         )
-    return spec.teacher.when == "always" or model.num_labels is None
+    return False
 
 
 def _label_order(
@@ -386,6 +432,12 @@ def _label_order(
     """The dataset's labels in the order of the classifier's outputs, and the outputs' names."""
     outputs = None if fine_tune else model.num_labels
     names = None if fine_tune else model.labels
+    absent = sorted(set(spec.task.labels or ()) - set(found))
+    if fine_tune and absent:
+        raise InvalidSpec(
+            f"no row of train has the label {_listed(absent)}: a new head cannot learn it",
+            pointer="/task/labels",
+        )
     if spec.task.labels is not None:
         labels = _given_order(spec.task.labels, found, outputs)
         return labels, names or labels
@@ -509,13 +561,15 @@ def _predicted_stage_seconds(
     teacher = cost.flops(full, tokens)
     students = sum(cost.flops(config, tokens) for config in subnetworks)
     fine_tuned = _trained_rows(spec.teacher, rows["train"]) if fine_tune else 0
+    last = _trained_rows(spec.final, rows["train"]) if spec.final.when == "always" else 0
     served = len([fmt for fmt in spec.export.formats if fmt != "safetensors"])
     timed = cost.flops(full, seq_len) + sum(cost.flops(config, seq_len) for config in subnetworks)
     flops = {
         "teacher": fine_tuned * BACKWARD_AND_FORWARD * teacher,
         "importance": min(spec.importance.rows, rows["train"]) * BACKWARD_AND_FORWARD * teacher,
-        "distil": _trained_rows(spec.distillation, rows["train"])
+        "distil": _trained_rows(spec.distillation, rows["train"] + rows.get("unlabelled", 0))
         * (teacher + BACKWARD_AND_FORWARD * students),
+        "final": last * BACKWARD_AND_FORWARD * students,
         # Each timed call follows an untimed one.
         "finish": (rows["dev"] + rows.get("test", 0)) * (teacher + students)
         + 2 * spec.latency.rounds * spec.latency.batch_size * served * timed,
@@ -529,18 +583,21 @@ def _predicted_stage_seconds(
 def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
     """When each training must stop, in seconds of the job; None without a time budget.
 
-    What the stages after distillation are predicted to take is set aside; of the rest,
-    fine-tuning may take the share that it is predicted to need.
+    What the stages after the last training are predicted to take is set aside; of the rest,
+    each stage may take the share that it is predicted to need.
     """
     if spec.max_minutes is None:
-        return {"teacher": None, "distil": None}
+        return dict.fromkeys(TRAININGS)
     predicted = plan.predicted_stage_seconds
-    training = predicted["teacher"] + predicted["importance"] + predicted["distil"]
     left = max(0.0, 60 * spec.max_minutes - predicted["finish"])
-    return {"teacher": left * predicted["teacher"] / training, "distil": left}
+    until, seconds, total = {}, 0.0, sum(predicted[stage] for stage in TRAINED)
+    for stage in TRAINED:
+        seconds += predicted[stage]
+        until[stage] = left * seconds / total
+    return {stage: until[stage] for stage in TRAININGS}
 
 
-def _trained_rows(training: FineTuneSpec | DistillationSpec, rows: int) -> int:
+def _trained_rows(training: FineTuneSpec | DistillationSpec | FinalSpec, rows: int) -> int:
     steps = math.ceil(rows / training.batch_size * training.epochs)
     if training.max_steps is not None:
         steps = min(steps, training.max_steps)
@@ -557,18 +614,22 @@ def _warnings(
     subnetworks: Sequence[PlannedSubnetwork],
 ) -> Iterator[str]:
     task = Columns(columns.text, columns.text_pair, columns.label)
-    yield from column_warnings(dataset.splits, task)
+    yield from column_warnings(dataset.splits, task, spec.task.kind)
     if (dataset.text, dataset.text_pair) == (task.text, task.text_pair):
         yield from shared_warnings(dataset.splits, dataset.shared_rows)
     if "dev" not in dataset.splits:
         yield (
-            f"there is no dev split: about {rows['dev']} rows of train become dev, by label and "
-            "with equal texts together"
+            f"there is no dev split: about {rows['dev']} rows of train become dev, "
+            f"{'by label and ' if spec.task.kind == 'classification' else ''}with equal texts "
+            "together"
         )
     if rows["dev"] < FEW_DEV_ROWS:
         yield (
             f"dev has {rows['dev']} rows: a single one is {100 / rows['dev']:.1f} points of "
             "accuracy"
+            if spec.task.main_metric == "accuracy"
+            else f"dev has {rows['dev']} rows: few to tell points of "
+            f"{METRIC_NAMES[spec.task.main_metric]} from noise"
         )
     single = [value.value for value in values if value.count == 1]
     if single:
@@ -577,9 +638,6 @@ def _warnings(
     absent = [label for label in labels if label not in found]
     if absent:
         yield f"no row of train has the label {_listed(absent)}"
-    if "unlabelled" in dataset.splits:
-        count = dataset.splits["unlabelled"].rows
-        yield f"the {count} rows of unlabelled are not used as yet: distillation reads train alone"
     if spec.importance.split == "dev":
         yield "importance is computed on dev, which also judges the sub-networks: it flatters them"
     if spec.device == "gpu":
@@ -605,44 +663,30 @@ def _warnings(
 def resolve_rows(
     spec: Spec, plan: Plan, splits: Mapping[str, Table], seed: int
 ) -> dict[str, Examples]:
-    """The plan's splits as texts and label numbers; a missing dev is taken from train.
+    """The plan's splits as texts and targets; a missing dev is taken from train.
 
-    `spec` is not read today: columns and labels are the plan's. The same seed and tables
-    give the same dev. InvalidDataset where a row has no label of the plan.
+    Columns and labels are the plan's. The same seed and tables give the same dev.
+    InvalidDataset where a row has no label of the plan.
     """
-    numbers = {label: i for i, label in enumerate(plan.labels)}
-    examples = {split: _examples(plan, numbers, split, table) for split, table in splits.items()}
+    examples = {split: _examples(spec, plan, split, table) for split, table in splits.items()}
     if plan.dev_from_train:
-        rest, dev = _dev_rows(examples["train"], seed)
+        rest, dev = _dev_rows(
+            examples["train"], seed, stratified=spec.task.kind == "classification"
+        )
         train = examples.pop("train")
         examples |= {"train": train.take(rest), "dev": train.take(dev)}
     return {split: examples[split] for split in SPLITS if split in examples}
 
 
-def _examples(plan: Plan, numbers: Mapping[str, int], split: str, table: Table) -> Examples:
+def _examples(spec: Spec, plan: Plan, split: str, table: Table) -> Examples:
     pair = plan.text_pair
-    labels = np.full(len(table.rows), -1, np.int64)
+    labels = None
     if split in LABELLED_SPLITS:
-        broken = []
-        for i, row in enumerate(table.rows):
-            value = row[plan.label]
-            number = None if value is None else numbers.get(value)
-            if number is None:
-                reason = "empty" if is_empty(value) else "not one of the plan's"
-                broken.append(RowError(table.file, table.lines[i], f"the label is {reason}"))
-                if len(broken) == MAX_ROW_ERRORS:
-                    break
-            else:
-                labels[i] = number
-        if broken:
-            raise InvalidDataset(
-                f"{broken[0].file}, line {broken[0].line}: {broken[0].message}",
-                pointer=table.file,
-                rows=tuple(broken),
-            )
+        cells = [row[plan.label] for row in table.rows]
+        labels = read_targets(spec.task, cells, plan.labels, file=table.file, lines=table.lines)
     return Examples(
-        texts=[row[plan.text] or "" for row in table.rows],
-        pairs=None if pair is None else [row[pair] or "" for row in table.rows],
+        texts=[plain_text(row[plan.text]) for row in table.rows],
+        pairs=None if pair is None else [plain_text(row[pair]) for row in table.rows],
         labels=labels,
         lines=list(table.lines),
     )
@@ -664,21 +708,22 @@ def _dev_quotas(counts: Sequence[int]) -> list[int]:
     return quotas
 
 
-def _dev_rows(train: Examples, seed: int) -> tuple[list[int], list[int]]:
+def _dev_rows(train: Examples, seed: int, *, stratified: bool) -> tuple[list[int], list[int]]:
     """Row numbers that stay in train, and those that become dev, both in their order.
 
-    Stratified by label; rows of equal texts stay together, and those that contradict
-    each other (equal texts, several labels) stay in train.
+    Stratified by label where a row has one of a few; rows of equal texts stay together,
+    and those that contradict each other (equal texts, several labels) stay in train.
     """
+    assert train.labels is not None
+    stratum = train.labels if stratified else np.zeros(len(train), np.int64)
     groups: dict[tuple[str, str], list[int]] = {}
     for i, text in enumerate(train.texts):
         groups.setdefault((text, train.pairs[i] if train.pairs is not None else ""), []).append(i)
     strata: dict[int, list[list[int]]] = {}
     for members in groups.values():
-        labels = {int(train.labels[i]) for i in members}
-        if len(labels) == 1:
-            strata.setdefault(labels.pop(), []).append(members)
-    counts = np.bincount(train.labels)
+        if len({train.labels[i].tobytes() for i in members}) == 1:
+            strata.setdefault(int(stratum[members[0]]), []).append(members)
+    counts = np.bincount(stratum)
     rng = np.random.default_rng(seed)
     dev: list[int] = []
     for label, quota in enumerate(_dev_quotas(counts.tolist())):

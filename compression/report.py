@@ -34,6 +34,7 @@ STAGES = (
     "importance",
     "reorder",
     "distil",
+    "final",
     "evaluate",
     "export",
     "verify",
@@ -45,6 +46,13 @@ STAGES = (
 
 METRIC_NAMES: Mapping[str, str] = {  # what people call them
     "accuracy": "accuracy",
+    "f1": "F1",
+    "matthews": "Matthews correlation",
+    "micro_f1": "micro F1",
+    "macro_f1": "macro F1",
+    "exact_match": "exact match",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
 }
 MAIN_METRIC = "The report's `main_metric` on dev, whatever it is; at most 1."
 METRICS = "Every metric of the task on dev, by name."
@@ -155,6 +163,9 @@ class DatasetReport(Frozen):
     text: str
     text_pair: str | None = None
     label: str
+    cut_rows: Mapping[str, int] = Field(
+        default_factory=dict, description="Rows of each split that are longer than max_seq_len."
+    )
     shared_rows: Mapping[str, int] = Field(
         default_factory=dict, description='"train/dev": rows of dev whose text stands in train.'
     )
@@ -187,12 +198,14 @@ class CompressionReport(Frozen):
     subnetworks: tuple[SubnetworkReport, ...]
     selection: Selection
     distillation_steps: int
+    final_steps: int = Field(0, description="Steps of the last fine-tuning on labels.")
     step_seconds: float = Field(description="Median seconds of a distillation step.")
     stage_seconds: Mapping[str, float] = Field(
         description="In the job's last run: a stage that a checkpoint spared it takes no time."
     )
     trainings: Mapping[str, TrainingReport] = Field(
-        default_factory=dict, description='By stage: "teacher" where it was fine-tuned, "distil".'
+        default_factory=dict,
+        description='By stage: "teacher" and "final" where they took place, "distil".',
     )
     environment: Mapping[str, str] = Field(description="Device and library versions measured on.")
     warnings: tuple[str, ...] = ()

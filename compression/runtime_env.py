@@ -1,46 +1,182 @@
-"""The environment variables that paddle runs fastest with, chosen before paddle is imported."""
+"""The environment variables that paddle runs fastest with, chosen before paddle is imported.
+
+Some help on every machine that was tried; how many threads a kernel should have, and
+which of MKL's code paths to take, depend on the machine: `fastest` measures them once.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+MEASURED = Path("training-environment.json")  # in the folder that keeps the choice
+_MEASURE_SECONDS = 120  # longest for one candidate
+_REPOSITORY = Path(__file__).resolve().parent.parent
+
+Variables = Mapping[str, str]
 
 
 def cpu_vendor(cpuinfo: Path = CPUINFO) -> str:
     """ "AuthenticAMD", "GenuineIntel", ...; "" where the kernel does not say."""
-    return _cpuinfo("vendor_id", cpuinfo)
+    return _first(_cpuinfo("vendor_id", cpuinfo))
 
 
 def cpu_name(cpuinfo: Path = CPUINFO) -> str:
     """The processor's model name; "" where the kernel does not say."""
-    return _cpuinfo("model name", cpuinfo)
+    return _first(_cpuinfo("model name", cpuinfo))
 
 
-def _cpuinfo(field: str, cpuinfo: Path) -> str:
+def core_count(cpuinfo: Path = CPUINFO, usable: set[int] | None = None) -> int:
+    """Physical cores among the processors that this process may use, at least 1.
+
+    Two threads of one core share its arithmetic: matrix products gain nothing from both.
+    """
+    usable = os.sched_getaffinity(0) if usable is None else usable
+    numbers, sockets, cores = (
+        _cpuinfo(field, cpuinfo) for field in ("processor", "physical id", "core id")
+    )
+    if not numbers or not len(numbers) == len(sockets) == len(cores):
+        return max(1, len(usable))  # a kernel that does not tell them apart
+    each = {
+        (socket, core)
+        for number, socket, core in zip(numbers, sockets, cores, strict=True)
+        if int(number) in usable
+    }
+    return max(1, len(each))
+
+
+def _cpuinfo(field: str, cpuinfo: Path) -> list[str]:
+    """The field's value for each processor that states it."""
     try:
-        for line in cpuinfo.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == field:
-                return value.strip()
+        lines = cpuinfo.read_text().splitlines()
     except OSError:
-        pass
-    return ""
+        return []
+    parts = (line.partition(":") for line in lines)
+    return [value.strip() for name, _, value in parts if name.strip() == field]
+
+
+def _first(values: Sequence[str]) -> str:
+    return values[0] if values else ""
 
 
 def training_environment(*, cpu_count: int, vendor: str) -> dict[str, str]:
-    """Variables to set before a process that trains imports paddle.
+    """Variables to set before a process that trains imports paddle; unmeasured, see `fastest`.
 
-    Paddle starts with one thread unless told otherwise, and the MKL in its wheel
-    takes its slow path on AMD processors unless told which instructions there are:
-    together 2.8 times slower on the machine that was measured.
+    One thread a kernel: the cores are kept busy by replicas (`replica_count`). What each
+    is worth stands in DECISIONS.md.
     """
-    environment = {
-        "OMP_NUM_THREADS": str(max(1, cpu_count)),
-        "MKL_NUM_THREADS": str(max(1, cpu_count)),
-        "PIP_NO_INDEX": "1",  # paddle2onnx's optimizer would otherwise run pip install
-        "GLOG_minloglevel": "2",
-    }
+    environment = _with_threads(1)
     if vendor == "AuthenticAMD":
+        # The MKL in paddle's wheel takes its slow path on AMD unless told what there is.
         environment["MKL_DEBUG_CPU_TYPE"] = "5"
     return environment
+
+
+def _with_threads(threads: int) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "PIP_NO_INDEX": "1",  # paddle2onnx's optimizer would otherwise run pip install
+        "GLOG_minloglevel": "2",
+        # Transposes make copies with paddle's transpose kernel instead of views, which every
+        # product would copy with a kernel that is twenty times slower.
+        "FLAGS_use_stride_kernel": "0",
+        # glibc gives large blocks back to the kernel at once and gets them again, zeroed,
+        # page by page: half of the time of an element-wise operation.
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(2**34),
+        "MALLOC_TOP_PAD_": str(2**26),
+        "MALLOC_ARENA_MAX": "1",
+    }
+
+
+def replica_count(environment: Variables, *, cores: int) -> int:
+    """Replicas that share a batch: as many as keep the cores busy with OMP_NUM_THREADS each."""
+    threads = environment.get("OMP_NUM_THREADS", "")
+    return max(1, cores // max(1, int(threads))) if threads.isdecimal() else 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured: seconds of one training step by candidate, and the fastest's variables."""
+
+    machine: str
+    variables: dict[str, str]
+    seconds: dict[str, float]
+
+
+def candidates(*, cores: int, vendor: str) -> dict[str, dict[str, str]]:
+    """Environments to choose from, the one that is expected to win first."""
+    found = {"replicas": training_environment(cpu_count=cores, vendor=vendor)}
+    if cores > 1:
+        found["threads"] = found["replicas"] | {
+            "OMP_NUM_THREADS": str(cores),
+            "MKL_NUM_THREADS": str(cores),
+        }
+    if vendor == "AuthenticAMD":
+        for name in tuple(found):
+            plain = {k: v for k, v in found[name].items() if k != "MKL_DEBUG_CPU_TYPE"}
+            found[f"{name}, MKL's own path"] = plain
+    return found
+
+
+def fastest(
+    keep: Path,
+    *,
+    machine: str,
+    cores: int,
+    vendor: str,
+    measure: Callable[[Variables], float] | None = None,
+) -> Choice:
+    """Measures each candidate once and keeps the answer in the folder `keep`.
+
+    A kept answer holds for the same `machine`, whatever string tells it apart. A candidate
+    that cannot be measured is passed over; where none can, the first one stands unmeasured.
+    """
+    path = keep / MEASURED
+    if (known := _kept(path)) is not None and known.machine == machine:
+        return known
+    options = candidates(cores=cores, vendor=vendor)
+    seconds: dict[str, float] = {}
+    for name, variables in options.items() if len(options) > 1 else ():
+        try:
+            seconds[name] = (measure or measured_seconds)(variables)
+        except (OSError, ValueError, subprocess.SubprocessError):
+            continue
+    best = min(seconds, key=lambda name: seconds[name]) if seconds else next(iter(options))
+    choice = Choice(machine, options[best], seconds)
+    keep.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(asdict(choice)))
+    unfinished.replace(path)
+    return choice
+
+
+def measured_seconds(variables: Variables) -> float:
+    """Of one training step of a small supernet, in a fresh process with these variables."""
+    done = subprocess.run(
+        [sys.executable, "-m", "compression.calibration"],
+        cwd=_REPOSITORY,
+        env={"PATH": os.environ.get("PATH", ""), **variables},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        timeout=_MEASURE_SECONDS,
+        check=True,
+        text=True,
+    )
+    return float(done.stdout)
+
+
+def _kept(path: Path) -> Choice | None:
+    try:
+        data = json.loads(path.read_text())
+        return Choice(str(data["machine"]), dict(data["variables"]), dict(data["seconds"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -93,14 +94,16 @@ class TaskKind(NamedTuple):
 
 
 TASK_KINDS: Mapping[str, TaskKind] = {
-    "classification": TaskKind("sequence", ("accuracy",)),
+    "classification": TaskKind("sequence", ("accuracy", "f1", "matthews")),
+    "multi_label": TaskKind("sequence", ("micro_f1", "macro_f1", "exact_match")),
+    "regression": TaskKind("sequence", ("pearson", "spearman")),
 }
 
 
 class TaskSpec(_Asked):
     """What the model predicts, and which columns hold it. Columns not named are guessed."""
 
-    kind: Literal["classification"] = "classification"
+    kind: Literal["classification", "multi_label", "regression"] = "classification"
     metric: Text | None = Field(
         None,
         description="The main metric, which the accuracy drop is measured in; by default the "
@@ -114,6 +117,11 @@ class TaskSpec(_Asked):
         description="Label values in the order of the classifier's outputs. Needed where the "
         "dataset's labels are neither the model's label names nor their numbers.",
     )
+    separator: Text = Field(
+        ",",
+        min_length=1,
+        description="Between the labels of one row, where a multi-label column holds texts.",
+    )
     max_seq_len: int = Field(128, ge=8, le=512, description="Tokens; longer rows are cut.")
 
     @property
@@ -124,16 +132,17 @@ class TaskSpec(_Asked):
     def head(self) -> Head:
         return TASK_KINDS[self.kind].head
 
-    @model_validator(mode="after")
-    def _known_metric(self) -> TaskSpec:
-        known = TASK_KINDS[self.kind].metrics
-        if self.metric is not None and self.metric not in known:
-            raise ValueError(f"a {self.kind} task has the metrics {', '.join(known)}")
-        return self
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, value: str | None, info: ValidationInfo) -> str | None:
+        kind = info.data.get("kind")  # absent where it was refused itself
+        if value is not None and kind is not None and value not in TASK_KINDS[kind].metrics:
+            raise ValueError(f"a {kind} task has the metrics {', '.join(TASK_KINDS[kind].metrics)}")
+        return value
 
 
 class _Training(_Asked):
-    """What both trainings share beside their schedules."""
+    """What every training has beside its schedule."""
 
     patience: int | None = Field(
         None,
@@ -209,12 +218,33 @@ class DistillationSpec(_Training):
     )
     lambda_rep: float = Field(0.1, ge=0)
     lambda_logit: float = Field(1.0, ge=0)
+    padded_mean: bool = Field(
+        False,
+        description="The mean of lambda_rep is over padding too, as PaddleSlim takes it: for "
+        "comparisons with it alone, because a row's loss then depends on its batch-mates.",
+    )
 
     @model_validator(mode="after")
     def _some_loss(self) -> DistillationSpec:
         if self.lambda_rep == 0 and self.lambda_logit == 0:
             raise ValueError("lambda_rep and lambda_logit are both 0: nothing would be learnt")
         return self
+
+
+class FinalSpec(_Training):
+    """DynaBERT's optional last stage: all sub-networks are fine-tuned on train's labels.
+
+    One optimizer step after all widths, as in distillation, and with its dropout.
+    """
+
+    when: Literal["never", "always"] = "never"
+    epochs: float = Field(1.0, gt=0, le=100)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(32, ge=1, le=1024)
+    learning_rate: float = Field(2e-5, gt=0, lt=1)
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0)
 
 
 class LatencySpec(_Asked):
@@ -267,6 +297,7 @@ class Spec(_Asked):
     importance: ImportanceSpec = ImportanceSpec()
     supernet: SupernetSpec = SupernetSpec()
     distillation: DistillationSpec = DistillationSpec()
+    final: FinalSpec = FinalSpec()
     latency: LatencySpec = LatencySpec()
     constraints: ConstraintSpec = ConstraintSpec()
     export: ExportSpec = ExportSpec()

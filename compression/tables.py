@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 LINE_KEY = "__line__"  # of the rows that write_clean writes: the line in the uploaded file
 
 MAX_ROW_ERRORS = 20
+MAX_LINES_NAMED = 10  # of rows that are sound, and wrong for a task
 MAX_COLUMNS = 1000
 MAX_FIELD_CHARACTERS = 131_072  # also the csv module's own limit
 MAX_ROW_CHARACTERS = 2**20
@@ -51,15 +53,16 @@ _OTHER_NAMES = {
     "unsupervised": "unlabelled",
 }
 
-Row = dict[str, str | None]
+Value = str | tuple[str, ...] | None  # a tuple is a list of texts, which .csv and .tsv cannot hold
+Row = dict[str, Value]
 
 
 @dataclass(frozen=True)
 class Table:
     """One split: `rows[i]` stands on line `lines[i]` of its file and has every column.
 
-    Values are text as it stands in the file, numbers included; None is a null of
-    .jsonl or .parquet. A line counts from 1 and a row that spans several lines has
+    Values are text as it stands in the file, numbers included, or a list of such; None is
+    a null of .jsonl or .parquet. A line counts from 1 and a row that spans several lines has
     the number of its first; in .parquet it is the number of the row.
     """
 
@@ -324,20 +327,25 @@ def _check_columns(name: str, columns: Sequence[str]) -> None:
         seen.add(column)
 
 
-def _check_row(columns: Sequence[str], values: Sequence[str | None]) -> None:
+def _check_row(columns: Sequence[str], values: Sequence[Value]) -> None:
     total = 0
     for column, value in zip(columns, values, strict=True):
-        if value is None:
-            continue
-        if len(value) > MAX_FIELD_CHARACTERS:
-            raise _BadRow(
-                f"{column!r} has {len(value)} characters; at most {MAX_FIELD_CHARACTERS} are read"
-            )
-        if "\0" in value:
-            raise _BadRow(f"{column!r} holds a NUL character")
-        total += len(value)
+        for item in _items(value):
+            if len(item) > MAX_FIELD_CHARACTERS:
+                raise _BadRow(
+                    f"{column!r} has {len(item)} characters; at most {MAX_FIELD_CHARACTERS} "
+                    "are read"
+                )
+            if "\0" in item:
+                raise _BadRow(f"{column!r} holds a NUL character")
+            total += len(item) + isinstance(value, tuple)  # each item needs quotes in JSON
     if total > MAX_ROW_CHARACTERS:
         raise _BadRow(f"the row has {total} characters; at most {MAX_ROW_CHARACTERS} are read")
+
+
+def _items(value: Value) -> tuple[str, ...]:
+    """The texts of one value: those of its list, itself, or none."""
+    return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 def _shown(name: str) -> str:
@@ -435,13 +443,15 @@ def _json_row(text: str, number: int) -> tuple[Row, int]:
         if isinstance(value, bool):
             written = str(value).lower()
             raise _BadRow(f'{_shown(key)} is {written}; write a text or a number, "{written}" or 1')
-        if not isinstance(value, str):
-            kind = "an array" if isinstance(value, list) else "an object"
-            raise _BadRow(f"{_shown(key)} is {kind}; write a text or a number")
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            row[key] = tuple(value)
+        elif not isinstance(value, str):
+            kind = "an array of more than texts" if isinstance(value, list) else "an object"
+            raise _BadRow(f"{_shown(key)} is {kind}; write a text, a number or an array of them")
     if "\\u" in text:  # the only way in for half a surrogate pair
         for key, value in row.items():
             try:
-                (key + (value or "")).encode()
+                "".join((key, *_items(value))).encode()
             except UnicodeEncodeError as error:
                 raise _BadRow(
                     f"{_shown(key)} holds half a surrogate pair: not Unicode text"
@@ -461,7 +471,7 @@ def _other_keys(row: Row, columns: Sequence[str]) -> str:
 
 
 def _read_parquet(path: Path, errors: _Errors) -> Table | None:
-    """Columns of text, integers, floats and decimals; other types are refused by column."""
+    """Columns of text, integers, floats, decimals or lists of them; others are refused."""
     import pyarrow as pa  # takes a third of a second, and few datasets need it
     import pyarrow.parquet as pq
 
@@ -481,7 +491,7 @@ def _read_parquet(path: Path, errors: _Errors) -> Table | None:
                 if not _readable(entry.type):
                     raise InvalidDataset(
                         f"{name}: the column {entry.name!r} is of type {entry.type}; "
-                        "only text and numbers are read",
+                        "only text, numbers and lists of them are read",
                         pointer=name,
                     )
             for batch in file.iter_batches(batch_size=8192, use_threads=False):
@@ -507,6 +517,8 @@ def _read_parquet(path: Path, errors: _Errors) -> Table | None:
 def _readable(kind: Any) -> bool:
     from pyarrow import types
 
+    if types.is_list(kind) or types.is_large_list(kind):
+        kind = kind.value_type
     if types.is_dictionary(kind):
         kind = kind.value_type
     return bool(
@@ -541,6 +553,11 @@ def _parquet_row(columns: Sequence[str], record: Sequence[Any]) -> Row:
         if value is None or value != value:  # data frames write NaN for no value
             row[column] = None
             continue
+        if isinstance(value, list):
+            if any(item is None or item != item for item in value):
+                raise _BadRow(f"{column!r} holds a list with an empty place in it")
+            row[column] = tuple(map(str, value))
+            continue
         row[column] = str(value)
     _check_row(columns, tuple(row.values()))
     return row
@@ -559,6 +576,7 @@ _READERS = {
 LABEL_NAMES = (
     "label", "labels", "target", "class", "category", "intent", "sentiment", "gold_label", "y",
 )  # fmt: skip
+SCORE_NAMES = ("score", "similarity", "rating", "stars")
 PAIR_NAMES = (
     ("sentence1", "sentence2"),
     ("text", "text_pair"),
@@ -586,13 +604,17 @@ class DistinctValue(Frozen):
     value: str
     count: int
     first_line: int
+    lines: tuple[int, ...] = Field((), description="Lines of the first 10 rows that have it.")
 
 
 class ColumnProfile(Frozen):
-    """What one column of one split holds. "Empty" is a null or a text of blanks."""
+    """What one column of one split holds. "Empty" is a null or a text of blanks.
+
+    Of a column of lists, values are the items of the lists; an empty list is not empty.
+    """
 
     name: str
-    kind: Literal["integer", "number", "text"]
+    kind: Literal["integer", "number", "text", "list"]
     distinct: int
     values: tuple[DistinctValue, ...] | None = Field(
         description="Distinct values in order of appearance; null where the column cannot hold "
@@ -601,6 +623,8 @@ class ColumnProfile(Frozen):
     )
     empty: int
     empty_lines: tuple[int, ...] = Field(description="Lines of the first 20 empty values.")
+    not_numbers: int = Field(0, description="Values that are neither empty nor a finite number.")
+    not_number_lines: tuple[int, ...] = Field((), description="Lines of the first 10 of them.")
     mean_characters: float
     p95_characters: int
 
@@ -660,20 +684,43 @@ def profile(splits: Mapping[str, Table]) -> DatasetProfile:
     )
 
 
-def label_candidates(splits: Mapping[str, SplitProfile]) -> tuple[str, ...]:
-    """Columns of train that could be labels: 2 to 1000 values that repeat, in every split."""
-    labelled = [splits[split] for split in LABELLED_SPLITS if split in splits]
+def label_candidates(
+    splits: Mapping[str, SplitProfile], kind: str = "classification"
+) -> tuple[str, ...]:
+    """Columns of train that could be a task's labels, and that stand in every labelled split.
+
+    For a classification 2 to 1000 values that repeat; for a regression numbers; of a
+    multi-label task lists, or texts where the values repeat or the name is a label's.
+    """
+
+    def could(column: ColumnProfile) -> bool:
+        repeats = column.values is not None and column.kind != "list"
+        match kind:
+            case "regression":
+                fits = column.kind in ("integer", "number")
+            case "multi_label":
+                called = column.name.strip().lower() in LABEL_NAMES
+                fits = column.kind == "list" or repeats or called
+            case _:
+                fits = repeats
+        return fits and column.distinct >= 2
+
     return tuple(
         column.name
         for column in splits["train"].columns
-        if column.values is not None
-        and column.distinct >= 2
-        and all(split.column(column.name) is not None for split in labelled)
+        if could(column) and _everywhere(splits, column.name)
+    )
+
+
+def _everywhere(splits: Mapping[str, SplitProfile], name: str) -> bool:
+    return all(
+        splits[split].column(name) is not None for split in LABELLED_SPLITS if split in splits
     )
 
 
 def guess_columns(
     splits: Mapping[str, SplitProfile],
+    kind: str = "classification",
     *,
     text: str | None = None,
     text_pair: str | None = None,
@@ -688,9 +735,10 @@ def guess_columns(
     given = {text, text_pair, label}
     free = {column.name.strip().lower(): column.name for column in train.columns}
     free = {key: name for key, name in free.items() if name not in given}
-    candidates = [name for name in label_candidates(splits) if name not in given]
+    candidates = [name for name in label_candidates(splits, kind) if name not in given]
+    usual = SCORE_NAMES + LABEL_NAMES if kind == "regression" else LABEL_NAMES
     if label is None:
-        label = next((free[n] for n in LABEL_NAMES if free.get(n) in candidates), None)
+        label = next((free[n] for n in usual if free.get(n) in candidates), None)
     if text is None and text_pair is None:
         for first, second in PAIR_NAMES:
             if first in free and second in free and label not in (free[first], free[second]):
@@ -708,17 +756,33 @@ def guess_columns(
         # The longest texts are the sentences; the first of equals.
         text = max(texts, key=lambda column: column.mean_characters).name if texts else None
     # A column that is called a label and cannot be one is not passed over for another.
-    if label is None and not any(name in free for name in LABEL_NAMES):
+    if label is None and not any(name in free for name in usual):
         left = [name for name in candidates if name not in (text, text_pair)]
         kinds = {column.name: column.kind for column in train.columns}
-        left = [name for name in left if kinds[name] != "number"]
+        if kind != "regression":
+            left = [name for name in left if kinds[name] != "number"]
         label = left[0] if len(left) == 1 else None
     return Columns(text=text, text_pair=text_pair, label=label)
 
 
-def is_empty(value: str | None) -> bool:
-    """A null, or a text of nothing but blanks."""
-    return value is None or not value.strip()
+def is_empty(value: Value) -> bool:
+    """A null, or a text of nothing but blanks; never a list."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def plain_text(value: Value) -> str:
+    """The text of a value that is no list; a null is an empty text."""
+    if isinstance(value, tuple):
+        raise TypeError("a list is no text")
+    return value or ""
+
+
+def finite_number(value: Value) -> float | None:
+    """4.5 of "4.5"; None of anything that is no finite number in digits."""
+    if not isinstance(value, str) or not _NUMBER.fullmatch(value.strip()):
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def whole_number(value: str) -> int | None:
@@ -736,45 +800,56 @@ def _split_profile(table: Table, *, keep_values: Set[str] | None) -> SplitProfil
 
 
 def _column_profile(table: Table, name: str, keep_values: Set[str] | None) -> ColumnProfile:
-    values: dict[str, list[int]] | None = {}  # value -> [count, first line]
+    values: dict[str, list[int]] | None = {}  # value -> [count, its first lines]
     seen: set[str] = set()
-    empty = 0
+    empty = items = not_numbers = 0
     empty_lines: list[int] = []
-    integer = number = True
+    not_number_lines: list[int] = []
+    integer = True
+    lists = False
     lengths = np.zeros(len(table.rows), np.int64)
     for i, (row, line) in enumerate(zip(table.rows, table.lines, strict=True)):
-        value = row[name]
-        if value is None or is_empty(value):
+        cell = row[name]
+        if is_empty(cell):
             empty += 1
             if len(empty_lines) < MAX_ROW_ERRORS:
                 empty_lines.append(line)
             continue
-        lengths[i] = len(value)
-        if value in seen:
+        lists = lists or isinstance(cell, tuple)
+        if finite_number(cell) is None:
+            not_numbers += 1
+            if len(not_number_lines) < MAX_LINES_NAMED:
+                not_number_lines.append(line)
+        for value in _items(cell):
+            items += 1
+            lengths[i] += len(value)
+            if value not in seen:
+                seen.add(value)
+                integer = integer and _INTEGER.fullmatch(value) is not None
+                if values is not None:
+                    values[value] = [0]
+                    if len(values) > MAX_LABELS or len(value) > MAX_LABEL_CHARACTERS:
+                        values = None
             if values is not None:
                 values[value][0] += 1
-            continue
-        seen.add(value)
-        integer = integer and _INTEGER.fullmatch(value) is not None
-        number = number and _NUMBER.fullmatch(value) is not None
-        if values is not None:
-            values[value] = [1, line]
-            if len(values) > MAX_LABELS or len(value) > MAX_LABEL_CHARACTERS:
-                values = None
-    repeats = len(seen) < len(table.rows) - empty
-    keep = repeats if keep_values is None else name in keep_values
+                if len(values[value]) <= MAX_LINES_NAMED:
+                    values[value].append(line)
+    keep = lists or len(seen) < items if keep_values is None else name in keep_values
+    number: Literal["integer", "number"] = "integer" if integer else "number"
     return ColumnProfile(
         name=name,
-        kind="integer" if integer and seen else "number" if number and seen else "text",
+        kind="list" if lists else "text" if not_numbers or not seen else number,
         distinct=len(seen),
         values=tuple(
-            DistinctValue(value=value, count=count, first_line=line)
-            for value, (count, line) in values.items()
+            DistinctValue(value=value, count=count, first_line=lines[0], lines=tuple(lines))
+            for value, (count, *lines) in values.items()
         )
         if keep and values is not None
         else None,
         empty=empty,
         empty_lines=tuple(empty_lines),
+        not_numbers=not_numbers,
+        not_number_lines=tuple(not_number_lines),
         mean_characters=round(float(lengths.mean()), 2),
         p95_characters=int(np.percentile(lengths, 95)),
     )
@@ -792,7 +867,12 @@ def _refuse_unlabelled(
                     "a classifier needs two",
                     pointer=train.file,
                 )
-    if candidates:
+    # Scores that never repeat, and lists of labels, are for a task that the spec will name.
+    if candidates or any(
+        column.kind in ("number", "list") and _everywhere(splits, column.name)
+        for column in train.columns
+        if column.name not in (guess.text, guess.text_pair)
+    ):
         return
     reasons = []
     for column in train.columns:
@@ -818,19 +898,29 @@ def _refuse_unlabelled(
     )
 
 
+# What judges is held against what was learnt from, labels or not.
+_SHARED = (
+    ("train", "dev"),
+    ("train", "test"),
+    ("dev", "test"),
+    ("unlabelled", "dev"),
+    ("unlabelled", "test"),
+)
+
+
 def shared_rows(splits: Mapping[str, Table], columns: Columns) -> dict[str, int]:
     """ "train/dev": how many rows of dev have a text (and pair) that stands in train, and so on."""
     if columns.text is None:
         return {}
     names = [name for name in (columns.text, columns.text_pair) if name is not None]
-    texts: dict[str, list[tuple[str | None, ...]]] = {}
-    for split in LABELLED_SPLITS:
+    texts: dict[str, list[tuple[Value, ...]]] = {}
+    for split in SPLITS:
         if split in splits and all(name in splits[split].columns for name in names):
             texts[split] = [tuple(row[name] for name in names) for row in splits[split].rows]
     sets = {split: set(rows) for split, rows in texts.items()}
     return {
         f"{first}/{second}": sum(text in sets[first] for text in texts[second])
-        for first, second in (("train", "dev"), ("train", "test"), ("dev", "test"))
+        for first, second in _SHARED
         if first in texts and second in texts
     }
 
@@ -850,8 +940,8 @@ def _warnings(
             )
     if guess.label is None:
         yield (
-            "the label column could not be guessed; name it in the spec (/task/label): "
-            + ", ".join(candidates)
+            "the label column could not be guessed; name it in the spec (/task/label)"
+            + (f": {', '.join(candidates)}" if candidates else ", and the task's kind")
         )
     if guess.text is None:
         yield "the text column could not be guessed; name it in the spec (/task/text)"
@@ -859,13 +949,15 @@ def _warnings(
     yield from shared_warnings(splits, shared)
 
 
-def column_warnings(splits: Mapping[str, SplitProfile], columns: Columns) -> Iterator[str]:
+def column_warnings(
+    splits: Mapping[str, SplitProfile], columns: Columns, kind: str = "classification"
+) -> Iterator[str]:
     """What a user should know about the columns of the task, though it stops nothing."""
     label = splits["train"].column(columns.label) if columns.label is not None else None
-    if label is not None and label.kind == "number":
+    if kind == "classification" and label is not None and label.kind == "number":
         yield (
-            f"{label.name!r} holds fractions; each value is taken for a class "
-            "(regression is not supported)"
+            f"{label.name!r} holds fractions; a classification takes each value for a class. "
+            'For scores, name the task kind "regression"'
         )
     for name in (columns.text, columns.text_pair):
         for split in splits.values():

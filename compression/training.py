@@ -1,4 +1,4 @@
-"""What both trainings share: optimizer, schedule, and the loop with what a long job needs.
+"""What every training shares: optimizer, schedule, and the loop with what a long job needs.
 
 A training says how a batch's gradients are computed; the loop does the rest. Everything random
 in step n comes from the seed and n alone, so a training goes on from a checkpoint with the bits
@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -26,7 +26,7 @@ from compression.errors import Interrupted, OutOfMemory, TrainingDiverged
 from compression.noise import Noise
 from compression.parallel import Replicas
 from compression.report import TrainingReport
-from compression.spec import FineTuneSpec
+from compression.supernet import Subnetwork
 from compression.tasks.base import Task
 
 HELD_OUT_SHARE = 10  # one row in ten of train judges a training that has a patience
@@ -374,8 +374,8 @@ def _require_finite(
         more = ", ..." if len(rows) > SHOWN_ROWS else ""
         raise TrainingDiverged(
             f"the loss of {name} is {loss} at step {step}: lower {surroundings.section}."
-            f"learning_rate, or look at the batch's {len(rows)} rows of train (counted "
-            f"from 0): {shown}{more}; {surroundings.newest}",
+            f"learning_rate, or look at the batch's {len(rows)} rows of train (counted from 0, "
+            f"unlabelled ones after them): {shown}{more}; {surroundings.newest}",
             pointer=f"/{surroundings.section}/learning_rate",
         )
 
@@ -389,17 +389,23 @@ FINE_TUNING = Surroundings("teacher", "teacher")  # with nothing to go on from, 
 def fine_tune(
     encoder: Encoder,
     data: Encoded,
-    spec: FineTuneSpec,
+    spec: Schedule,
     task: Task,
     surroundings: Surroundings = FINE_TUNING,
     *,
+    subnetworks: Sequence[Subnetwork | None] = (None,),
     seed: int,
     on_step: Callable[[Step], None],
     replicas: int = 1,
 ) -> TrainingReport:
-    """Trains the encoder in place on labels; `replicas` threads share each batch."""
+    """Trains the encoder in place on labels; `replicas` threads share each batch.
+
+    `None` is the whole network. Of several sub-networks each batch takes the sum of the
+    losses, one after the other, and then one optimizer step: DynaBERT's (arXiv:2004.04037)
+    final fine-tuning. The loss that is told is their mean.
+    """
     with Replicas(encoder, replicas) as parallel:
-        gradients = LabelGradients(parallel, data, task, spec.batch_size, seed)
+        gradients = LabelGradients(parallel, data, task, subnetworks, spec.batch_size, seed)
         return train(encoder, data, spec, gradients, surroundings, seed=seed, on_step=on_step)
 
 
@@ -410,6 +416,7 @@ class LabelGradients:
     replicas: Replicas
     data: Encoded
     task: Task
+    subnetworks: Sequence[Subnetwork | None]
     batch_size: int  # of rows that are judged
     seed: int
 
@@ -417,29 +424,33 @@ class LabelGradients:
         self, rows: np.ndarray, *, step: int, micro_batch: int | None = None
     ) -> dict[str, float]:
         """The batch's loss; the gradients are left in the encoder."""
-        units = self.task.count(self._batch(rows))
+        total = self.task.count(self._batch(rows))
 
         def share(member: Encoder, part: np.ndarray) -> float:
             batch = self._batch(part)
-            noise = Noise([self.seed, int(part[0]), step])
-            logits = member.encode(*batch.inputs, noise=noise).logits
-            loss = self.task.label_loss(logits, batch, total=units)
-            loss.backward()
-            return float(loss)
+            noise = Noise([self.seed, step, int(part[0])])
+            losses = 0.0
+            for subnetwork in self.subnetworks:
+                states = member.encode(*batch.inputs, subnetwork=subnetwork, noise=noise)
+                loss = self.task.label_loss(states.logits, batch, total=total)
+                loss.backward()
+                losses += float(loss)
+            return losses
 
         losses = self.replicas.map(share, rows, at_once=micro_batch)
         self.replicas.gather_gradients()
-        return {"fine-tuning": sum(losses)}
+        return {"fine-tuning": sum(losses) / len(self.subnetworks)}
 
     @paddle.no_grad()
     def judge(self, rows: np.ndarray) -> float:
-        """Mean over rows, without dropout."""
+        """Mean over rows and sub-networks, without dropout."""
         encoder, total = self.replicas.members[0], 0.0
         for numbers in sorted_rows(self.data.take(rows), batch_size=self.batch_size):
             batch = self._batch(rows[numbers])
-            loss = self.task.label_loss(encoder(*batch.inputs), batch)
-            total += float(loss) * len(numbers) / len(rows)
-        return total
+            for subnetwork in self.subnetworks:
+                logits = encoder(*batch.inputs, subnetwork=subnetwork)
+                total += float(self.task.label_loss(logits, batch)) * len(numbers)
+        return total / len(rows) / len(self.subnetworks)
 
     def _batch(self, rows: np.ndarray) -> Batch:
         pad_id = self.replicas.members[0].config.pad_token_id

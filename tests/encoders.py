@@ -48,11 +48,8 @@ def random_weights(config: EncoderConfig, seed: int = 0) -> dict[str, np.ndarray
 
 
 def tiny_encoder(seed: int = 0, **changes: Any) -> Encoder:
-    """In evaluation mode."""
     config = tiny_config(**changes)
-    encoder = build_encoder(config, random_weights(config, seed))
-    encoder.eval()
-    return encoder
+    return build_encoder(config, random_weights(config, seed))
 
 
 def random_rows(count: int, *, seed: int = 0, labels: int = 3, vocabulary: int = 50) -> Encoded:

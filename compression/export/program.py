@@ -32,20 +32,14 @@ class _Served(nn.Layer):
 
 
 def save_program(encoder: Encoder, folder: Path) -> Program:
-    """Traces the encoder in evaluation mode, with batch and length left open."""
-    served = _Served(encoder)
-    was_training = encoder.training
-    served.eval()
+    """Traces the encoder, with batch and length left open."""
     try:
         with warnings.catch_warnings():
             # Paddle's tracer asks symbolic tensors for their device, then warns of that.
             warnings.filterwarnings("ignore", message="Tensor do not have 'place' interface")
-            _trace(served, folder)
+            _trace(_Served(encoder), folder)
     except Exception as error:  # paddle raises whatever its tracer met
         raise ExportFailed(f"the encoder could not be traced: {error}") from error
-    finally:
-        if was_training:
-            encoder.train()
     program = Program(folder / f"{STEM}.json", folder / f"{STEM}.pdiparams")
     for path in program:
         if not path.is_file():

@@ -35,7 +35,6 @@ class SafetensorsExporter(Exporter):
 
         checkpoint = read_checkpoint(folder)
         encoder = build_encoder(checkpoint.config, checkpoint.tensors)
-        encoder.eval()
 
         def run(batch: Mapping[str, NDArray[np.int64]]) -> Logits:
             with paddle.no_grad():

@@ -11,9 +11,13 @@ from collections.abc import Sequence
 from compression.spec import TaskSpec
 from compression.tasks.base import Predictions, Task
 from compression.tasks.classification import Classification
+from compression.tasks.multi_label import MultiLabel
+from compression.tasks.regression import Regression
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
+    "multi_label": MultiLabel,
+    "regression": Regression,
 }
 
 __all__ = ["TASKS", "Predictions", "Task", "make_task"]

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from compression.batches import Batch, Encoded
 from compression.plan import Examples
-from compression.tokenization import encode
+from compression.tokenization import encode_rows
 
 Predictions = np.ndarray | Sequence[np.ndarray]
 """Logits of a split in the rows' order: [rows, C], or with a token head an array [T_i, C] a row."""
@@ -60,5 +60,10 @@ class Task(ABC):
 
     def encode(self, tokenizer: Tokenizer, examples: Examples, max_seq_len: int) -> Encoded:
         """Rows as token ids with their labels."""
-        rows = encode(tokenizer, examples.texts, examples.pairs, max_seq_len)
-        return Encoded([ids for ids, _ in rows], [types for _, types in rows], examples.labels)
+        rows = encode_rows(tokenizer, examples.texts, examples.pairs, max_seq_len)
+        return Encoded(
+            [row.ids for row in rows],
+            [row.type_ids for row in rows],
+            examples.labels,
+            cut=sum(bool(row.overflowing) for row in rows),
+        )

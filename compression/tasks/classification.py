@@ -10,6 +10,7 @@ from paddle.nn import functional as F
 
 from compression.batches import Batch, Encoded
 from compression.tasks.base import Count, Predictions, Task
+from compression.tasks.scores import accuracy, f1, marked_counts, matthews
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,18 @@ class Classification(Task):
         return entropies / (self.count(batch) if total is None else total)
 
     def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
-        return {"accuracy": accuracy(np.asarray(predictions).argmax(axis=-1), data.labels)}
+        """Accuracy, Matthews correlation and F1: of the second of two labels, as GLUE does it.
 
-
-def accuracy(found: np.ndarray, labels: np.ndarray) -> float:
-    """Share of rows whose label [rows] was found, 0..1."""
-    return float((found == labels).mean())
+        Of more labels, the mean F1 of those that occur in data or predictions.
+        """
+        labels = np.asarray(data.labels)
+        found = np.asarray(predictions).argmax(axis=-1)
+        classes = np.arange(len(self.labels))
+        counts = marked_counts(found[:, None] == classes, labels[:, None] == classes)
+        each = f1(*counts)
+        occurs = counts[1] + counts[2] > 0
+        return {
+            "accuracy": accuracy(found, labels),
+            "f1": float(each[1] if len(classes) == 2 else each[occurs].mean()),
+            "matthews": matthews(found, labels, len(classes)),
+        }

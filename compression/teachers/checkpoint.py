@@ -37,6 +37,11 @@ WEIGHTS_FILE = "model.safetensors"
 PICKLE_FILES = ("pytorch_model.bin", "model_state.pdparams")
 
 _PLACEHOLDER_LABEL = re.compile(r"LABEL_\d+")
+_PROBLEM_TYPES = {
+    "single_label_classification": "classification",
+    "multi_label_classification": "multi_label",
+    "regression": "regression",
+}
 # Classes whose "classifier" is not one of whole sentences.
 _OTHER_HEADS = ("ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering")
 
@@ -69,6 +74,7 @@ class Checkpoint:
     labels: tuple[str, ...] | None
     layout: str
     ignored: tuple[str, ...]
+    head_task: str | None = None  # the kind of task that the head is said to be for
 
 
 def read_config(model_dir: Path) -> ModelConfig:
@@ -188,6 +194,7 @@ def _read(model_dir: Path, *, keep: bool) -> Checkpoint:
         labels=config.labels if encoder.num_labels is not None else None,
         layout=layout_name,
         ignored=ignored,
+        head_task=_head_task(config, encoder),
     )
 
 
@@ -368,15 +375,26 @@ def _with_head(config: ModelConfig, sources: Mapping[str, _Source]) -> EncoderCo
             raise InvalidModel(
                 f"parameter {weight.name!r} has {stated} outputs", pointer=WEIGHTS_FILE
             )
+    return dataclasses.replace(config.encoder, num_labels=stated)
+
+
+def _head_task(config: ModelConfig, encoder: EncoderConfig) -> str | None:
+    """What Hugging Face's `problem_type` or a single output say that the classifier is for."""
+    if encoder.num_labels is None:
+        return None
     kind = config.raw.get("problem_type")
-    if stated == 1 or kind not in (None, "single_label_classification"):
+    if kind is None:
+        return "regression" if encoder.num_labels == 1 else None
+    task = _PROBLEM_TYPES.get(kind) if isinstance(kind, str) else None
+    if task is None or (task == "regression") != (encoder.num_labels == 1):
         raise InvalidModel(
-            f"the classifier is one for {kind if isinstance(kind, str) else 'regression'}; only "
-            "single-label classification can be compressed as yet. Remove the head's weights to "
-            "fine-tune a new one",
+            f"{config.file} has the problem_type {str(kind)[:40]!r}, which does not suit a "
+            f"classifier of {encoder.num_labels} outputs; known: {', '.join(_PROBLEM_TYPES)} (one "
+            "output for regression, more for the others). Remove the head's weights to fine-tune "
+            "a new one",
             pointer=config.file,
         )
-    return dataclasses.replace(config.encoder, num_labels=stated)
+    return task
 
 
 def _account(encoder: EncoderConfig, sources: Mapping[str, _Source]) -> None:

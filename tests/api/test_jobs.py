@@ -84,6 +84,8 @@ def test_a_job_is_stored_queued_and_nudged(service: Service) -> None:
         ({"task": {"label": "absent"}}, "invalid-spec", "/spec/task/label"),
         ({"task": {"labels": ["a", "b"]}}, "invalid-spec", "/spec/task/labels"),
         ({"task": {"max_seq_len": 128}}, "invalid-spec", "/spec/task/max_seq_len"),
+        ({"task": {"kind": "regression"}}, "invalid-spec", "/spec/task/kind"),
+        ({"task": {"metric": "pearson"}}, "invalid-request", "/spec/task/metric"),
         ({"seed": -1}, "invalid-request", "/spec/seed"),
         ({"device": "tpu"}, "invalid-request", "/spec/device"),
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from compression.batches import (
@@ -56,6 +58,21 @@ def test_sorted_batches_hold_every_row_once() -> None:
     assert sorted(np.concatenate([b.rows for b in batches]).tolist()) == list(range(13))
     for batch in batches:
         np.testing.assert_array_equal(batch.labels.numpy(), data.labels[batch.rows])
+
+
+def test_joined_rows_have_no_labels_and_keep_their_masks() -> None:
+    one, two = random_rows(2), random_rows(3, seed=1)
+    both = one.joined(two)
+    assert both.input_ids == [*one.input_ids, *two.input_ids]
+    assert both.token_type_ids == [*one.token_type_ids, *two.token_type_ids]
+    assert (both.labels, both.label_mask) == (None, None)
+    masked = [
+        replace(each, label_mask=[np.array(row) > 25 for row in each.input_ids])
+        for each in (one, two)
+    ]
+    mask = masked[0].joined(masked[1]).label_mask
+    assert mask is not None
+    assert [row.tolist() for row in mask] == [[i > 25 for i in row] for row in both.input_ids]
 
 
 def test_pad_marks_real_tokens() -> None:

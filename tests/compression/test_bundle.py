@@ -72,7 +72,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     model = tiny_bert(root / "model", num_labels=2)
     checkpoint = read_checkpoint(model)
     encoder = build_encoder(checkpoint.config, checkpoint.tensors)
-    encoder.eval()
     folder = root / "w1_2"
     exported = export_formats(FORMATS, encoder, folder, labels=LABELS)
     reports = [

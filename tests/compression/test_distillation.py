@@ -68,6 +68,47 @@ def test_the_logit_loss_has_a_gradient_and_its_minimum_at_the_teacher() -> None:
     np.testing.assert_allclose(same.grad.numpy(), 0, atol=1e-6)
 
 
+def test_a_mean_over_padding_is_had_by_setting_alone() -> None:
+    student, teacher, data = tiny_encoder(1), tiny_encoder(2), random_rows(4)
+
+    def loss(length: int, padded_mean: bool) -> tuple[float, float]:
+        batch = make_batch(data, range(4), pad_id=0, length=length)
+        states, targets = student.encode(*batch.inputs), teacher.encode(*batch.inputs)
+        spec = DistillationSpec(lambda_rep=1, lambda_logit=0, padded_mean=padded_mean)
+        plain = sum(
+            np.square(a.numpy() - b.numpy()).mean()
+            for a, b in zip(states.hidden, targets.hidden, strict=True)
+        )
+        found = distillation_loss(states, targets, batch, spec, CLASSIFICATION)
+        return float(found), float(plain)
+
+    assert not SPEC.padded_mean
+    for length in (13, 31):  # PaddleSlim's mse_loss: every position counts, padding too
+        found, plain = loss(length, True)
+        assert found == pytest.approx(plain, rel=1e-5)
+        assert found != pytest.approx(loss(length, False)[0], rel=1e-3)
+    assert loss(13, True)[0] != pytest.approx(loss(31, True)[0], rel=1e-3)
+
+
+def test_the_parts_of_a_representation_loss_add_up_to_it() -> None:
+    student, teacher, data = tiny_encoder(1), tiny_encoder(2), random_rows(6)
+
+    def loss(rows: list[int], total: int | None) -> float:
+        batch = make_batch(data, rows, pad_id=0)
+        return float(
+            representation_loss(
+                student=student.encode(*batch.inputs).hidden,
+                teacher=teacher.encode(*batch.inputs).hidden,
+                attention_mask=batch.attention_mask,
+                total=total,
+            )
+        )
+
+    tokens = sum(map(len, data.input_ids))
+    parts = loss([0, 1], tokens) + loss([2, 3, 4, 5], tokens)
+    assert parts == pytest.approx(loss([0, 1, 2, 3, 4, 5], None), rel=1e-5)
+
+
 def test_the_loss_weights_are_those_of_the_spec() -> None:
     student, teacher, data = tiny_encoder(1), tiny_encoder(2), random_rows(4)
     batch = make_batch(data, range(4), pad_id=0)
@@ -111,7 +152,6 @@ def test_distillation_brings_every_width_nearer_and_leaves_the_teacher() -> None
     assert set(seen[0].losses) == {"w1_2", "w1_4"}
     assert distance(0) < 0.7 * start[0]
     assert distance(1) < 0.7 * start[1]
-    assert not teacher.training
     assert gradients(teacher) == {}
     for name, value in numpy_weights(teacher).items():
         np.testing.assert_array_equal(value, before[name])

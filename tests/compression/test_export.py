@@ -64,7 +64,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         supernet.config.narrowed(Fraction(1, 2)),
         extract_weights(supernet.config, numpy_weights(supernet), subnetwork),
     )
-    small.eval()
     rows = random_rows(20)
     arrays = pad(rows, range(len(rows)), pad_id=0)
     with paddle.no_grad():
@@ -151,12 +150,8 @@ def test_exporting_leaves_the_encoder_as_it_was(tmp_path: Path) -> None:
     arrays = pad(random_rows(4), range(4), pad_id=0)
     with paddle.no_grad():
         logits = encoder(*as_tensors(arrays)).numpy()
-    encoder.train()
     export("paddle", encoder, tmp_path, labels=None)
-    assert encoder.training
-    assert all(layer.training for layer in encoder.sublayers())
     assert "forward" not in vars(encoder)  # tracing replaces the forward of the layer it is given
-    encoder.eval()
     after = numpy_weights(encoder)
     assert before.keys() == after.keys()
     with paddle.no_grad():
@@ -175,7 +170,6 @@ def test_the_program_is_traced_once_and_removed(case: Case) -> None:
 def test_drift_is_refused_with_its_size(case: Case, tmp_path: Path) -> None:
     drifted = build_encoder(case.small.config, numpy_weights(case.small))
     drifted.classifier.bias.set_value(drifted.classifier.bias.numpy() + np.float32(0.01))
-    drifted.eval()
     export("onnx", drifted, tmp_path / "onnx", labels=LABELS)
     max_abs, error = gate(case, "onnx", tmp_path / "onnx")
     assert max_abs == pytest.approx(0.01, abs=1e-4)

@@ -54,7 +54,6 @@ def test_neuron_importance_is_the_slope_in_each_neurons_own_scale() -> None:
             else:
                 scaled[f"layers.{layer}.ffn.output.weight"][neuron] *= factor
             moved = build_encoder(encoder.config, scaled)
-            moved.eval()
             ends.append(loss_of(moved, batch))
         return abs(ends[0] - ends[1]) / (2 * STEP)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compression import batches, evaluate, pipeline
+from compression import batches, distillation, evaluate, pipeline
 from compression.__main__ import main
 from compression.batches import Encoded, pad
 from compression.checkpoint import newest_snapshot
@@ -23,11 +24,11 @@ from compression.encoder import Encoder, build_encoder
 from compression.errors import CheckpointRefused, DeviceUnavailable, Interrupted, InvalidSpec
 from compression.export import Parity, verify
 from compression.pipeline import compress, learning_config
-from compression.report import STAGES, CompressionReport, Progress
+from compression.report import STAGES, CompressionReport, Progress, TrainingReport
 from compression.spec import DistillationSpec, Format, Spec
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer
-from tests.builders import tiny_bert, tiny_dataset
+from tests.builders import WORDS, tiny_bert, tiny_dataset
 from tests.encoders import as_tensors, random_weights, tiny_config
 from tests.services import wait_until
 
@@ -99,7 +100,6 @@ def test_the_narrow_network_is_smaller_and_reads_back(finished: dict[str, Any]) 
     # The supernet learns without dropout; what is handed out keeps the model's own.
     assert checkpoint.config.hidden_dropout == 0.1
     encoder = build_encoder(checkpoint.config, checkpoint.tensors)
-    encoder.eval()
     rows = encode(load_tokenizer(finished["model"]), ["good film", "a bad one"], None, 32)
     onnx = pytest.importorskip("onnxruntime")
     session = onnx.InferenceSession(
@@ -120,8 +120,8 @@ def test_the_supernet_learns_with_the_specs_dropout() -> None:
     learnt = build_encoder(
         learning_config(config, DistillationSpec(dropout=0.3)), random_weights(config)
     )
-    assert learnt.layers[0].attention.attention_dropout.p == 0.3
-    assert learnt.layers[1].ffn.dropout.p == 0.3
+    assert learnt.layers[0].attention.attention_dropout == 0.3
+    assert learnt.layers[1].ffn.dropout == 0.3
 
 
 def test_exactly_one_subnetwork_is_selected_and_judged_on_test(finished: dict[str, Any]) -> None:
@@ -168,7 +168,7 @@ def test_pairs_without_dev_test_or_width_1_and_a_format_that_drifts(
 
     def sorted_rows(data: Encoded, **options: Any) -> Any:
         ranked.append(data)
-        return batches.sorted_batches(data, **options)
+        return batches.sorted_rows(data, **options)
 
     def logits_of(encoder: Encoder, data: Encoded, **options: Any) -> Any:
         judged.append(data)
@@ -179,7 +179,7 @@ def test_pairs_without_dev_test_or_width_1_and_a_format_that_drifts(
             return Parity(0.5, "logits differ from the supernet's by 0.5")
         return verify(fmt, folder, **options)
 
-    monkeypatch.setattr(pipeline, "sorted_batches", sorted_rows)
+    monkeypatch.setattr(pipeline, "sorted_rows", sorted_rows)
     monkeypatch.setattr(pipeline, "predict", logits_of)
     monkeypatch.setattr(pipeline, "verify", gate)
     spec = small_spec(
@@ -233,6 +233,129 @@ def test_pairs_without_dev_test_or_width_1_and_a_format_that_drifts(
     )
 
 
+def test_chinese_rows_of_several_labels_with_unlabelled_ones_and_a_last_fine_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    characters = "这部电影很好看但是有点长演员音乐不错差"
+    model = tiny_bert(tmp_path / "model", num_labels=None, words=tuple(characters))
+    (tmp_path / "dataset").mkdir()
+    chooser = random.Random(0)
+
+    def write(split: str, rows: int, *, labelled: bool = True, length: int = 12) -> None:
+        lines = []
+        for _ in range(rows):
+            text = "".join(chooser.choices(characters, k=length))
+            labels = [name for name, mark in (("好", "好"), ("音乐", "乐")) if mark in text]
+            row = {"text": text, **({"labels": labels} if labelled else {})}
+            lines.append(json.dumps(row, ensure_ascii=False))
+        (tmp_path / "dataset" / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+    write("train", 64)
+    write("dev", 20)
+    write("unlabelled", 40, labelled=False, length=40)
+    learnt: list[Encoded] = []
+
+    def distil_rows(
+        supernet: Encoder, teacher: Encoder, data: Encoded, *args: Any, **kw: Any
+    ) -> TrainingReport:
+        learnt.append(data)
+        return distillation.distil(supernet, teacher, data, *args, **kw)
+
+    monkeypatch.setattr(pipeline, "distil", distil_rows)
+    seen: list[Progress] = []
+    spec = small_spec(
+        task={"kind": "multi_label", "max_seq_len": 32},
+        teacher={"max_steps": 2},
+        distillation={"max_steps": 2},
+        final={"when": "always", "max_steps": 2, "learning_rate": 1e-3},
+        export={"formats": ["onnx"]},
+    )
+    report = compress(spec, model, tmp_path / "dataset", tmp_path / "run", seen.append)
+    assert CompressionReport.model_validate_json(report.model_dump_json()) == report
+
+    assert report.dataset.rows == {"train": 64, "dev": 20, "unlabelled": 40}
+    assert report.dataset.cut_rows == {"unlabelled": 40}
+    assert "40 of 40 rows of unlabelled are longer than 32 tokens" in report.dataset.notes[-1]
+    ((rows, labels),) = [(len(data), data.labels) for data in learnt]
+    assert (rows, labels) == (104, None)
+    # Every character is a token of its own, none unknown.
+    assert {len(ids) for ids in learnt[0].input_ids} == {14, 32}
+    assert not any(1 in ids for ids in learnt[0].input_ids)
+    assert (report.main_metric, report.final_steps) == ("micro_f1", 2)
+    assert [p.step for p in seen if p.stage == "final"] == [0, 1, 2]
+    for network in (report.teacher, *report.subnetworks):
+        assert set(network.metrics) == {"micro_f1", "macro_f1", "exact_match"}
+        assert network.accuracy == network.metrics["micro_f1"]
+    for network in report.subnetworks:
+        assert network.formats[0].published, network.formats[0].error
+
+    shown = ask(tmp_path, "w1_2", "音乐很好", "差")
+    assert [set(answer["probabilities"]) for answer in shown] == [{"好", "音乐"}] * 2
+    for answer in shown:
+        above = [name for name, p in answer["probabilities"].items() if p > 0.5]
+        assert answer["labels"] == above
+    card = (tmp_path / "w1_2" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "multi-label classifier" in card
+    assert "| micro F1 on dev |" in card
+    assert "| exact match on dev |" in card
+    assert "ccuracy" not in card
+
+
+def test_a_regression_of_pairs_with_the_models_own_head(tmp_path: Path) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=1)
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    chooser = random.Random(0)
+    for split, count in {"train": 48, "dev": 20, "test": 10}.items():
+        lines = ["sentence1\tsentence2\tscore"]
+        for _ in range(count):
+            one, two = chooser.choices(WORDS[:20], k=5), chooser.choices(WORDS[:20], k=5)
+            lines.append(f"{' '.join(one)}\t{' '.join(two)}\t{5 * chooser.random():.3f}")
+        (dataset / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    spec = small_spec(
+        task={"kind": "regression", "metric": "spearman", "max_seq_len": 32},
+        distillation={"max_steps": 2},
+        supernet={"width_mults": ["1/2"]},
+        export={"formats": ["safetensors", "onnx"]},
+    )
+    report = compress(spec, model, dataset, tmp_path / "run")
+    assert report.teacher.fine_tuned_steps == 0
+    assert report.main_metric == "spearman"
+    (half,) = report.subnetworks
+    drop = 100 * (report.teacher.metrics["spearman"] - half.metrics["spearman"])
+    assert half.accuracy_drop == pytest.approx(drop)
+    assert [fmt.published for fmt in half.formats] == [True, True]
+    assert report.dataset.labels == ()
+    assert report.dataset.label_names == ("score",)
+    # What is exported can be uploaded again, and is known for what it is.
+    again = read_checkpoint(tmp_path / "run" / "artifacts" / "w1_2" / "safetensors")
+    assert (again.head_task, again.labels) == ("regression", ("score",))
+    (answer,) = ask(tmp_path, "w1_2", "a good film", "the plot")
+    ((ids, types),) = encode(load_tokenizer(model), ["a good film"], ["the plot"], 32)
+    small = build_encoder(again.config, again.tensors)
+    row = Encoded([ids], [types], None)
+    expected = evaluate.predict(small, row)[0][0]
+    assert answer["score"] == pytest.approx(float(expected), abs=1e-4)
+    card = (tmp_path / "w1_2" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "| Spearman correlation on dev |" in card
+    assert "| Pearson correlation on dev |" in card
+    assert "ccuracy" not in card
+
+
+def ask(root: Path, name: str, *texts: str) -> list[dict[str, Any]]:
+    """What the bundle's predict.py answers, run as its reader runs it."""
+    with tarfile.open(root / "run" / "artifacts" / name / "bundle.tar.gz") as archive:
+        archive.extractall(root, filter="data")
+    done = subprocess.run(
+        [sys.executable, str(root / name / "predict.py"), "--json", *texts],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
 def test_a_gpu_is_refused_clearly_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(DeviceUnavailable, match="built for the CPU alone") as error:
         compress(small_spec(device="gpu"), tmp_path, tmp_path, tmp_path / "run")
@@ -272,7 +395,10 @@ class Stopping:
 def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: Path) -> None:
     model = tiny_bert(tmp_path / "model", num_labels=None, seed=1)
     dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 80, "dev": 40, "test": 20}, seed=1)
-    spec = small_spec(distillation={"epochs": 2, "learning_rate": 1e-3, "dropout": None})
+    spec = small_spec(
+        distillation={"epochs": 2, "learning_rate": 1e-3, "dropout": None},
+        final={"when": "always", "epochs": 1},
+    )
 
     def run_until(stage: str, step: int, out: Path) -> list[Progress]:
         stopping = Stopping(stage, step)
@@ -282,12 +408,13 @@ def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: P
 
     run_until("export", 0, tmp_path / "whole")
     _, whole, _ = newest_snapshot(tmp_path / "whole" / "checkpoints")
-    assert whole is not None and list(whole.stages) == ["teacher", "importance", "distil"]
+    assert whole is not None and list(whole.stages) == ["teacher", "importance", "distil", "final"]
 
     out = tmp_path / "parts"
     went_on = []
     for stage, step in (
-        ("load", 1), ("teacher", 2), ("importance", 0), ("reorder", 0), ("distil", 3), ("export", 0)
+        ("load", 1), ("teacher", 2), ("importance", 0), ("reorder", 0), ("distil", 3), ("final", 2),
+        ("export", 0),
     ):  # fmt: skip
         seen = run_until(stage, step, out)
         went_on.append(next(p.message for p in seen if p.stage == "load" and p.step == 1))
@@ -298,6 +425,7 @@ def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: P
         "goes on from the end of teacher",
         "goes on from the end of importance",
         "goes on from step 3 of distil",
+        "goes on from step 2 of final",
     ]
     _, parts, _ = newest_snapshot(out / "checkpoints")
     assert parts is not None

@@ -179,6 +179,7 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
     assert deadlines(Spec(), plan_of({}, large, train=TRAIN, dev=DEV)) == {
         "teacher": None,
         "distil": None,
+        "final": None,
     }
     spec = {"max_minutes": 2}
     plan = plan_of(spec, large, train=TRAIN, dev=DEV)
@@ -186,15 +187,18 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
     assert plan.predicted_seconds == pytest.approx(20 + sum(parts.values()), rel=0.05)
     assert parts["finish"] > 15 * 6  # exports
     until = deadlines(Spec.model_validate(spec), plan)
-    assert until["distil"] == pytest.approx(120 - parts["finish"])
+    assert until["final"] == until["distil"] == pytest.approx(120 - parts["finish"])
     assert until["teacher"] is not None and until["distil"] is not None
     assert until["teacher"] / until["distil"] == pytest.approx(
         parts["teacher"] / (parts["teacher"] + parts["importance"] + parts["distil"])
     )
+    last = plan_of({"final": {"when": "always"}}, large, train=TRAIN, dev=DEV)
+    three = deadlines(Spec.model_validate({**spec, "final": {"when": "always"}}), last)
+    assert 0 < three["teacher"] < three["distil"] < three["final"] == until["final"]
     # A model that keeps its head is not fine-tuned, and a budget can be too small for anything.
     kept = plan_of({}, model(hidden=3200, head_dim=800), train=TRAIN, dev=DEV)
     assert kept.predicted_stage_seconds["teacher"] == 0
-    assert deadlines(Spec(max_minutes=0.1), plan) == {"teacher": 0, "distil": 0}
+    assert deadlines(Spec(max_minutes=0.1), plan) == {"teacher": 0, "distil": 0, "final": 0}
     (warning,) = (each for each in plan.warnings if "max_minutes" in each)
     assert "training will stop early" in warning
     long = plan_of({"max_minutes": 1000}, large, train=TRAIN, dev=DEV)
@@ -275,7 +279,9 @@ def test_empty_labels_are_named_by_line() -> None:
 
 def test_labels_that_train_does_not_have_are_named_by_line() -> None:
     error = refused_rows(train=TRAIN, dev=DEV, test=table(["0", "-1", "-1", "2"]))
-    assert [(row.file, row.line) for row in error.rows] == [("test.csv", 3), ("test.csv", 5)]
+    lines = [(row.file, row.line) for row in error.rows]
+    assert lines == [("test.csv", 3), ("test.csv", 4), ("test.csv", 5)]
+    assert error.message.endswith("(3 rows in all)")
     assert "'-1' is not in train" in error.message
 
 
@@ -375,9 +381,107 @@ def test_when_to_fine_tune() -> None:
     assert always.fine_tune
     assert always.labels == always.label_names == ("x", "y")
     refused_spec("/teacher/when", {"teacher": {"when": "never"}}, model(None))
-    refused_spec("/teacher/when", {}, model(1))
+    listed = {"labels": ["x", "y", "z"]}
+    said = refused_spec("/task/labels", {"task": listed}, model(None), **splits)
+    assert "no row of train has the label z" in said
+    assert "one output for regression" in refused_spec("/task/kind", {}, model(1))
     never = plan_of({"teacher": {"when": "never"}}, model(2, names), train=TRAIN, dev=DEV)
     assert not never.fine_tune
+
+
+# --- several labels, and scores -------------------------------------------------------------
+
+MARKS = table(["a;b", "b", "", "c ;a", "b"] * 8)
+SEVERAL = {"task": {"kind": "multi_label", "separator": ";"}}
+
+
+def test_labels_of_a_row_are_split_or_listed_and_become_marks() -> None:
+    plan = plan_of(SEVERAL, model(None), train=MARKS)
+    assert (plan.labels, plan.label_names) == (("a", "b", "c"), ("a", "b", "c"))
+    assert plan.rows == {"train": 36, "dev": 4}
+    listed = table([("a", "b"), ("b",), (), ("c", "a"), ("b", "b")] * 8)
+    assert plan_of(SEVERAL, model(None), train=listed).labels == plan.labels
+    for train in (MARKS, listed):
+        spec, splits = Spec.model_validate(SEVERAL), {"train": train, "dev": train}
+        given = plan_of(SEVERAL, model(None), **splits)
+        rows = resolve_rows(spec, given, named(**splits), 0)["dev"]
+        assert rows.labels is not None
+        assert rows.labels.dtype == "float32"
+        expected = [[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0]]
+        assert rows.labels[:5].tolist() == expected
+
+
+def test_a_model_with_a_head_gives_several_labels_their_order() -> None:
+    plan = plan_of(SEVERAL, model(3, ("c", "b", "a")), train=MARKS, dev=MARKS)
+    assert (plan.labels, plan.fine_tune) == (("c", "b", "a"), False)
+
+
+def test_what_is_wrong_with_several_labels_is_named() -> None:
+    error = refused_rows(SEVERAL, train=MARKS, dev=table(["a", "x;b", "b;x"]))
+    assert [(row.file, row.line) for row in error.rows] == [("dev.csv", 3), ("dev.csv", 4)]
+    assert "'x' is not in train (2 rows in all)" in error.message
+    assert "needs two" in refused_rows(SEVERAL, train=table(["a", ""] * 20)).message
+    unlike = table([f"{i};{i + 1}" for i in range(40)], other=["0", "1"] * 20)
+    asked = {"task": {**SEVERAL["task"], "label": "label"}}
+    assert "as lists" in refused_spec("/task/label", asked, model(None), train=unlike)
+    plan = plan_of(SEVERAL, model(None), train=MARKS)
+    with pytest.raises(InvalidDataset, match=r"null.*2 rows in all") as caught:
+        broken = named(train=table(["a", None, "b", None]))
+        resolve_rows(Spec.model_validate(SEVERAL), plan, broken, 0)
+    assert [row.line for row in caught.value.rows] == [3, 5]
+
+
+def test_lists_are_labels_of_a_multi_label_task_alone() -> None:
+    train = table([("a", "b"), ("b",)] * 20)
+    named_label = {"task": {"label": "label"}}
+    assert "multi_label" in refused_spec("/task/label", named_label, model(None), train=train)
+    words = table(["0", "1"] * 9, tokens=[("a", "b")] * 18)
+    named_text = {"task": {"text": "tokens"}}
+    assert "holds lists" in refused_spec("/task/text", named_text, None, train=words)
+
+
+SCORES = {"task": {"kind": "regression"}}
+SCORED = table([f"{i / 4}" for i in range(40)])
+
+
+def test_scores_become_numbers_and_need_one_output() -> None:
+    plan = plan_of(SCORES, model(None), train=SCORED)
+    assert (plan.labels, plan.label_names) == ((), ("label",))
+    assert plan.rows == {"train": 36, "dev": 4}
+    one = dataclasses.replace(CONFIG, num_labels=1)
+    assert plan.subnetworks[0].parameters == cost.parameters(one)
+    splits = {"train": SCORED, "dev": SCORED}
+    plan = plan_of(SCORES, model(None), **splits)
+    rows = resolve_rows(Spec.model_validate(SCORES), plan, named(**splits), 0)
+    assert rows["dev"].labels is not None
+    assert rows["dev"].labels.dtype == "float32"
+    assert rows["dev"].labels[:3].tolist() == [0, 0.25, 0.5]
+    assert not plan_of(SCORES, model(1), train=SCORED).fine_tune
+    assert plan_of(SCORES, model(1, ("grade",)), train=SCORED).label_names == ("grade",)
+    assert "2 outputs" in refused_spec("/task/kind", SCORES, model(2), train=SCORED)
+
+
+def test_what_is_wrong_with_scores_is_named() -> None:
+    error = refused_rows(SCORES, train=SCORED, dev=table(["1", "good", "nan", "2"]))
+    assert [row.line for row in error.rows] == [3, 4]
+    assert "is not a number (2 rows in all)" in error.message
+    many = refused_rows(SCORES, train=SCORED, dev=table(["1"] * 5 + [None] * 30))
+    assert ("is empty (30 rows in all)" in many.message, len(many.rows)) == (True, 10)
+    same = table(["1", "2"] * 10, grade=["1.5"] * 20)
+    named_label = {"task": {"kind": "regression", "label": "grade"}}
+    assert "one value only" in refused_rows(named_label, train=same).message
+    listed = {"task": {"kind": "regression", "labels": ["1"]}}
+    refused_spec("/task/labels", listed, model(None), train=SCORED)
+
+
+def test_a_head_for_another_task_is_refused_unless_it_is_replaced() -> None:
+    info = model(3).model_copy(update={"head_task": "multi_label"})
+    train = table(["0", "1", "2"] * 20)
+    said = refused_spec("/task/kind", {}, info, train=train)
+    assert "3 outputs for multi_label" in said
+    assert plan_of({"teacher": {"when": "always"}}, info, train=train).fine_tune
+    plan = plan_of({"task": {"kind": "multi_label", "label": "label"}}, info, train=train)
+    assert plan.labels == ("0", "1", "2")
 
 
 # --- warnings -------------------------------------------------------------------------------
@@ -397,10 +501,11 @@ def test_what_a_user_should_know(spec: dict[str, Any], says: str) -> None:
     assert any(says in warning for warning in plan_of(spec, train=TRAIN, dev=DEV).warnings)
 
 
-def test_rows_that_nothing_reads_are_named() -> None:
-    texts = Table(("text",), [{"text": "x"}, {"text": "y"}], [1, 2])
-    warnings = plan_of(train=TRAIN, dev=DEV, unlabelled=texts).warnings
-    assert any("the 2 rows of unlabelled are not used" in warning for warning in warnings)
+def test_unlabelled_rows_are_counted_and_those_that_judge_are_named() -> None:
+    texts = Table(("text",), [{"text": "x"}, {"text": "text 7"}], [1, 2])
+    plan = plan_of(train=TRAIN, dev=DEV, unlabelled=texts)
+    assert plan.rows == {"train": 40, "dev": 120, "unlabelled": 2}
+    assert any("1 of 120 rows of dev stand in unlabelled too" in each for each in plan.warnings)
 
 
 def test_a_small_dev_is_warned_of() -> None:
@@ -434,7 +539,7 @@ def test_rows_keep_texts_labels_and_lines() -> None:
 def test_unlabelled_rows_have_no_label() -> None:
     texts = Table(("text",), [{"text": "x"}, {"text": None}], [1, 2])
     rows = rows_of(train=TRAIN, unlabelled=texts)
-    assert rows["unlabelled"].labels.tolist() == [-1, -1]
+    assert rows["unlabelled"].labels is None
     assert rows["unlabelled"].texts == ["x", ""]
     assert list(rows) == ["train", "dev", "unlabelled"]
 

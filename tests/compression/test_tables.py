@@ -26,6 +26,7 @@ from compression.tables import (
     MAX_ROW_ERRORS,
     DatasetProfile,
     Table,
+    guess_columns,
     profile,
     read_splits,
     write_clean,
@@ -269,7 +270,9 @@ def test_jsonl_keeps_digits_nulls_and_line_numbers(tmp_path: Path) -> None:
     ("row", "says"),
     [
         ('{"text": "a", "label": true}', '"true"'),
-        ('{"text": ["a"], "label": "1"}', "array"),
+        ('{"text": ["a", null], "label": "1"}', "array"),
+        ('{"text": [["a"]], "label": "1"}', "array"),
+        ('{"text": ["a\\ud800"], "label": "1"}', "surrogate"),
         ('{"text": {"a": "b"}, "label": "1"}', "object"),
         ('{"text": "a", "text": "b", "label": "1"}', "twice"),
         ('{"text": "a", "label": NaN}', "NaN"),
@@ -338,12 +341,17 @@ def test_parquet_text_and_numbers_become_text(tmp_path: Path) -> None:
     assert table.lines == [1, 2, 3]
 
 
+def _list_of(kind: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", kind))  # as Parquet names it when it is read back
+
+
 @pytest.mark.parametrize(
     "column",
     [
         pa.array([True]),
         pa.array([b"bytes"]),
-        pa.array([["a"]], pa.list_(pa.field("element", pa.string()))),
+        pa.array([[["a"]]], _list_of(_list_of(pa.string()))),
+        pa.array([[True]], _list_of(pa.bool_())),
         pa.array([{"a": 1}]),
         pa.array([0], pa.timestamp("ms")),
         pa.array([0], pa.date32()),
@@ -388,10 +396,26 @@ def test_a_damaged_parquet_file_is_refused_or_read_never_a_crash(data: st.DataOb
             assert "train.parquet" in error.message
 
 
+def test_lists_are_read_as_texts_from_jsonl_and_parquet(tmp_path: Path) -> None:
+    train = read_train(
+        tmp_path,
+        train_jsonl='{"t": "a", "l": ["x", 1.50]}\n{"t": "b", "l": []}\n{"t": "c", "l": null}\n',
+    )
+    assert [row["l"] for row in train.rows] == [("x", "1.50"), (), None]
+    (tmp_path / "train.jsonl").unlink()
+    parquet(tmp_path, t=["a", "b", "c"], l=pa.array([[1, 2], [], None]))
+    assert [row["l"] for row in read_train(tmp_path).rows] == [("1", "2"), (), None]
+    parquet(tmp_path, t=["a", "b"], l=pa.array([["x"], ["y", None]]))
+    error = refused(tmp_path)
+    assert broken_lines(error) == [("train.parquet", 2)]
+    assert "empty place" in error.message
+
+
 # --- properties -----------------------------------------------------------------------------
 
 # What a file may hold: any Unicode text without NUL; of control characters JSON escapes the rest.
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
+cells = st.none() | texts | st.lists(texts, max_size=3).map(tuple)
 names = st.lists(
     texts.filter(lambda name: name not in ("", LINE_KEY) and "\r" not in name),
     min_size=1,
@@ -411,7 +435,7 @@ def tables(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Table]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(tables(st.none() | texts), tables(st.none() | texts))
+@given(tables(cells), tables(cells))
 def test_clean_rows_read_back_identically(train: Table, dev: Table) -> None:
     with tempfile.TemporaryDirectory() as folder:
         written = write_clean({"train": train, "dev": dev}, Path(folder))
@@ -592,6 +616,37 @@ def test_a_dataset_without_labels_is_refused(
     with pytest.raises(InvalidDataset, match=says) as caught:
         profile(splits)
     assert caught.value.pointer == "train.csv"
+
+
+def test_lists_of_labels_are_profiled_item_by_item(tmp_path: Path) -> None:
+    found = profile_of(
+        tmp_path,
+        train_jsonl='{"text": "a b", "labels": ["x", "y"]}\n{"text": "c", "labels": []}\n'
+        '{"text": "d", "labels": ["y"]}\n{"text": "e", "labels": null}\n',
+    )
+    column = found.splits["train"].column("labels")
+    assert column is not None
+    assert column.values is not None
+    assert (column.kind, column.distinct, column.empty_lines) == ("list", 2, (4,))
+    assert [(v.value, v.count, v.lines) for v in column.values] == [
+        ("x", 1, (1,)),
+        ("y", 2, (1, 3)),
+    ]
+    assert (found.label, found.label_candidates) == (None, ())
+    assert guess_columns(found.splits, "multi_label").label == "labels"
+
+
+def test_scores_that_never_repeat_are_accepted_for_a_regression(tmp_path: Path) -> None:
+    found = profile_of(
+        tmp_path,
+        train_csv=labelled("text,score", lambda i: f"t {i},{i / 7:.3f}"),
+        dev_csv="text,score\na,0.5\nb,nan\nc,high\n",
+    )
+    assert guess_columns(found.splits).label is None
+    assert guess_columns(found.splits, "regression").label == "score"
+    column = found.splits["dev"].column("score")
+    assert column is not None
+    assert (column.kind, column.not_numbers, column.not_number_lines) == ("text", 2, (3, 4))
 
 
 def test_an_unlabelled_split_needs_no_label(tmp_path: Path) -> None:

@@ -294,7 +294,8 @@ def test_weights_that_do_not_fit_are_named(
         ({"id2label": {"0": "a", "2": "b"}}, "does not name the labels 0 to 1"),
         ({"id2label": ["a", "b"]}, "id2label is not an object"),
         ({"architectures": ["BertForTokenClassification"]}, "BertForTokenClassification"),
-        ({"problem_type": "regression"}, "the classifier is one for regression"),
+        ({"problem_type": "regression"}, "'regression', which does not suit a classifier of 2"),
+        ({"problem_type": ["a"]}, "which does not suit"),
     ],
 )
 def test_hostile_and_unsupported_configs_are_refused_by_field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import paddle
 import pytest
 
-from compression.batches import Batch, Encoded, training_rows
+from compression.batches import Batch, Encoded, make_batch, training_rows
 from compression.encoder import numpy_weights
 from compression.errors import OutOfMemory, TrainingDiverged
 from compression.evaluate import predict
 from compression.report import TrainingReport
 from compression.spec import DistillationSpec, FineTuneSpec
+from compression.supernet import subnetwork_of
 from compression.tasks import Task
 from compression.tasks.base import Count
 from compression.tasks.classification import Classification
@@ -92,6 +94,37 @@ def test_fine_tuning_learns_a_rule_and_repeats_itself() -> None:
         np.testing.assert_array_equal(ends[0][name], ends[1][name])
 
 
+def test_subnetworks_are_fine_tuned_together_with_one_step_a_batch() -> None:
+    data, spec = random_rows(16), FineTuneSpec(max_steps=1, batch_size=16)
+    calm = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    tuned, by_hand = tiny_encoder(**calm), tiny_encoder(**calm)
+    subnetworks = [subnetwork_of(tuned.config, Fraction(w)) for w in ("1", "1/2")]
+    seen: list[float] = []
+    report = fine_tune(
+        tuned,
+        data,
+        spec,
+        TASK,
+        subnetworks=subnetworks,
+        seed=0,
+        on_step=lambda step: seen.extend(step.losses.values()),
+    )
+    (rows,) = training_rows(data, batch_size=16, steps=1, seed=0)
+    batch = make_batch(data, rows, pad_id=0)
+    optimizer = Optimizer(by_hand, spec, steps=1)
+    losses = [
+        TASK.label_loss(by_hand(*batch.inputs, subnetwork=each), batch) for each in subnetworks
+    ]
+    sum(losses).backward()
+    optimizer.step()
+    assert (report.steps, len(seen)) == (1, 1)
+    assert seen[0] == pytest.approx(sum(map(float, losses)) / 2, rel=1e-5)
+    after, before = numpy_weights(tuned), numpy_weights(tiny_encoder(**calm))
+    for name, value in numpy_weights(by_hand).items():
+        np.testing.assert_allclose(after[name], value, atol=1e-6, err_msg=name)
+    assert any(not np.array_equal(after[name], before[name]) for name in before)
+
+
 def test_a_loss_that_is_not_finite_stops_the_training_and_names_the_step() -> None:
     encoder, data = tiny_encoder(), random_rows(64)
     done: list[int] = []
@@ -128,7 +161,8 @@ def test_the_error_of_a_broken_loss_names_rows_and_checkpoint(tmp_path: Path) ->
     kept, _ = held_out(64, spec, seed=0)
     *_, third = training_rows(data.take(kept), batch_size=12, steps=3, seed=0)
     rows = ", ".join(str(row) for row in np.sort(kept[third])[:10])
-    assert f"the batch's 12 rows of train (counted from 0): {rows}, ...; " in error.value.message
+    assert "the batch's 12 rows of train (counted from 0, unlabelled" in error.value.message
+    assert f"): {rows}, ...; " in error.value.message
     assert checkpoints.newest is not None and checkpoints.newest.name in error.value.message
     assert error.value.pointer == "/teacher/learning_rate"
 

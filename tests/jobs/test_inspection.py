@@ -257,6 +257,35 @@ def test_a_dataset_is_profiled_and_cleaned(tmp_path: Path, settings: Settings) -
     assert packed.profile == found.profile
 
 
+def test_lists_and_scores_are_kept_for_the_tasks_that_want_them(
+    tmp_path: Path, settings: Settings
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows = ['{"text": "一", "topics": ["a", "乙"]}', '{"text": "二", "topics": []}']
+    (folder / "train.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    listed = inspect_dataset_upload(_files(folder), tmp_path / "out", settings)
+    assert listed.profile.splits["train"].columns[1].kind == "list"
+    assert read_splits(tmp_path / "out") == read_splits(folder)
+    (folder / "train.jsonl").unlink()
+    (folder / "train.csv").write_text("text,score\na,0.5\nb,1.25\n")
+    scored = inspect_dataset_upload(_files(folder), tmp_path / "out2", settings)
+    assert scored.profile.splits["train"].columns[1].kind == "number"
+
+
+def test_what_a_head_is_for_is_told(tmp_path: Path, settings: Settings) -> None:
+    assert _model(_files(tiny_bert(tmp_path / "in")), tmp_path, settings).info.head_task is None
+    shutil.rmtree(tmp_path / "out")
+    one = tiny_bert(tmp_path / "one", num_labels=1)
+    assert _model(_files(one), tmp_path, settings).info.head_task == "regression"
+    shutil.rmtree(tmp_path / "out")
+    several = tiny_bert(tmp_path / "several", num_labels=3)
+    config = json.loads((several / "config.json").read_text())
+    config["problem_type"] = "multi_label_classification"
+    (several / "config.json").write_text(json.dumps(config))
+    assert _model(_files(several), tmp_path, settings).info.head_task == "multi_label"
+
+
 def test_broken_rows_come_back_with_their_lines(tmp_path: Path, settings: Settings) -> None:
     folder = tiny_dataset(tmp_path / "in", rows={"train": 40, "dev": 10})
     lines = (folder / "train.tsv").read_text().splitlines()

@@ -1,0 +1,54 @@
+"""Any number of labels a row. Letters: B rows, C labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from paddle import Tensor
+from paddle.nn import functional as F
+
+from compression.batches import Batch, Encoded
+from compression.tasks.base import Count, Predictions, Task
+from compression.tasks.scores import f1, marked_counts
+
+
+@dataclass(frozen=True)
+class MultiLabel(Task):
+    """Each of C labels applies to a row or not. Labels float32 [rows, C], 0 or 1.
+
+    A label is given where its logit is above 0, that is from a probability of 1/2 on.
+    """
+
+    def label_loss(self, logits: Tensor, batch: Batch, *, total: Count | None = None) -> Tensor:
+        """Sigmoid cross-entropy of logits [B, C] against labels [B, C], a mean over labels too."""
+        return self._entropy(logits, batch.labels, batch, total)
+
+    def logit_loss(
+        self, *, student: Tensor, teacher: Tensor, batch: Batch, total: Count | None = None
+    ) -> Tensor:
+        """The same against the teacher's sigmoids; logits [B, C]."""
+        return self._entropy(student, F.sigmoid(teacher), batch, total)
+
+    def _entropy(
+        self, logits: Tensor, targets: Tensor, batch: Batch, total: Count | None
+    ) -> Tensor:
+        # Not F.binary_cross_entropy_with_logits, whose gradient at a logit of exactly 0 is wrong
+        # (that of max(x, 0) is taken for 1), as a test has shown with Paddle 3.3.1.
+        entropies = F.softplus(logits) - logits * targets
+        rows = self.count(batch) if total is None else total
+        return entropies.sum() / (rows * logits.shape[-1])
+
+    def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
+        """F1 of all marks together, the mean F1 of the labels, and rows with every mark right.
+
+        A label that is neither wanted nor given is left out of the mean.
+        """
+        found, wanted = np.asarray(predictions) > 0, np.asarray(data.labels) > 0.5
+        counts = marked_counts(found, wanted)
+        occurs = counts[1] + counts[2] > 0
+        return {
+            "micro_f1": float(f1(*(count.sum() for count in counts))),
+            "macro_f1": float(f1(*counts)[occurs].mean()) if occurs.any() else 0.0,
+            "exact_match": float((found == wanted).all(axis=1).mean()),
+        }

@@ -1,0 +1,34 @@
+"""One score a row. Letters: B rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from paddle import Tensor
+
+from compression.batches import Batch, Encoded
+from compression.tasks.base import Count, Predictions, Task
+from compression.tasks.scores import pearson, spearman
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """The classifier's one output is the score. Labels float32 [rows]."""
+
+    def label_loss(self, logits: Tensor, batch: Batch, *, total: Count | None = None) -> Tensor:
+        """Squared difference of logits [B, 1] from labels [B]."""
+        return self._squares(logits, batch.labels.unsqueeze(-1), batch, total)
+
+    def logit_loss(
+        self, *, student: Tensor, teacher: Tensor, batch: Batch, total: Count | None = None
+    ) -> Tensor:
+        """Squared difference of the student's from the teacher's scores, [B, 1]."""
+        return self._squares(student, teacher, batch, total)
+
+    def _squares(self, one: Tensor, other: Tensor, batch: Batch, total: Count | None) -> Tensor:
+        return (one - other).square().sum() / (self.count(batch) if total is None else total)
+
+    def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
+        scores, labels = np.asarray(predictions)[:, 0], np.asarray(data.labels)
+        return {"pearson": pearson(scores, labels), "spearman": spearman(scores, labels)}
