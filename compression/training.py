@@ -165,12 +165,11 @@ class BatchGradients:
         pad_id = self.replicas.members[0].config.pad_token_id
         whole = make_batch(self.data, rows, pad_id=pad_id)
         length = whole.input_ids.shape[1] if self.keep_length else None
-        size = max(1, (micro_batch or len(rows)) // len(self.replicas.members))
+        at_once = len(rows) if micro_batch is None else micro_batch // len(self.replicas.members)
 
         def work(member: Encoder, part: np.ndarray) -> dict[str, float]:
             found: dict[str, float] = {}
-            for start in range(0, len(part), size if micro_batch else len(part)):
-                micro = part[start : start + size] if micro_batch else part
+            for micro in np.split(part, range(max(1, at_once), len(part), max(1, at_once))):
                 share = make_batch(self.data, micro, pad_id=pad_id, length=length)
                 noise = Noise([self.seed, step, int(micro[0])])
                 for name, loss in self.losses(member, share, whole, noise):

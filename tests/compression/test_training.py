@@ -284,6 +284,7 @@ def test_another_error_is_not_taken_for_a_small_memory() -> None:
 def test_predict_keeps_row_order() -> None:
     encoder, data = tiny_encoder(), random_rows(10)
     logits = predict(encoder, data, batch_size=3)
+    np.testing.assert_array_equal(predict(encoder, data, batch_size=3, threads=2), logits)
     for row in (0, 4, 9):
         np.testing.assert_allclose(predict(encoder, data.take([row]))[0], logits[row], atol=1e-5)
     assert not paddle.to_tensor(logits).isnan().any()
