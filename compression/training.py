@@ -101,19 +101,26 @@ class Optimizer:
 
     def step(self) -> None:
         """One update with the gradients that have been accumulated, which are then cleared."""
-        self.optimizer.step()
+        # Paddle makes and names its accumulators here, by a counter of the process: in a scope of
+        # their own the names are the same for the second optimizer of the same parameters.
+        with paddle.utils.unique_name.guard():
+            self.optimizer.step()
         self.rate.step()
         self.optimizer.clear_grad(set_to_zero=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Its moments and their powers, "<parameter>.<accumulator>"; none before the first step."""
         held = self.optimizer.state_dict()
-        return {
-            f"{name}.{accumulator}": held[key]
+        held.pop("LR_Scheduler", None)
+        found = {
+            f"{name}.{accumulator}": held.pop(key)
             for name, parameter in self.named.items()
             for accumulator in ACCUMULATORS
             if (key := f"{parameter.name}_{accumulator}_0") in held
         }
+        if held:  # a checkpoint without them would go on, and end elsewhere
+            raise RuntimeError(f"the optimizer keeps what no checkpoint would: {sorted(held)}")
+        return found
 
     def restore(self, tensors: Mapping[str, np.ndarray], *, step: int) -> None:
         """As it was after `step` steps; the inverse of `tensors`."""

@@ -12,7 +12,7 @@ import paddle
 import pytest
 
 from compression.batches import Batch, Encoded, make_batch, training_rows
-from compression.encoder import numpy_weights
+from compression.encoder import Encoder, load_weights, numpy_weights
 from compression.errors import OutOfMemory, TrainingDiverged
 from compression.evaluate import predict
 from compression.report import TrainingReport
@@ -67,6 +67,34 @@ def test_biases_and_norms_are_not_decayed() -> None:
         decayed = not name.endswith(".bias") and ".norm." not in name
         expected = before[name] * (0.95 if decayed else 1.0)
         np.testing.assert_allclose(value, expected, atol=1e-6, err_msg=name)
+
+
+def test_a_second_training_of_the_same_weights_goes_on_with_its_own_moments() -> None:
+    """Paddle counts the names of accumulators: those of a second optimizer are others."""
+    spec = FineTuneSpec(learning_rate=1e-2, warmup_fraction=0)
+
+    def stepped(optimizer: Optimizer, encoder: Encoder, times: int) -> None:
+        for _ in range(times):
+            for i, parameter in enumerate(encoder.parameters()):
+                (parameter.square() * (i + 1.0)).sum().backward()
+            optimizer.step()
+
+    encoder = tiny_encoder()
+    stepped(Optimizer(encoder, spec, steps=4), encoder, 2)
+    second = Optimizer(encoder, spec, steps=4)
+    stepped(second, encoder, 2)
+    kept = {name: value.numpy().copy() for name, value in second.tensors().items()}
+    assert len(kept) == 4 * len(encoder.parameters())
+    weights = numpy_weights(encoder)
+    stepped(second, encoder, 2)
+    other = tiny_encoder(5)
+    stepped(Optimizer(other, spec, steps=4), other, 1)
+    load_weights(other, weights)
+    resumed = Optimizer(other, spec, steps=4)
+    resumed.restore(kept, step=2)
+    stepped(resumed, other, 2)
+    for name, value in numpy_weights(encoder).items():
+        np.testing.assert_array_equal(numpy_weights(other)[name], value, err_msg=name)
 
 
 def test_fine_tuning_learns_a_rule_and_repeats_itself() -> None:
