@@ -419,18 +419,26 @@ def make_teacher(
 
 
 def finished(
-    model: Encoder, surroundings: Surroundings, training: Callable[[], TrainingReport]
+    model: Encoder,
+    surroundings: Surroundings,
+    training: Callable[[], TrainingReport],
+    *,
+    trained_further: bool = False,
 ) -> TrainingReport:
-    """Trains the model in place and keeps it in a checkpoint, or takes it from one."""
+    """Trains the model in place and keeps it in a checkpoint, or takes it from one.
+
+    `trained_further`: a later stage goes on with the same model, so later checkpoints need a
+    copy of what it is now.
+    """
     state = surroundings.state
     if state is not None and state.done:
         load_weights(model, state.tensors)
         return TrainingReport.model_validate(state.figures)
     report = training()
     if surroundings.checkpoints is not None:
+        weights = numpy_weights(model) if trained_further else model.state_dict()
         surroundings.checkpoints.save(
-            surroundings.stage,
-            StageState(report.steps, True, report.model_dump(), model.state_dict()),
+            surroundings.stage, StageState(report.steps, True, report.model_dump(), weights)
         )
     return report
 
@@ -500,6 +508,7 @@ def train_supernet(
     def on_step(step: Step) -> None:
         advance(step.done, step.total, losses=dict(step.losses))
 
+    trained_further = job.spec.final.when != "never"
     if job.spec.engine == "paddleslim":
         request = Request(job.spec, teacher.config, numpy_weights(teacher), rows, orders)
 
@@ -510,7 +519,7 @@ def train_supernet(
             load_weights(supernet, learnt)
             return report
 
-        return finished(supernet, surroundings, learn)
+        return finished(supernet, surroundings, learn, trained_further=trained_further)
     return finished(
         supernet,
         surroundings,
@@ -526,6 +535,7 @@ def train_supernet(
             replicas=job.replicas,
             on_step=on_step,
         ),
+        trained_further=trained_further,
     )
 
 

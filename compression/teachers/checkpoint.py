@@ -356,9 +356,9 @@ def _foreign_sources(
     other = [name for name in unexpected if name.startswith(_OTHER_TASKS)]
     if other:
         raise InvalidModel(
-            f"{file.path.name} holds the head of another task: {_listed(other)}; only sentence and "
-            "sentence-pair classifiers can be compressed as yet. Remove the head's weights to "
-            "fine-tune a new one",
+            f"{file.path.name} holds the head of another task: {_listed(other)}. Classification, "
+            "regression, token classification and answer extraction can be compressed: remove "
+            "the head's weights to fine-tune a new one",
             pointer=file.path.name,
         )
     if unexpected:

@@ -309,7 +309,7 @@ def test_chinese_rows_of_several_labels_with_unlabelled_ones_and_a_last_fine_tun
 
     assert report.dataset.rows == {"train": 64, "dev": 20, "unlabelled": 40}
     assert report.dataset.cut_rows == {"unlabelled": 40}
-    assert "40 of 40 rows of unlabelled are longer than 32 tokens" in report.dataset.notes[-1]
+    assert "40 of 40 rows of unlabelled have more than 32 tokens" in report.dataset.notes[-1]
     ((rows, labels),) = [(len(data), data.labels) for data in learnt]
     assert (rows, labels) == (104, None)
     # Every character is a token of its own, none unknown.
@@ -430,7 +430,10 @@ class Stopping:
 def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: Path) -> None:
     model = tiny_bert(tmp_path / "model", num_labels=None, seed=1)
     dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 80, "dev": 40, "test": 20}, seed=1)
-    spec = small_spec(distillation={"epochs": 2, "learning_rate": 1e-3, "dropout": None})
+    spec = small_spec(
+        distillation={"epochs": 2, "learning_rate": 1e-3, "dropout": None},
+        final={"when": "always", "epochs": 1},
+    )
 
     def run_until(stage: str, step: int, out: Path) -> list[Progress]:
         stopping = Stopping(stage, step)
@@ -440,12 +443,13 @@ def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: P
 
     run_until("export", 0, tmp_path / "whole")
     _, whole, _ = newest_snapshot(tmp_path / "whole" / "checkpoints")
-    assert whole is not None and list(whole.stages) == ["teacher", "importance", "distil"]
+    assert whole is not None and list(whole.stages) == ["teacher", "importance", "distil", "final"]
 
     out = tmp_path / "parts"
     went_on = []
     for stage, step in (
-        ("load", 1), ("teacher", 2), ("importance", 0), ("reorder", 0), ("distil", 3), ("export", 0)
+        ("load", 1), ("teacher", 2), ("importance", 0), ("reorder", 0), ("distil", 3), ("final", 2),
+        ("export", 0),
     ):  # fmt: skip
         seen = run_until(stage, step, out)
         went_on.append(next(p.message for p in seen if p.stage == "load" and p.step == 1))
@@ -456,6 +460,7 @@ def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: P
         "goes on from the end of teacher",
         "goes on from the end of importance",
         "goes on from step 3 of distil",
+        "goes on from step 2 of final",
     ]
     _, parts, _ = newest_snapshot(out / "checkpoints")
     assert parts is not None
