@@ -68,7 +68,7 @@ class Settings(BaseSettings):
 
     measure_training: bool = Field(
         True,
-        description="Whether a worker measures once, at its first job, which threads and math "
+        description="Whether a worker measures once, when it first starts, which threads and math "
         "library settings train fastest on its machine.",
     )
 

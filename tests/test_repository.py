@@ -218,7 +218,9 @@ def test_the_readme_tells_every_setting_and_its_default() -> None:
     assert told.keys() == Settings.model_fields.keys()
     for name, field in Settings.model_fields.items():
         if field.default_factory is None:
-            assert told[name] == str(field.default), name
+            default = field.default
+            shown = str(default).lower() if isinstance(default, bool) else str(default)
+            assert told[name] == shown, name
 
 
 def test_the_readmes_commands_name_what_exists() -> None:

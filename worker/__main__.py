@@ -40,6 +40,10 @@ log = structlog.get_logger(__name__)
 def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) -> int:
     """Works until it is told to stop; the process's exit status."""
     signal.signal(signal.SIGTERM, _exit)  # until Celery sets its own
+    try:
+        training = measured(settings)
+    except (KeyboardInterrupt, SystemExit):
+        return 0
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     database = Database(settings.database_url)
     upgrade(database)
@@ -51,7 +55,7 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
         objects,
         worker=worker,
         child_command=child_command,
-        training=measured(settings),
+        training=training,
     )
     stopping = threading.Event()
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 
 import structlog
@@ -22,29 +21,23 @@ def expected() -> Variables:
     return chosen | own(chosen)
 
 
-def measured(settings: Settings) -> Callable[[], Variables]:
-    """The same, but measured when it is first asked for (some seconds a candidate).
+def measured(settings: Settings) -> Variables:
+    """The same, but measured (some seconds a candidate) and kept in the data folder.
 
-    The answer is kept in the data folder, and in `settings.measure_training` it can be
-    switched off.
+    `settings.measure_training` switches the measurement off. A worker asks before it takes a
+    job: a job that trained meanwhile would be measured too.
     """
-    lock = threading.Lock()
-
-    def variables() -> Variables:
-        if not settings.measure_training:
-            return expected()
-        with lock:  # the slots of one worker ask at once
-            choice = fastest(
-                settings.data_dir,
-                machine=f"{cpu_name()}, {core_count()} cores, paddle {version('paddlepaddle')}",
-                cores=core_count(),
-                vendor=cpu_vendor(),
-            )
-        mine = own(choice.variables)
-        log.info("trains with", **choice.variables | mine, seconds=choice.seconds, own=sorted(mine))
-        return choice.variables | mine
-
-    return variables
+    if not settings.measure_training:
+        return expected()
+    choice = fastest(
+        settings.data_dir,
+        machine=f"{cpu_name()}, {core_count()} cores, paddle {version('paddlepaddle')}",
+        cores=core_count(),
+        vendor=cpu_vendor(),
+    )
+    mine = own(choice.variables)
+    log.info("trains with", **choice.variables | mine, seconds=choice.seconds, own=sorted(mine))
+    return choice.variables | mine
 
 
 def own(chosen: Variables) -> dict[str, str]:

@@ -92,15 +92,15 @@ class Runner:
         *,
         worker: str,
         child_command: Sequence[str] = CHILD_COMMAND,
-        training: Callable[[], environment.Variables] = environment.expected,
+        training: environment.Variables | None = None,
     ) -> None:
-        """`training`: the variables that make a job's process train fast."""
+        """`training`: what makes a job's process train fast; None: the expected variables."""
         self._settings = settings
         self._database = database
         self._objects = objects
         self._worker = worker
         self._child_command = tuple(child_command)
-        self._training = training
+        self._training = environment.expected() if training is None else training
         self._free = threading.Semaphore(settings.worker_slots)
         self._stopping = threading.Event()
         self._threads: set[threading.Thread] = set()
@@ -270,7 +270,7 @@ class Runner:
             self._child_command,
             request,
             folder=folder / "scratch",
-            environment=child_environment(folder / "scratch", self._training())
+            environment=child_environment(folder / "scratch", self._training)
             | resumed_variables(checkpoints),
         )
         try:

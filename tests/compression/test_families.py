@@ -16,15 +16,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from compression import bundle_predict, cost
-from compression.batches import Encoded, make_batch, pad, sorted_batches
+from compression.batches import Encoded, make_batch, pad, sorted_rows
 from compression.encoder import Encoder, build_encoder, with_new_head
 from compression.errors import InvalidModel
 from compression.export import export_formats, graph_inputs, verify
 from compression.importance import measure_importance
 from compression.plan import model_info
 from compression.reorder import descending, reorder
-from compression.spec import Format
+from compression.spec import Format, TaskSpec
 from compression.supernet import extract_weights, subnetwork_of
+from compression.tasks import make_task
 from compression.teachers import (
     FAMILIES,
     EncoderConfig,
@@ -59,9 +60,7 @@ def rows_of(config: EncoderConfig, count: int = 8, *, seed: int = 0) -> Encoded:
 
 def encoder_of(folder: Path) -> Encoder:
     checkpoint = read_checkpoint(folder)
-    encoder = build_encoder(checkpoint.config, checkpoint.tensors)
-    encoder.eval()
-    return encoder
+    return build_encoder(checkpoint.config, checkpoint.tensors)
 
 
 def paddlenlps_own(folder: Path, family: str) -> Any:
@@ -263,11 +262,8 @@ def test_importance_reordering_and_extraction(tmp_path: Path, family: str) -> No
     config = checkpoint.config
     teacher = build_encoder(config, checkpoint.tensors)
     data = rows_of(config)
-    scores = measure_importance(
-        teacher,
-        sorted_batches(data, batch_size=4, pad_id=config.pad_token_id),
-        paddle.nn.functional.cross_entropy,
-    )
+    task = make_task(TaskSpec(), tuple(str(i) for i in range(NUM_LABELS)))
+    scores = measure_importance(teacher, data, sorted_rows(data, batch_size=4), task)
     assert all((layer > 0).any() for layer in (*scores.heads, *scores.neurons))
     ordered = reorder(
         config,
@@ -277,8 +273,6 @@ def test_importance_reordering_and_extraction(tmp_path: Path, family: str) -> No
     )
     supernet = build_encoder(config, ordered)
     batch = make_batch(data, range(8), pad_id=config.pad_token_id)
-    teacher.eval()
-    supernet.eval()
     before, after = teacher.encode(*batch.inputs), supernet.encode(*batch.inputs)
     for own, other in zip(before.hidden, after.hidden, strict=True):
         np.testing.assert_allclose(other.numpy(), own.numpy(), atol=1e-5)
@@ -286,7 +280,6 @@ def test_importance_reordering_and_extraction(tmp_path: Path, family: str) -> No
 
     half = subnetwork_of(config, Fraction(1, 2))
     small = build_encoder(config.narrowed(Fraction(1, 2)), extract_weights(config, ordered, half))
-    small.eval()
     np.testing.assert_array_equal(
         small(*batch.inputs).numpy(), supernet(*batch.inputs, subnetwork=half).numpy()
     )
@@ -413,7 +406,6 @@ def test_a_headless_model_gets_a_new_head(tmp_path: Path, family: str, layout: s
     assert bool(checkpoint.ignored) == (family == "roberta")
     config, tensors = with_new_head(checkpoint.config, checkpoint.tensors, num_labels=3, seed=0)
     encoder = build_encoder(config, tensors)
-    encoder.eval()
     arrays = pad(rows_of(config), range(8), pad_id=config.pad_token_id)
     assert np.isfinite(encoder(*as_tensors(arrays)).numpy()).all()
 
@@ -451,22 +443,36 @@ def test_pretraining_heads_are_left_out_and_named(
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
-def test_another_tasks_head_is_refused(tmp_path: Path, family: str) -> None:
-    folder = tiny_family(tmp_path / "answers", family, layout="paddlenlp", num_labels=None)
-    edited(folder, lambda w: w.update({"qa_outputs.weight": np.zeros((32, 2), np.float32)}))
-    with pytest.raises(InvalidModel, match="head of another task: 'qa_outputs"):
-        read_checkpoint(folder)
-    name = builders.FAMILIES[family][0]
+@pytest.mark.parametrize(
+    ("end", "name", "task"),
+    [
+        ("ForTokenClassification", "classifier", "token_classification"),
+        ("ForQuestionAnswering", "qa_outputs", "question_answering"),
+    ],
+)
+def test_heads_that_read_every_token_are_known_in_every_family(
+    tmp_path: Path, family: str, end: str, name: str, task: str
+) -> None:
     folder = tiny_family(
-        tmp_path / "tags",
+        tmp_path,
         family,
         layout="paddlenlp",
         num_labels=None,
-        architectures=[f"{name}ForTokenClassification"],
+        architectures=[f"{builders.FAMILIES[family][0]}{end}"],
     )
-    head = {"classifier.weight": np.zeros((32, 3)), "classifier.bias": np.zeros(3)}
-    edited(folder, lambda w: w.update({k: v.astype(np.float32) for k, v in head.items()}))
-    with pytest.raises(InvalidModel, match=f"{name}ForTokenClassification"):
+    head = np.random.default_rng(1).normal(size=(32, 2)).astype(np.float32)
+    edited(folder, lambda w: w.update({f"{name}.weight": head, f"{name}.bias": head[0]}))
+    found = read_checkpoint(folder)
+    assert (found.config.head, found.head_task) == ("token", task)
+    np.testing.assert_array_equal(found.tensors["classifier.weight"], head)
+    np.testing.assert_array_equal(found.tensors["classifier.bias"], head[0])
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_another_tasks_head_is_refused(tmp_path: Path, family: str) -> None:
+    folder = tiny_family(tmp_path, family, layout="paddlenlp", num_labels=None)
+    edited(folder, lambda w: w.update({"linear_start.weight": np.zeros((32, 1), np.float32)}))
+    with pytest.raises(InvalidModel, match="head of another task: 'linear_start"):
         read_checkpoint(folder)
 
 

@@ -32,10 +32,10 @@ def test_the_fastest_is_chosen_once_and_kept(
     tmp_path: Path, asked: list[Mapping[str, str]]
 ) -> None:
     settings = settings_for(tmp_path, measure_training=True)
-    chosen = measured(settings)()
+    chosen = measured(settings)
     assert chosen["OMP_NUM_THREADS"] == str(core_count())
     count = len(asked)
-    assert measured(settings)() == chosen  # another worker of this folder, or this one again
+    assert measured(settings) == chosen  # another worker of this folder, or this one again
     assert len(asked) == count
 
 
@@ -43,7 +43,7 @@ def test_the_users_own_settings_win(
     tmp_path: Path, asked: list[Mapping[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert measured(settings_for(tmp_path, measure_training=True))()["OMP_NUM_THREADS"] == "7"
+    assert measured(settings_for(tmp_path, measure_training=True))["OMP_NUM_THREADS"] == "7"
     assert expected()["OMP_NUM_THREADS"] == "7"
     assert expected()["FLAGS_use_stride_kernel"] == "0"
 
@@ -51,5 +51,5 @@ def test_the_users_own_settings_win(
 def test_the_measurement_can_be_switched_off(
     tmp_path: Path, asked: list[Mapping[str, str]]
 ) -> None:
-    assert measured(settings_for(tmp_path))() == expected()
+    assert measured(settings_for(tmp_path)) == expected()
     assert asked == []

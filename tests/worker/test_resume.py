@@ -26,7 +26,7 @@ from tests.worker.helpers import (
 from tests.worker.worker_process import Worker
 from worker.runner import Runner
 
-STEPS = 150
+STEPS = 800
 SPEC: dict[str, Any] = {
     "task": {"max_seq_len": 32},
     "importance": {"rows": 16},

@@ -37,6 +37,7 @@ class Worker:
             "WIDTHWISE_STOP_GRACE_SECONDS": str(settings.stop_grace_seconds),
             "WIDTHWISE_CHECKPOINT_SECONDS": str(settings.checkpoint_seconds),
             "WIDTHWISE_MAX_RUNS": str(settings.max_runs),
+            "WIDTHWISE_MEASURE_TRAINING": str(settings.measure_training),
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
