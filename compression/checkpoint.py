@@ -205,11 +205,7 @@ def host_facts(environment: Mapping[str, str], *, replicas: int = 1) -> dict[str
 
 def host_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
     """In words; empty where a job goes on as if it had never stopped."""
-    found = [
-        f"{name} was {then[name]}, is {now[name]}"
-        for name in ("cpu", "replicas")
-        if then[name] != now[name]
-    ]
+    found = [f"cpu was {then['cpu']}, is {now['cpu']}"] if then["cpu"] != now["cpu"] else []
     for kind in ("libraries", "variables"):
         for name in sorted(then[kind].keys() | now[kind].keys()):
             before, after = then[kind].get(name, "unset"), now[kind].get(name, "unset")
@@ -231,6 +227,16 @@ def resumed_variables(folder: Path) -> dict[str, str]:
     if any(snapshot.host[name] != here[name] for name in ("cpu", "libraries")):
         return {}
     return dict(snapshot.host["variables"])
+
+
+def resumed_replicas(folder: Path) -> int | None:
+    """Into how many parts a job that goes on must cut its batches; None without a checkpoint.
+
+    On any kind of host: each part draws dropout masks of its own, so another number is
+    another training and not a matter of rounding.
+    """
+    _, snapshot, _ = newest_snapshot(folder, with_tensors=False)
+    return None if snapshot is None else int(snapshot.host["replicas"])
 
 
 # --- one job's checkpoints ------------------------------------------------------------------

@@ -21,7 +21,14 @@ from compression import cost, latency, selection
 from compression.batches import Encoded, pad, sorted_rows
 from compression.bundle import BundleFacts, Provenance, input_digests, write_bundle
 from compression.checkpoint import FOLDER as CHECKPOINTS
-from compression.checkpoint import Checkpoints, Saved, StageState, digest, host_facts
+from compression.checkpoint import (
+    Checkpoints,
+    Saved,
+    StageState,
+    digest,
+    host_facts,
+    resumed_replicas,
+)
 from compression.distillation import distil
 from compression.encoder import (
     Encoder,
@@ -100,7 +107,7 @@ def compress(
     stages = Stages(on_progress, stop)
 
     with stages("load") as advance:
-        job = load(spec, model_dir, dataset_dir)
+        job = load(spec, model_dir, dataset_dir, resumed_replicas(run_dir / CHECKPOINTS))
         checkpoints = Checkpoints(
             run_dir / CHECKPOINTS,
             identity=identity(spec, model_dir, dataset_dir),
@@ -361,8 +368,11 @@ def use_device(device: str) -> None:
     paddle.set_device("gpu:0")
 
 
-def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
-    """Reads and cross-checks model, tokenizer and dataset, and tokenises every row."""
+def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -> Job:
+    """Reads and cross-checks model, tokenizer and dataset, and tokenises every row.
+
+    `replicas`: of the job's earlier run, None for as many as suit this host.
+    """
     checkpoint = read_checkpoint(model_dir)
     tokenizer = load_tokenizer(model_dir)
     tables = read_splits(dataset_dir)
@@ -382,8 +392,13 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path) -> Job:
         splits=splits,
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
-        replicas=replica_count(os.environ, cores=core_count()) if spec.device == "cpu" else 1,
+        replicas=replicas or own_replicas(spec.device),
     )
+
+
+def own_replicas(device: str) -> int:
+    """As many as keep the CPU's cores busy; a GPU is kept busy by one."""
+    return replica_count(os.environ, cores=core_count()) if device == "cpu" else 1
 
 
 def make_teacher(

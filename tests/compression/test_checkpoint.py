@@ -17,6 +17,7 @@ from compression.checkpoint import (
     host_differences,
     host_facts,
     newest_snapshot,
+    resumed_replicas,
     resumed_variables,
 )
 from compression.errors import CheckpointRefused
@@ -136,15 +137,16 @@ def test_a_host_is_told_from_another_by_what_changes_the_bits(tmp_path: Path) ->
     assert HOST["variables"] == {"OMP_NUM_THREADS": "2"}
     json.dumps(HOST)
     assert host_differences(HOST, host_facts({"OMP_NUM_THREADS": "2"})) == ()
-    other = host_facts({"MKL_DEBUG_CPU_TYPE": "5"}, replicas=2)
+    other = host_facts({"MKL_DEBUG_CPU_TYPE": "5"})
     assert host_differences(HOST, other) == (
-        "replicas was 1, is 2",
         "MKL_DEBUG_CPU_TYPE was unset, is 5",
         "OMP_NUM_THREADS was 2, is unset",
     )
     assert resumed_variables(tmp_path) == {}
+    assert resumed_replicas(tmp_path) is None
     open_folder(tmp_path).save("distil", state(1))
     assert resumed_variables(tmp_path) == {"OMP_NUM_THREADS": "2"}
+    assert resumed_replicas(tmp_path) == 1
     open_folder(tmp_path, host={**HOST, "cpu": "another"}).save("distil", state(2))
     assert resumed_variables(tmp_path) == {}
     (warning,) = open_folder(tmp_path).warnings
