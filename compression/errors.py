@@ -79,6 +79,12 @@ class ReferenceFailed(CompressionError):
     code = "reference-failed"
 
 
+class RankFailed(CompressionError):
+    """One of several processes that train together did not come to its end."""
+
+    code = "rank-failed"
+
+
 class OutOfMemory(CompressionError):
     """The host's or the device's memory is too small for the spec; `pointer` says what to lower."""
 

@@ -5,8 +5,8 @@ Forward is paddle's own. Measured on one thread of an AMD Zen 3 core, 800 tokens
 3.3 for 5.6. What paddle's backward spends beyond its products goes to sums over rows,
 which a product with a vector of ones does thirty times faster, and to temporaries.
 
-A traced (static) graph gets paddle's function: it is only ever run forward. Shapes: N
-rows (any leading axes), I inputs, O outputs.
+On a GPU, and in a traced (static) graph, which is only ever run forward, they are
+paddle's own. Shapes: N rows (any leading axes), I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _INVERSE_SQRT_TWO_PI = 0.3989422804014327
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [N, I] @ weight [I, O] + bias [O] -> [N, O]."""
-    return _Linear.apply(x, weight, bias) if _differentiates() else F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias) if _differentiates(x) else F.linear(x, weight, bias)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
@@ -32,18 +32,19 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
 
     Unlike paddle 3.3.1's, its gradient for x is right whether or not the weight's is wanted.
     """
-    if _differentiates():
+    if _differentiates(x):
         return _LayerNorm.apply(x, weight, bias, epsilon)
     return F.layer_norm(x, weight.shape, weight, bias, epsilon)
 
 
 def gelu(x: Tensor) -> Tensor:
     """x * Phi(x), exact, not the tanh approximation."""
-    return _Gelu.apply(x) if _differentiates() else F.gelu(x)
+    return _Gelu.apply(x) if _differentiates(x) else F.gelu(x)
 
 
-def _differentiates() -> bool:
-    return bool(paddle.in_dynamic_mode() and paddle.is_grad_enabled())
+def _differentiates(x: Tensor) -> bool:
+    """On the CPU: a GPU's own kernels are good, and mixed precision knows them."""
+    return bool(paddle.in_dynamic_mode() and paddle.is_grad_enabled() and x.place.is_cpu_place())
 
 
 def _wanted(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

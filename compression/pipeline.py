@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -42,6 +44,7 @@ from compression.evaluate import largest_difference, padded_logits, predict
 from compression.export import Exported, export_formats, format_report, graph_inputs, verify
 from compression.importance import measure_importance
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
+from compression.ranks import ALONE, Group, join, started
 from compression.reference import run as reference
 from compression.reference.exchange import Orders, Request
 from compression.reorder import descending, reorder
@@ -69,10 +72,11 @@ from compression.training import Step, Surroundings, fine_tune
 
 PARITY_ROWS = 64
 PARITY_TOLERANCE = 1e-4  # fp32
-TRAININGS = ("teacher", "distil", "final")
+SECTIONS = {"teacher": "teacher", "distil": "distillation", "final": "final"}  # of trainings
 UNITS = ("heads", "neurons")
 TEACHER = "teacher"
 REFERENCE = "reference"
+RANKS = "ranks"
 BUNDLE = "bundle.tar.gz"
 
 Advance = Callable[..., None]
@@ -99,7 +103,7 @@ def compress(
     Raises CompressionError where the spec, the model or the dataset cannot be used, before
     anything is trained; Interrupted once `stop` answers true, after a checkpoint.
     """
-    use_device(spec.device)
+    use_device(spec.device, processes=spec.processes)
     for stale in (run_dir / "artifacts", run_dir / "work"):  # of a run that was interrupted
         shutil.rmtree(stale, ignore_errors=True)
     artifacts = run_dir / "artifacts"
@@ -116,53 +120,17 @@ def compress(
             on_saved=on_checkpoint,
         )
         advance(1, 1, resumption(checkpoints), rows=dict(job.rows), resumed=checkpoints.resumed)
-    until = deadlines(spec, job.plan)
-    trainings: dict[str, TrainingReport] = {}
-    with stages("teacher") as advance:
-        teacher, trained = make_teacher(
-            job, Surroundings("teacher", "teacher", checkpoints, until["teacher"], stop), advance
-        )
-        if trained is not None:
-            trainings["teacher"] = trained
-        teacher_logits = predict(teacher, job.splits["dev"], threads=job.replicas)
-        teacher_metrics = job.task.metrics(teacher_logits, job.splits["dev"])
-        teacher_accuracy = teacher_metrics[job.task.main_metric]
-        advance(1, 1, accuracy=teacher_accuracy)
-    with stages("importance") as advance:
-        head_orders, neuron_orders = rank_units(
-            job, teacher, checkpoints, run_dir / "work", advance
-        )
-    with stages("reorder") as advance:
-        weights = numpy_weights(teacher)
-        supernet = build_encoder(
-            learning_config(teacher.config, spec.distillation),
-            reorder(teacher.config, weights, head_orders=head_orders, neuron_orders=neuron_orders),
-        )
-        reordered = predict(supernet, job.splits["dev"], threads=job.replicas)
-        reorder_max_abs = largest_difference(reordered, teacher_logits)
-        advance(1, 1, max_abs=reorder_max_abs)
-    subnetworks = [subnetwork_of(supernet.config, each.width_mult) for each in job.plan.subnetworks]
-    with stages("distil") as advance:
-        trainings["distil"] = train_supernet(
-            job,
-            supernet,
-            teacher,
-            subnetworks,
-            Surroundings("distil", "distillation", checkpoints, until["distil"], stop),
-            advance,
-            Orders(head_orders, neuron_orders),
-            run_dir / "work",
-        )
-    with stages("final") as advance:
-        tuned = fine_tune_subnetworks(
-            job,
-            supernet,
-            subnetworks,
-            Surroundings("final", "final", checkpoints, until["final"], stop),
-            advance,
-        )
-        if tuned is not None:
-            trainings["final"] = tuned
+    request = {
+        "spec": spec.model_dump(mode="json"),
+        "model_dir": str(model_dir.resolve()),
+        "dataset_dir": str(dataset_dir.resolve()),
+        "run_dir": str(run_dir.resolve()),
+    }
+    with started(request, spec.processes, run_dir / "work" / RANKS) as others:
+        group = ALONE if others is None else join(0, others.endpoints)
+        learnt = learn(job, checkpoints, stages, group, run_dir / "work")
+    teacher, supernet, subnetworks = learnt.teacher, learnt.supernet, learnt.subnetworks
+    trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
     with stages("evaluate") as advance:
         metrics = []
         for i, subnetwork in enumerate(subnetworks, start=1):
@@ -236,10 +204,10 @@ def compress(
             ),
             teacher=TeacherReport(
                 family=teacher.config.family,
-                fine_tuned_steps=trained.steps if trained else 0,
+                fine_tuned_steps=trainings["teacher"].steps if "teacher" in trainings else 0,
                 parameters=cost.parameters(teacher.config),
                 accuracy=teacher_accuracy,
-                metrics=teacher_metrics,
+                metrics=learnt.teacher_metrics,
                 test_accuracy=test_accuracy(job, teacher, None),
                 formats=tuple(
                     FormatReport(
@@ -251,7 +219,7 @@ def compress(
                     for fmt, files in teacher_files.items()
                 ),
             ),
-            reorder_max_abs=reorder_max_abs,
+            reorder_max_abs=learnt.reorder_max_abs,
             subnetworks=tuple(reports),
             selection=chosen,
             distillation_steps=trainings["distil"].steps,
@@ -329,7 +297,7 @@ class Stages:
         def advance(step: int = 0, total: int = 1, message: str = "", **figures: object) -> None:
             last[:] = [step, total]
             self.on_progress(Progress(name, step, total, message, figures))
-            if name not in TRAININGS:  # they write a checkpoint first
+            if name not in SECTIONS:  # they write a checkpoint first
                 self.end_if_told(name)
 
         self.end_if_told(name)
@@ -350,22 +318,136 @@ class Stages:
             raise Interrupted(f"stopped in stage {name}")
 
 
-def use_device(device: str) -> None:
-    """Makes paddle run on "cpu" or the first GPU. DeviceUnavailable where there is none."""
+def use_device(device: str, *, processes: int = 1, rank: int = 0) -> None:
+    """Makes paddle run on "cpu", or on the spec's GPU or the `rank`-th after it.
+
+    DeviceUnavailable where there are not enough for all processes.
+    """
     if device == "cpu":
         paddle.set_device("cpu")
         return
     if not paddle.device.is_compiled_with_cuda():
         raise DeviceUnavailable(
-            "the spec asks for device gpu, but this worker's paddle is built for the CPU alone; "
-            'use device "cpu", or a worker with a GPU build of paddle',
+            f"the spec asks for device {device}, but this worker's paddle is built for the CPU "
+            'alone; use device "cpu", or a worker with a GPU build of paddle',
             pointer="/device",
         )
-    if paddle.device.cuda.device_count() == 0:
+    first, present = int(device.partition(":")[2] or 0), paddle.device.cuda.device_count()
+    if first + processes > present:
         raise DeviceUnavailable(
-            "the spec asks for device gpu, but this worker sees none", pointer="/device"
+            f"the spec asks for device {device} and {processes} process(es), but this worker sees "
+            f"{present} GPU(s), counted from 0",
+            pointer="/device",
         )
-    paddle.set_device("gpu:0")
+    paddle.set_device(f"gpu:{first + rank}")
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What the stages up to the last training leave."""
+
+    teacher: Encoder
+    teacher_metrics: dict[str, float]  # on dev
+    supernet: Encoder
+    reorder_max_abs: float
+    subnetworks: list[Subnetwork]
+    trainings: dict[str, TrainingReport]
+
+
+def learn(job: Job, checkpoints: Checkpoints, stages: Stages, group: Group, work: Path) -> Learnt:
+    """Teacher, importance, reordering, distillation and the last fine-tuning."""
+    spec, until = job.spec, deadlines(job.spec, job.plan)
+
+    def around(stage: str) -> Surroundings:
+        return surroundings_of(job, stage, checkpoints, group, until[stage], stages.stop)
+
+    trainings: dict[str, TrainingReport] = {}
+    with stages("teacher") as advance:
+        teacher, trained = make_teacher(job, around("teacher"), advance)
+        if trained is not None:
+            trainings["teacher"] = trained
+        teacher_logits = predict(teacher, job.splits["dev"], threads=job.replicas)
+        teacher_metrics = job.task.metrics(teacher_logits, job.splits["dev"])
+        advance(1, 1, accuracy=teacher_metrics[job.task.main_metric])
+    with stages("importance") as advance:
+        orders = Orders(*rank_units(job, teacher, checkpoints, work, advance))
+    with stages("reorder") as advance:
+        weights = numpy_weights(teacher)
+        supernet = build_encoder(
+            learning_config(teacher.config, spec.distillation),
+            reorder(
+                teacher.config, weights, head_orders=orders.heads, neuron_orders=orders.neurons
+            ),
+        )
+        reordered = predict(supernet, job.splits["dev"], threads=job.replicas)
+        reorder_max_abs = largest_difference(reordered, teacher_logits)
+        advance(1, 1, max_abs=reorder_max_abs)
+    subnetworks = planned_subnetworks(job, supernet)
+    with stages("distil") as advance:
+        trainings["distil"] = train_supernet(
+            job, supernet, teacher, subnetworks, around("distil"), advance, orders, work
+        )
+    with stages("final") as advance:
+        tuned = fine_tune_subnetworks(job, supernet, subnetworks, around("final"), advance)
+        if tuned is not None:
+            trainings["final"] = tuned
+    return Learnt(teacher, teacher_metrics, supernet, reorder_max_abs, subnetworks, trainings)
+
+
+def follow(
+    spec: Spec,
+    model_dir: Path,
+    dataset_dir: Path,
+    run_dir: Path,
+    *,
+    rank: int,
+    endpoints: Sequence[str],
+) -> None:
+    """Another process's part of `learn`: its share of every training batch, and no file."""
+    use_device(spec.device, processes=spec.processes, rank=rank)
+    job = load(spec, model_dir, dataset_dir, resumed_replicas(run_dir / CHECKPOINTS))
+    checkpoints = Checkpoints(
+        run_dir / CHECKPOINTS,
+        identity=identity(spec, model_dir, dataset_dir),
+        host=host_facts(os.environ, replicas=job.replicas),
+        every_seconds=math.inf,
+    )
+    group = join(rank, endpoints)
+
+    def silent(*told: Any, **figures: Any) -> None:
+        pass
+
+    def around(stage: str) -> Surroundings:
+        return surroundings_of(job, stage, checkpoints, group)
+
+    teacher, _ = make_teacher(job, around("teacher"), silent)
+    # Scores and their order are the job's process's matter: the first step begins with its weights.
+    supernet = build_encoder(
+        learning_config(teacher.config, spec.distillation), numpy_weights(teacher)
+    )
+    subnetworks = planned_subnetworks(job, supernet)
+    nothing = Orders([], [])
+    train_supernet(
+        job, supernet, teacher, subnetworks, around("distil"), silent, nothing, run_dir / "work"
+    )
+    fine_tune_subnetworks(job, supernet, subnetworks, around("final"), silent)
+
+
+def surroundings_of(
+    job: Job,
+    stage: str,
+    checkpoints: Checkpoints,
+    group: Group,
+    deadline: float | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Surroundings:
+    return Surroundings(
+        stage, SECTIONS[stage], checkpoints, deadline, stop, group, job.spec.precision
+    )
+
+
+def planned_subnetworks(job: Job, supernet: Encoder) -> list[Subnetwork]:
+    return [subnetwork_of(supernet.config, each.width_mult) for each in job.plan.subnetworks]
 
 
 def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -> Job:
@@ -392,13 +474,15 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
         splits=splits,
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
-        replicas=replicas or own_replicas(spec.device),
+        replicas=replicas or own_replicas(spec),
     )
 
 
-def own_replicas(device: str) -> int:
-    """As many as keep the CPU's cores busy; a GPU is kept busy by one."""
-    return replica_count(os.environ, cores=core_count()) if device == "cpu" else 1
+def own_replicas(spec: Spec) -> int:
+    """As many as keep the CPU's cores busy, all processes together; a GPU is kept busy by one."""
+    if spec.device != "cpu":
+        return 1
+    return max(1, replica_count(os.environ, cores=core_count()) // spec.processes)
 
 
 def make_teacher(
@@ -450,7 +534,7 @@ def finished(
         load_weights(model, state.tensors)
         return TrainingReport.model_validate(state.figures)
     report = training()
-    if surroundings.checkpoints is not None:
+    if surroundings.checkpoints is not None and surroundings.group.leads:
         weights = numpy_weights(model) if trained_further else model.state_dict()
         surroundings.checkpoints.save(
             surroundings.stage, StageState(report.steps, True, report.model_dump(), weights)
@@ -764,6 +848,8 @@ def environment(spec: Spec, replicas: int) -> dict[str, str]:
         "device": spec.device,
         "cpu": cpu_name(),
         "replicas": str(replicas),
+        "processes": str(spec.processes),
+        "precision": spec.precision,
         "kernel_threads": os.environ.get("OMP_NUM_THREADS", "1"),
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -694,7 +694,7 @@ def _warnings(
         yield f"no row of train has the label {_listed(absent)}"
     if spec.importance.split == "dev":
         yield "importance is computed on dev, which also judges the sub-networks: it flatters them"
-    if spec.device == "gpu":
+    if spec.device != "cpu":
         yield "the predicted time is that of two CPU cores"
         yield "latency and speed-up are measured on the worker's CPU, not on its GPU"
     limit = spec.constraints.max_size_mb

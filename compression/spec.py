@@ -199,7 +199,8 @@ class TrainingSpec(_Asked):
         "auto",
         description="Rows computed at once; gradients are summed to the whole batch's, within "
         'rounding. "auto": the whole batch, halved each time the memory is too small. null: the '
-        "whole batch, and an error where it does not fit.",
+        "whole batch, and an error where it does not fit. Of several processes each counts its "
+        "own share, and nothing is halved.",
     )
 
 
@@ -330,7 +331,23 @@ class Spec(_Asked):
     latency: LatencySpec = LatencySpec()
     constraints: ConstraintSpec = ConstraintSpec()
     export: ExportSpec = ExportSpec()
-    device: Literal["cpu", "gpu"] = "cpu"
+    device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|gpu|gpu:[0-9]{1,2})$",
+        description="Where the networks are trained: cpu, gpu (the first one), or gpu:N, from 0.",
+    )
+    processes: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="That share each training batch, all on one host: with a GPU each, from the "
+        "device's number on. One does best on a CPU, where threads share the batch already.",
+    )
+    precision: Literal["fp32", "mixed"] = Field(
+        "fp32",
+        description="Of training. mixed, on a GPU alone: products in bfloat16 where the GPU has "
+        "it, else in float16 with the loss scaled; weights stay in fp32.",
+    )
     max_minutes: float | None = Field(
         None,
         gt=0,
@@ -338,3 +355,11 @@ class Spec(_Asked):
         "evaluate, export and measure what was learnt by then.",
     )
     seed: int = Field(0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Spec:
+        if self.precision == "mixed" and self.device == "cpu":
+            raise ValueError('precision "mixed" needs device "gpu"; a CPU trains in fp32')
+        if self.processes > 1 and self.engine != "widthwise":
+            raise ValueError(f"engine {self.engine} trains in one process: set processes to 1")
+        return self

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -25,6 +25,8 @@ from compression.encoder import Encoder, load_weights, numpy_weights
 from compression.errors import Interrupted, OutOfMemory, TrainingDiverged
 from compression.noise import Noise
 from compression.parallel import Replicas
+from compression.precision import Kind, Precision
+from compression.ranks import ALONE, Group
 from compression.report import TrainingReport
 from compression.supernet import Subnetwork
 from compression.tasks.base import Task
@@ -76,7 +78,14 @@ class Optimizer:
     Biases and norms are not decayed, as in BERT.
     """
 
-    def __init__(self, model: nn.Layer, schedule: Schedule, *, steps: int) -> None:
+    def __init__(
+        self,
+        model: nn.Layer,
+        schedule: Schedule,
+        *,
+        steps: int,
+        precision: Precision | None = None,
+    ) -> None:
         warmup = round(schedule.warmup_fraction * steps)
 
         def factor(step: int) -> float:  # of the peak rate, for the step that comes next
@@ -89,6 +98,7 @@ class Optimizer:
             for name, parameter in model.named_parameters()
             if not name.endswith(".bias") and ".norm." not in name
         }
+        self.precision = precision or Precision()
         self.named = dict(model.named_parameters())
         self.rate = paddle.optimizer.lr.LambdaDecay(schedule.learning_rate, factor)
         self.optimizer = paddle.optimizer.AdamW(
@@ -104,7 +114,7 @@ class Optimizer:
         # Paddle makes and names its accumulators here, by a counter of the process: in a scope of
         # their own the names are the same for the second optimizer of the same parameters.
         with paddle.utils.unique_name.guard():
-            self.optimizer.step()
+            self.precision.step(self.optimizer)
         self.rate.step()
         self.optimizer.clear_grad(set_to_zero=False)
 
@@ -161,13 +171,16 @@ class BatchGradients:
     losses: Losses
     seed: int
     keep_length: bool = False  # shares are padded like the whole batch
+    group: Group = ALONE
+    precision: Precision = field(default_factory=Precision)
 
     def __call__(
         self, rows: np.ndarray, *, step: int, micro_batch: int | None = None
     ) -> dict[str, float]:
         """The batch's losses by name; its gradients are then the encoder's.
 
-        At most `micro_batch` rows are computed at once, but one a replica; None is all.
+        Both are summed over the group's processes. At most `micro_batch` rows are computed
+        at once in each, but one a replica; None is all.
         """
         pad_id = self.replicas.members[0].config.pad_token_id
         whole = make_batch(self.data, rows, pad_id=pad_id)
@@ -176,17 +189,23 @@ class BatchGradients:
 
         def work(member: Encoder, part: np.ndarray) -> dict[str, float]:
             found: dict[str, float] = {}
+            # Of fewer rows than processes some have none: they go along without a say.
+            weight = 1.0 if len(own) else 0.0
             for micro in np.split(part, range(max(1, at_once), len(part), max(1, at_once))):
                 share = make_batch(self.data, micro, pad_id=pad_id, length=length)
                 noise = Noise([self.seed, step, int(micro[0])])
-                for name, loss in self.losses(member, share, whole, noise):
-                    loss.backward()
-                    found[name] = found.get(name, 0.0) + float(loss)
+                with self.precision.cast():
+                    for name, loss in self.losses(member, share, whole, noise):
+                        self.precision.scaled(loss if weight else loss * weight).backward()
+                        found[name] = found.get(name, 0.0) + weight * float(loss)
             return found
 
-        parts = self.replicas.map(work, rows)
+        own = self.group.share(rows)
+        parts = self.replicas.map(work, own if len(own) else rows[:1])
         self.replicas.gather_gradients()
-        return {name: sum(part[name] for part in parts) for name in parts[0]}
+        self.group.add_up_gradients(self.replicas.members[0])
+        sums = self.group.add_up([sum(part[name] for part in parts) for name in parts[0]])
+        return dict(zip(parts[0], sums, strict=True))
 
 
 @dataclass(frozen=True)
@@ -195,6 +214,7 @@ class Surroundings:
 
     `section` is where the spec speaks of it. `deadline` is in seconds of the job
     (`Checkpoints.seconds`); `stop` is asked after each step whether to write a checkpoint and end.
+    `group`: the processes that train together; the first one's clock and `stop` are all theirs.
     """
 
     stage: str
@@ -202,17 +222,21 @@ class Surroundings:
     checkpoints: Checkpoints | None = None
     deadline: float | None = None
     stop: Callable[[], bool] = lambda: False
+    group: Group = ALONE
+    precision: Kind = "fp32"
 
     @property
     def state(self) -> StageState | None:
         """Where an earlier run of the job left the stage."""
         return self.checkpoints[self.stage] if self.checkpoints else None
 
-    @property
-    def is_late(self) -> bool:
-        if self.checkpoints is None or self.deadline is None:
-            return False
-        return self.checkpoints.seconds >= self.deadline
+    def asked(self) -> tuple[bool, bool]:
+        """Whether the training's time is over, and whether it is to stop: one answer for all."""
+        late = False
+        if self.checkpoints is not None and self.deadline is not None:
+            late = self.checkpoints.seconds >= self.deadline
+        late, stop = map(bool, self.group.of_the_first([late, self.stop()]))
+        return late, stop
 
     @property
     def newest(self) -> str:
@@ -262,14 +286,16 @@ def train(
     rows, judging = held_out(len(data), schedule, seed=seed)
     steps = step_count(schedule, len(rows))
     every = schedule.evaluate_every or math.ceil(len(rows) / schedule.batch_size)
-    optimizer = Optimizer(model, schedule, steps=steps)
+    group, precision = surroundings.group, Precision(surroundings.precision)
+    optimizer = Optimizer(model, schedule, steps=steps, precision=precision)
     run = _Run.restored(surroundings.state, model, optimizer, schedule)
+    group.take_from_the_first(model)
     learnt = data.take(rows)
     batches = training_rows(
         learnt, batch_size=schedule.batch_size, steps=steps, seed=seed, start=run.step
     )
     with Replicas(model, replicas) as parallel:
-        gradients = BatchGradients(parallel, learnt, losses, seed, keep_length)
+        gradients = BatchGradients(parallel, learnt, losses, seed, keep_length, group, precision)
         for batch in batches:
             started = time.perf_counter()
             found = run.losses(gradients, batch, schedule, surroundings)
@@ -278,16 +304,17 @@ def train(
             run.step += 1
             run.seconds.append(time.perf_counter() - started)
             on_step(Step(run.step, steps, found, run.seconds[-1]))
-            is_late, is_last = surroundings.is_late, run.step == steps
+            (is_late, stop), is_last = surroundings.asked(), run.step == steps
             if len(judging) and (is_late or is_last or run.step % every == 0):
-                run.judge(_loss_of(model, data.take(judging), schedule.batch_size, losses), model)
+                loss = _loss_of(model, data.take(judging), schedule.batch_size, losses)
+                run.judge(group.of_the_first([loss])[0], model)
             if run.without_gain >= (schedule.patience or math.inf):
                 run.ended = "plateau"
                 break
             if is_late and not is_last:
                 run.ended = "time"
                 break
-            _save(surroundings, lambda: run.state(model, optimizer))
+            _save(surroundings, lambda: run.state(model, optimizer), stop=stop)
     if run.best is not None:
         load_weights(model, run.best)
     return TrainingReport(
@@ -340,6 +367,7 @@ class _Run:
         load_weights(model, _below(state.tensors, "weights/"))
         optimizer.restore(_below(state.tensors, "optimizer/"), step=state.step)
         figures = dict(state.figures)
+        optimizer.precision.restore(figures.pop("loss_scale"))
         run.seconds.extend(figures.pop("seconds"))
         run.step = state.step
         run.best = _below(state.tensors, "best/") or None
@@ -353,7 +381,8 @@ class _Run:
         tensors |= _under("best/", self.best or {})
         names = ("micro_batch", "best_loss", "best_step", "without_gain")
         figures = {name: getattr(self, name) for name in names}
-        return StageState(self.step, False, {**figures, "seconds": list(self.seconds)}, tensors)
+        figures |= {"seconds": list(self.seconds), "loss_scale": optimizer.precision.state()}
+        return StageState(self.step, False, figures, tensors)
 
     def losses(
         self,
@@ -374,7 +403,9 @@ class _Run:
                 if not is_out_of_memory(error):
                     raise
                 size = min(self.micro_batch or len(batch), len(batch))
-                if schedule.micro_batch != "auto" or size <= len(gradients.replicas.members):
+                # One of several processes cannot halve its own: the others would wait for it.
+                is_fixed = schedule.micro_batch != "auto" or gradients.group.count > 1
+                if is_fixed or size <= len(gradients.replicas.members):
                     raise OutOfMemory(
                         f"the memory is too small for {size} rows at once (step {step}, stage "
                         f"{surroundings.stage}): lower {surroundings.section}.micro_batch or "
@@ -405,9 +436,9 @@ def _below(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     }
 
 
-def _save(surroundings: Surroundings, state: Callable[[], StageState]) -> None:
+def _save(surroundings: Surroundings, state: Callable[[], StageState], *, stop: bool) -> None:
     """A checkpoint where one is due or the job is to stop, which then raises Interrupted."""
-    stop, checkpoints = surroundings.stop(), surroundings.checkpoints
+    checkpoints = surroundings.checkpoints if surroundings.group.leads else None
     if checkpoints is not None and (stop or checkpoints.is_due):
         checkpoints.save(surroundings.stage, state())
     if stop:

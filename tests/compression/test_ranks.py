@@ -1,0 +1,150 @@
+"""Several processes that train one model, over gloo: the same weights, one job, one end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from safetensors.numpy import load_file
+
+from compression.ranks import ALONE, Group
+from compression.spec import Spec
+from tests.builders import tiny_bert, tiny_dataset
+from tests.services import wait_until
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class JobFiles:
+    """A model and a dataset; train's last batch has one row, fewer than there are processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.model = tiny_bert(root / "model", num_labels=None, seed=1)
+        config = json.loads((self.model / "config.json").read_text())
+        config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        (self.model / "config.json").write_text(json.dumps(config))
+        self.dataset = tiny_dataset(root / "dataset", rows={"train": 65, "dev": 40}, seed=1)
+
+    def command(self, name: str, *options: str, **changes: Any) -> list[str]:
+        """The job as a command, with its result in the folder `name`."""
+        values = {
+            "task": {"max_seq_len": 32},
+            "teacher": {"epochs": 1, "learning_rate": 2e-3, "patience": 2, "evaluate_every": 1},
+            "distillation": {"epochs": 1, "learning_rate": 1e-3},
+            "final": {"when": "always", "epochs": 1},
+            "supernet": {"width_mults": ["1", "1/2"]},
+            "importance": {"rows": 64},
+            "latency": {"rounds": 5},
+            "export": {"formats": ["safetensors", "onnx"]},
+            **changes,
+        }
+        spec = self.root / f"{name}.json"
+        spec.write_text(Spec.model_validate(values).model_dump_json())
+        arguments = ["--model", self.model, "--dataset", self.dataset, "--spec", spec]
+        arguments += ["--out", self.root / name]
+        return [sys.executable, "-m", "compression", *map(str, arguments), *options]
+
+    def run(self, name: str, *options: str, **changes: Any) -> dict[str, np.ndarray]:
+        """The weights of the full width that the job ends with."""
+        done = subprocess.run(
+            self.command(name, *options, **changes), cwd=REPOSITORY, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return load_file(self.root / name / "artifacts" / "w1" / "safetensors/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> JobFiles:
+    return JobFiles(tmp_path_factory.mktemp("ranks"))
+
+
+def others_of(pid: int) -> list[int]:
+    """The processes that this one has started and that train with it."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+            command = (status.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and b"compression.rank" in command:
+            found.append(int(status.parent.name))
+    return found
+
+
+def test_two_processes_end_with_the_weights_of_one(files: JobFiles) -> None:
+    """All three trainings, early stopping among them."""
+    one, two = files.run("one"), files.run("two", processes=2)
+    assert one.keys() == two.keys()
+    for name, array in one.items():
+        if not name.endswith("key.bias"):  # without effect: AdamW scales rounding up
+            np.testing.assert_allclose(two[name], array, atol=1e-5, err_msg=name)
+    report = json.loads((files.root / "two" / "report.json").read_text())
+    assert report["environment"]["processes"] == "2"
+
+
+def test_two_processes_are_stopped_and_resumed(files: JobFiles) -> None:
+    long = {"distillation": {"max_steps": 300, "epochs": 100}, "processes": 2}
+    whole = files.run("whole", **long)
+    process = subprocess.Popen(
+        files.command("parts", **long), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+    )
+    checkpoints = files.root / "parts" / "checkpoints"
+    wait_until(lambda: len(list(checkpoints.glob("*.safetensors"))) > 1, "checkpoints", seconds=120)
+    (other,) = others_of(process.pid)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 3, errors
+    assert not Path(f"/proc/{other}").exists()
+    parts = files.run("parts", "--resume", **long)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(parts[name], array, err_msg=name)
+
+
+def test_a_process_that_dies_ends_the_job(files: JobFiles) -> None:
+    process = subprocess.Popen(
+        files.command("dead", processes=2, distillation={"max_steps": 300, "epochs": 100}),
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoints = files.root / "dead" / "checkpoints"
+    wait_until(lambda: len(list(checkpoints.glob("*.safetensors"))) > 1, "checkpoints", seconds=120)
+    (other,) = others_of(process.pid)
+    os.kill(other, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert "rank-failed: rank 1 of the 2 processes that train ended with status -9" in errors
+    assert not (files.root / "dead" / "report.json").exists()
+
+
+def test_shares_leave_no_row_out_and_none_twice() -> None:
+    rows = np.arange(7)
+    parts = [Group(rank, 3).share(rows) for rank in range(3)]
+    assert sorted(np.concatenate(parts).tolist()) == rows.tolist()
+    assert len(Group(2, 3).share(rows[:2])) == 0
+    assert ALONE.share(rows) is rows
+    assert ALONE.add_up([1.0, 2.0]) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "mixed"}, 'needs device "gpu"'),
+        ({"processes": 2, "engine": "paddleslim"}, "trains in one process"),
+        ({"processes": 0}, "greater than or equal to 1"),
+        ({"device": "gpu:x"}, "should match pattern"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Spec.model_validate(changes)
