@@ -21,7 +21,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compression.runtime_env import cpu_vendor, training_environment
+from benchmarks import inputs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from compression.encoder import Encoder
     from compression.tasks import Task
 
-ROOT = Path(__file__).resolve().parent.parent
 WIDTHS = ("1", "3/4", "1/2", "1/4")
 
 
@@ -247,9 +246,8 @@ def summary(results: list[dict[str, object]]) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "demo" / "model")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench-accuracy")
+    inputs.add_arguments(parser)
+    parser.add_argument("--out", type=Path, default=inputs.ROOT / "build" / "bench-accuracy")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--teacher-epochs", type=int, default=6)
     parser.add_argument("--distil-epochs", type=float, default=3)
@@ -258,11 +256,8 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, help="cuts both trainings short, to try it out")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
-    for path, what in ((args.data / "sst2", "SST-2 (see this file's head)"), (args.model, "model")):
-        if not path.is_dir():
-            sys.exit(f"{path} is not there: name the folder of the {what}")
-    # Before the first import of paddle.
-    os.environ.update(training_environment(cpu_count=args.threads, vendor=cpu_vendor()))
+    inputs.check(args)
+    inputs.require_environment("benchmarks.accuracy")
     args.out.mkdir(parents=True, exist_ok=True)
     results = []
     for seed in args.seeds:

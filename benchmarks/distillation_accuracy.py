@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import inputs
-from compression.runtime_env import core_count, cpu_vendor, replica_count, training_environment
+from compression.runtime_env import core_count, replica_count
 
 BATCH = 32
 IMPORTANCE_ROWS = 1024
@@ -213,8 +213,7 @@ def main() -> None:
     parser.add_argument("--teacher-steps", type=int, help="cuts the fine-tuning short")
     args = parser.parse_args()
     inputs.check(args)
-    # Before the first import of paddle.
-    os.environ.update(training_environment(cpu_count=core_count(), vendor=cpu_vendor()))
+    inputs.require_environment("benchmarks.distillation_accuracy")
     args.out.mkdir(parents=True, exist_ok=True)
     print(json.dumps(summary([compare(seed, args) for seed in args.seeds], args)))
 

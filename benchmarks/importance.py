@@ -13,36 +13,24 @@ import os
 import statistics
 import sys
 import time
-from pathlib import Path
 
-from compression.runtime_env import core_count, cpu_vendor, replica_count, training_environment
+from benchmarks import inputs
+from compression.runtime_env import core_count, replica_count
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCH = 32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "demo" / "model")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    inputs.add_arguments(parser)
     parser.add_argument("--rows", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    for path, what in ((args.data / "sst2", "SST-2 (train.tsv)"), (args.model, "model")):
-        if not path.is_dir():
-            sys.exit(f"{path} is not there: name the folder of the {what}")
-    environment = training_environment(cpu_count=core_count(), vendor=cpu_vendor())
-    if any(os.environ.get(name) != value for name, value in environment.items()):
-        # glibc reads its variables when a process starts.
-        os.execve(
-            sys.executable,
-            [sys.executable, "-m", *module_arguments()],
-            {**os.environ, **environment},
-        )
+    inputs.check(args)
+    inputs.require_environment("benchmarks.importance")
 
     import numpy as np
 
-    from benchmarks import inputs
     from compression.batches import sorted_rows
     from compression.encoder import build_encoder
     from compression.importance import measure_importance
@@ -94,10 +82,6 @@ def main() -> None:
             }
         )
     )
-
-
-def module_arguments() -> list[str]:
-    return ["benchmarks.importance", *sys.argv[1:]]
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ who measures sets the environment first.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from compression.runtime_env import core_count, cpu_vendor, training_environment
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +36,17 @@ def check(args: argparse.Namespace) -> None:
     for path, what in ((args.data / "sst2", head), (args.model, "MiniLM-L6 (`make demo`)")):
         if not path.is_dir():
             sys.exit(f"{path} is not there: name the folder of {what}")
+
+
+def require_environment(module: str) -> None:
+    """Starts `module` anew, with the same arguments, where the training variables are not set.
+
+    glibc reads its own when a process starts.
+    """
+    wanted = training_environment(cpu_count=core_count(), vendor=cpu_vendor())
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        command = [sys.executable, "-m", module, *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **wanted})
 
 
 def read_model(folder: Path, *, seed: int) -> tuple[EncoderConfig, dict[str, np.ndarray]]:
