@@ -25,7 +25,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 
 from compression.errors import CheckpointRefused
-from compression.runtime_env import cpu_name
+from compression.runtime_env import cpu_name, paddle_version
 
 KEPT = 2
 # benchmarks/host_change.py; see DECISIONS.md, "A resumed job on another kind of host".
@@ -40,7 +40,6 @@ _METADATA = "job"
 _DTYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64", "<i4": "I32", "|b1": "BOOL"}
 # Variables that may change the last bits of a result: threads and which kernels are taken.
 _VARIABLES = ("OMP_", "MKL_", "KMP_", "OPENBLAS_", "FLAGS_")
-_LIBRARIES = ("paddlepaddle", "numpy")
 
 Arrays = Mapping[str, Any]  # numpy arrays, or what numpy.asarray takes (paddle's tensors)
 
@@ -188,16 +187,19 @@ def _sync_folder(folder: Path) -> None:
 # --- where it ran ---------------------------------------------------------------------------
 
 
-def host_facts(environment: Mapping[str, str], *, replicas: int = 1) -> dict[str, Any]:
+def host_facts(
+    environment: Mapping[str, str], *, replicas: int = 1, device: str = "cpu"
+) -> dict[str, Any]:
     """What the last bits of a result depend on beside the job itself.
 
     `environment`: the variables that the training process was started with; `replicas`: into
-    how many parts each batch's gradients are cut.
+    how many parts each batch's gradients are cut; `device`: "cpu" or the GPU's model.
     """
     return {
         "cpu": cpu_name(),
+        "device": device,
         "replicas": replicas,
-        "libraries": {name: version(name) for name in _LIBRARIES},
+        "libraries": {"paddlepaddle": paddle_version(), "numpy": version("numpy")},
         "variables": {
             name: value
             for name, value in sorted(environment.items())
@@ -208,7 +210,11 @@ def host_facts(environment: Mapping[str, str], *, replicas: int = 1) -> dict[str
 
 def host_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, ...]:
     """In words; empty where a job goes on as if it had never stopped."""
-    found = [f"cpu was {then['cpu']}, is {now['cpu']}"] if then["cpu"] != now["cpu"] else []
+    found = [
+        f"{name} was {then[name]}, is {now[name]}"
+        for name in ("cpu", "device")
+        if then[name] != now[name]
+    ]
     for kind in ("libraries", "variables"):
         for name in sorted(then[kind].keys() | now[kind].keys()):
             before, after = then[kind].get(name, "unset"), now[kind].get(name, "unset")

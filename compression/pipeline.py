@@ -60,7 +60,7 @@ from compression.report import (
     TeacherReport,
     TrainingReport,
 )
-from compression.runtime_env import core_count, cpu_name, replica_count
+from compression.runtime_env import core_count, cpu_name, paddle_version, replica_count
 from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.tables import Columns, profile, read_splits, shared_rows
@@ -115,7 +115,7 @@ def compress(
         checkpoints = Checkpoints(
             run_dir / CHECKPOINTS,
             identity=identity(spec, model_dir, dataset_dir),
-            host=host_facts(os.environ, replicas=job.replicas),
+            host=host_facts(os.environ, replicas=job.replicas, device=device_model(spec.device)),
             every_seconds=checkpoint_seconds,
             on_saved=on_checkpoint,
         )
@@ -127,7 +127,7 @@ def compress(
         "run_dir": str(run_dir.resolve()),
     }
     with started(request, spec.processes, run_dir / "work" / RANKS) as others:
-        group = ALONE if others is None else join(0, others.endpoints)
+        group = ALONE if others is None else join(0, others.endpoints, others.meet)
         learnt = learn(job, checkpoints, stages, group, run_dir / "work")
     teacher, supernet, subnetworks = learnt.teacher, learnt.supernet, learnt.subnetworks
     trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
@@ -342,6 +342,11 @@ def use_device(device: str, *, processes: int = 1, rank: int = 0) -> None:
     paddle.set_device(f"gpu:{first + rank}")
 
 
+def device_model(device: str) -> str:
+    """ "cpu", or what the GPU in use calls itself."""
+    return "cpu" if device == "cpu" else str(paddle.device.cuda.get_device_name())
+
+
 @dataclass(frozen=True)
 class Learnt:
     """What the stages up to the last training leave."""
@@ -402,6 +407,7 @@ def follow(
     *,
     rank: int,
     endpoints: Sequence[str],
+    meet: Callable[[], None],
 ) -> None:
     """Another process's part of `learn`: its share of every training batch, and no file."""
     use_device(spec.device, processes=spec.processes, rank=rank)
@@ -409,10 +415,10 @@ def follow(
     checkpoints = Checkpoints(
         run_dir / CHECKPOINTS,
         identity=identity(spec, model_dir, dataset_dir),
-        host=host_facts(os.environ, replicas=job.replicas),
+        host=host_facts(os.environ, replicas=job.replicas, device=device_model(spec.device)),
         every_seconds=math.inf,
     )
-    group = join(rank, endpoints)
+    group = join(rank, endpoints, meet)
 
     def silent(*told: Any, **figures: Any) -> None:
         pass
@@ -479,7 +485,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
 
 
 def own_replicas(spec: Spec) -> int:
-    """As many as keep the CPU's cores busy, all processes together; a GPU is kept busy by one."""
+    """As many as keep the CPU's cores busy, in all processes; a GPU is kept busy by one."""
     if spec.device != "cpu":
         return 1
     return max(1, replica_count(os.environ, cores=core_count()) // spec.processes)
@@ -800,9 +806,12 @@ def export_warnings(
 
 
 def identity(spec: Spec, model_dir: Path, dataset_dir: Path) -> dict[str, str]:
-    """What makes a checkpoint this job's: digests of all that goes into it."""
+    """What makes a checkpoint this job's: digests of all that goes into it.
+
+    Not the spec's defaults: a version with one more field goes on with an older one's jobs.
+    """
     return {
-        "spec": digest(spec.model_dump_json()),
+        "spec": digest(spec.model_dump_json(exclude_defaults=True)),
         "model": digest(json.dumps(input_digests(model_dir))),
         "dataset": digest(json.dumps(input_digests(dataset_dir))),
     }
@@ -831,7 +840,7 @@ def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> It
                 f"{training.steps} of {training.planned_steps} steps; the weights are those after "
                 f"step {training.best_step}"
             )
-        section = spec.teacher if stage == "teacher" else spec.distillation
+        section = getattr(spec, SECTIONS[stage])
         if training.micro_batch is not None and section.micro_batch == "auto":
             yield (
                 f"the memory was too small for a whole batch in {stage}: {training.micro_batch} "
@@ -841,7 +850,7 @@ def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> It
 
 def environment(spec: Spec, replicas: int) -> dict[str, str]:
     """The device, the libraries and the threads that the figures were measured with."""
-    names = ["paddlepaddle", "onnxruntime", "paddle2onnx", "numpy", "tokenizers", "safetensors"]
+    names = ["onnxruntime", "paddle2onnx", "numpy", "tokenizers", "safetensors"]
     if spec.engine == "paddleslim":
         names += ["paddleslim", "paddlenlp"]
     return {
@@ -853,5 +862,6 @@ def environment(spec: Spec, replicas: int) -> dict[str, str]:
         "kernel_threads": os.environ.get("OMP_NUM_THREADS", "1"),
         "platform": platform.platform(),
         "python": platform.python_version(),
+        "paddlepaddle": paddle_version(),
         **{name: version(name) for name in names},
     }

@@ -52,7 +52,7 @@ class Precision:
     def state(self) -> dict[str, float]:
         """For a checkpoint; empty without a scale."""
         held = {} if self._scaler is None else self._scaler.state_dict()
-        return {name: float(held[name]) for name in _CHANGING if held}
+        return {name: np.asarray(held[name]).item() for name in _CHANGING if held}
 
     def restore(self, state: dict[str, float]) -> None:
         """The inverse of `state`."""

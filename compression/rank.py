@@ -1,7 +1,8 @@
 """One of the other processes of a job that trains in several; `compression.ranks` starts it.
 
-Standard input is one line of JSON: the job's folders and spec, `rank` and `endpoints`. It
-writes no file; standard output and error are its log.
+The first line of standard input is JSON: the job's folders and spec, `rank` and `endpoints`;
+each line after it says that the job's process has come to where both go on. It writes no
+file; standard output and error are its log.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 import os
 import signal
 import sys
+import time
+import traceback
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -23,10 +26,15 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # Linux: ends with the first one
     if str(os.getppid()) != os.environ["WIDTHWISE_RANK_OF"]:
         sys.exit("the job's process is gone")
-    request = json.loads(sys.stdin.readline())
+    request = json.loads(sys.stdin.buffer.readline())
+
+    def meet() -> None:
+        if not sys.stdin.buffer.readline():
+            sys.exit("the job's process is gone")
 
     from compression.errors import CompressionError, Interrupted
     from compression.pipeline import follow
+    from compression.ranks import LINGER_SECONDS
     from compression.spec import Spec
 
     try:
@@ -37,9 +45,17 @@ def main() -> None:
             Path(request["run_dir"]),
             rank=request["rank"],
             endpoints=request["endpoints"],
+            meet=meet,
         )
-    except (CompressionError, Interrupted) as error:
+    except Interrupted:
+        return
+    except CompressionError as error:
         sys.exit(str(error))
+    except RuntimeError:
+        # Most likely another process died and this one lost it: that one is to be blamed.
+        traceback.print_exc()
+        time.sleep(LINGER_SECONDS)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,22 @@ from compression.export.fresh import IMPORT_ROOT, fresh_command, last_lines
 HOST = "127.0.0.1"
 _END_SECONDS = 30.0  # for a process that has nothing left to do, or has lost its peers
 _POLL_SECONDS = 0.5
+_FAIL_SECONDS = 5.0
+LINGER_SECONDS = 20.0  # longer than it takes to find the one that failed
 
 
 @dataclass(frozen=True)
 class Group:
-    """The processes of a training as one of them sees it. Alone, every method is the identity."""
+    """The processes of a training as one of them sees it. Alone, every method is the identity.
+
+    `meet` returns once rank 0 has come to the same place, however long that takes: a
+    collective operation itself waits for 30 seconds at most with gloo, and rank 0 has
+    stages and files of its own in between. The others are never that late.
+    """
 
     rank: int = 0
     count: int = 1
+    meet: Callable[[], None] = lambda: None
 
     @property
     def leads(self) -> bool:
@@ -67,6 +75,7 @@ class Group:
         """Every gradient becomes its sum over all processes; where no process has one, none."""
         if self.count == 1:
             return
+        self.meet()
         parameters = model.parameters()
         present = self.add_up([float(each.grad is not None) for each in parameters])
         for parameter, anywhere in zip(parameters, present, strict=True):
@@ -81,6 +90,7 @@ class Group:
         """Every process's weights become those of the job's process."""
         if self.count == 1:
             return
+        self.meet()
         for model in models:
             for parameter in model.parameters():
                 distributed.broadcast(parameter, src=0)
@@ -89,7 +99,7 @@ class Group:
 ALONE = Group()
 
 
-def join(rank: int, endpoints: Sequence[str]) -> Group:
+def join(rank: int, endpoints: Sequence[str], meet: Callable[[], None]) -> Group:
     """Waits for the other processes; once a process, and after its device is chosen.
 
     `endpoints` are host:port: the first is where all meet, then one for each process.
@@ -110,7 +120,7 @@ def join(rank: int, endpoints: Sequence[str]) -> Group:
     else:
         os.environ |= {"FLAGS_selected_gpus": number}  # paddle spells it so
     distributed.init_parallel_env()
-    return Group(rank, len(own))
+    return Group(rank, len(own), meet)
 
 
 class Started:
@@ -135,14 +145,24 @@ class Started:
             assert process.stdin is not None
             told = {**request, "rank": rank, "endpoints": self.endpoints}
             process.stdin.write(json.dumps(told).encode() + b"\n")
-            process.stdin.close()
+            process.stdin.flush()
             self._processes.append(process)
         self._watch = threading.Thread(target=self._watch_them, daemon=True)
         self._watch.start()
 
+    def meet(self) -> None:
+        """Rank 0's half of `Group.meet`: a line to each of the others."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+
     def failure(self) -> RankFailed | None:
-        """What the first process that failed said; waits a little for one to fail."""
-        deadline = time.monotonic() + 5
+        """What a process that failed said; waits a little for one to fail.
+
+        One that only lost its peers ends later (`compression.rank`), so it is not this one.
+        """
+        deadline = time.monotonic() + _FAIL_SECONDS
         while time.monotonic() < deadline:
             for process, log in zip(self._processes, self._logs, strict=True):
                 if process.poll():
@@ -163,12 +183,20 @@ class Started:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._close()
 
     def kill(self) -> None:
         self._ended.set()
         for process in self._processes:
             process.kill()
             process.wait()
+        self._close()
+
+    def _close(self) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):
+                process.stdin.close()
 
     def _watch_them(self) -> None:
         """gloo tells at once that a peer is gone, NCCL never: then this process ends too."""
@@ -193,7 +221,7 @@ def started(request: Mapping[str, Any], count: int, folder: Path) -> Iterator[St
     others = Started(request, count, folder)
     try:
         yield others
-    except RuntimeError as error:  # of a collective operation whose peer is gone
+    except (RuntimeError, BrokenPipeError) as error:  # a peer is gone
         failure = others.failure()
         if failure is None:
             raise

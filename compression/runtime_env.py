@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -30,6 +31,14 @@ def cpu_vendor(cpuinfo: Path = CPUINFO) -> str:
 def cpu_name(cpuinfo: Path = CPUINFO) -> str:
     """The processor's model name; "" where the kernel does not say."""
     return _first(_cpuinfo("model name", cpuinfo))
+
+
+def paddle_version() -> str:
+    """Of the CPU's or the GPU's build, which are distributions of two names."""
+    try:
+        return version("paddlepaddle")
+    except PackageNotFoundError:
+        return version("paddlepaddle-gpu")
 
 
 def core_count(cpuinfo: Path = CPUINFO, usable: set[int] | None = None) -> int:

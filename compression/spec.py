@@ -341,7 +341,8 @@ class Spec(_Asked):
         ge=1,
         le=16,
         description="That share each training batch, all on one host: with a GPU each, from the "
-        "device's number on. One does best on a CPU, where threads share the batch already.",
+        "device's number on. One does best on a CPU, where threads share the batch already. "
+        "With dropout another number draws other masks, and so trains otherwise.",
     )
     precision: Literal["fp32", "mixed"] = Field(
         "fp32",
@@ -360,6 +361,9 @@ class Spec(_Asked):
     def _trainable(self) -> Spec:
         if self.precision == "mixed" and self.device == "cpu":
             raise ValueError('precision "mixed" needs device "gpu"; a CPU trains in fp32')
-        if self.processes > 1 and self.engine != "widthwise":
-            raise ValueError(f"engine {self.engine} trains in one process: set processes to 1")
+        if self.engine != "widthwise" and (self.processes > 1 or self.precision != "fp32"):
+            raise ValueError(
+                f"engine {self.engine} trains in one process and in fp32: set processes to 1 and "
+                'precision to "fp32"'
+            )
         return self

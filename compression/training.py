@@ -367,7 +367,7 @@ class _Run:
         load_weights(model, _below(state.tensors, "weights/"))
         optimizer.restore(_below(state.tensors, "optimizer/"), step=state.step)
         figures = dict(state.figures)
-        optimizer.precision.restore(figures.pop("loss_scale"))
+        optimizer.precision.restore(figures.pop("loss_scale", {}))
         run.seconds.extend(figures.pop("seconds"))
         run.step = state.step
         run.best = _below(state.tensors, "best/") or None
@@ -402,7 +402,8 @@ class _Run:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                size = min(self.micro_batch or len(batch), len(batch))
+                share = max(1, len(gradients.group.share(batch)))
+                size = min(self.micro_batch or share, share)
                 # One of several processes cannot halve its own: the others would wait for it.
                 is_fixed = schedule.micro_batch != "auto" or gradients.group.count > 1
                 if is_fixed or size <= len(gradients.replicas.members):

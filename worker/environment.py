@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from importlib.metadata import version
 
 import structlog
 
-from compression.runtime_env import core_count, cpu_name, cpu_vendor, fastest, training_environment
+from compression.runtime_env import (
+    core_count,
+    cpu_name,
+    cpu_vendor,
+    fastest,
+    paddle_version,
+    training_environment,
+)
 from jobs.settings import Settings
+
+_KINDS = ("OMP_", "MKL_", "KMP_", "MALLOC_")
 
 Variables = Mapping[str, str]
 log = structlog.get_logger(__name__)
@@ -31,7 +39,7 @@ def measured(settings: Settings) -> Variables:
         return expected()
     choice = fastest(
         settings.data_dir,
-        machine=f"{cpu_name()}, {core_count()} cores, paddle {version('paddlepaddle')}",
+        machine=f"{cpu_name()}, {core_count()} cores, paddle {paddle_version()}",
         cores=core_count(),
         vendor=cpu_vendor(),
     )
@@ -41,5 +49,9 @@ def measured(settings: Settings) -> Variables:
 
 
 def own(chosen: Variables) -> dict[str, str]:
-    """Those of the variables that the user has set: they win."""
-    return {name: os.environ[name] for name in chosen if name in os.environ}
+    """What the user has set, of these variables and of their kinds: it wins."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in chosen or name.startswith(_KINDS)
+    }

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import pytest
 from pydantic import ValidationError
 from safetensors.numpy import load_file
 
-from compression.ranks import ALONE, Group
+from compression.checkpoint import newest_snapshot
+from compression.precision import Precision
+from compression.ranks import ALONE, Group, free_endpoints
 from compression.spec import Spec
 from tests.builders import tiny_bert, tiny_dataset
 from tests.services import wait_until
@@ -101,10 +104,16 @@ def test_two_processes_are_stopped_and_resumed(files: JobFiles) -> None:
     checkpoints = files.root / "parts" / "checkpoints"
     wait_until(lambda: len(list(checkpoints.glob("*.safetensors"))) > 1, "checkpoints", seconds=120)
     (other,) = others_of(process.pid)
+    time.sleep(2)  # into distillation, which takes longer than that
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3, errors
     assert not Path(f"/proc/{other}").exists()
+    _, snapshot, _ = newest_snapshot(checkpoints)
+    assert snapshot is not None
+    state = snapshot.stages["distil"]
+    assert not state.done
+    assert 0 < state.step < 300
     parts = files.run("parts", "--resume", **long)
     for name, array in whole.items():
         np.testing.assert_array_equal(parts[name], array, err_msg=name)
@@ -127,6 +136,48 @@ def test_a_process_that_dies_ends_the_job(files: JobFiles) -> None:
     assert not (files.root / "dead" / "report.json").exists()
 
 
+def test_the_others_wait_for_the_first_however_late_it_is() -> None:
+    """gloo itself gives up after 30 seconds."""
+    command = [sys.executable, "-m", "tests.compression.rank_process"]
+    endpoints = free_endpoints(3)
+    with (
+        subprocess.Popen(
+            [*command, "0", "33", *endpoints], cwd=REPOSITORY, stdout=subprocess.PIPE
+        ) as first,
+        subprocess.Popen(
+            [*command, "1", "0", *endpoints], cwd=REPOSITORY, stdin=first.stdout
+        ) as second,
+    ):
+        assert (first.wait(120), second.wait(120)) == (0, 0)
+
+
+class Scaler:
+    """What of paddle's GradScaler is used; the real one switches itself off without a GPU."""
+
+    def __init__(self) -> None:
+        self.held = {"scale": np.array([8.0], np.float32), "incr_count": 3, "decr_count": 0}
+        self.held |= {"incr_ratio": 2.0}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.held)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.held = state
+
+
+def test_the_scale_of_float16_is_kept_in_checkpoints() -> None:
+    plain = Precision()
+    assert plain.state() == {}
+    plain.restore({"scale": 2.0})  # of no use, and no error
+    precision, other = Precision(), Precision()
+    precision._scaler, other._scaler = Scaler(), Scaler()
+    other._scaler.held |= {"scale": np.array([2.0], np.float32), "incr_count": 1}
+    kept = json.loads(json.dumps(precision.state()))
+    assert kept == {"scale": 8.0, "incr_count": 3.0, "decr_count": 0.0}
+    other.restore(kept)
+    assert other._scaler.held == precision._scaler.held
+
+
 def test_shares_leave_no_row_out_and_none_twice() -> None:
     rows = np.arange(7)
     parts = [Group(rank, 3).share(rows) for rank in range(3)]
@@ -141,6 +192,7 @@ def test_shares_leave_no_row_out_and_none_twice() -> None:
     [
         ({"precision": "mixed"}, 'needs device "gpu"'),
         ({"processes": 2, "engine": "paddleslim"}, "trains in one process"),
+        ({"engine": "paddleslim", "precision": "mixed", "device": "gpu"}, "in fp32"),
         ({"processes": 0}, "greater than or equal to 1"),
         ({"device": "gpu:x"}, "should match pattern"),
     ],
