@@ -109,7 +109,9 @@ def test_a_job_interrupted_by_a_stop_is_done_after_the_next_start(tmp_path: Path
         assert processes_of(tmp_path / "data") == {}
     with serving(tmp_path / "data") as service:
         events = events_until_the_end(service.client, job["id"])
-        kinds = [event["kind"] for event in events if event["kind"] != "progress"]
+        # Whether a checkpoint was written before the stop depends on when it came.
+        passing = ("progress", "checkpoint", "resumed")
+        kinds = [event["kind"] for event in events if event["kind"] not in passing]
         assert kinds == ["queued", "started", "requeued", "started", "succeeded"]
         assert [event["number"] for event in events] == list(range(1, len(events) + 1))
         # A stop by request is not the job's fault: it does not count as an attempt.
