@@ -17,7 +17,8 @@ from compression.runtime_env import (
 )
 from jobs.settings import Settings
 
-_KINDS = ("OMP_", "MKL_", "KMP_", "MALLOC_")
+# Not KMP_: libraries set some of those themselves when they are imported.
+_KINDS = ("OMP_", "MKL_", "MALLOC_")
 
 Variables = Mapping[str, str]
 log = structlog.get_logger(__name__)
