@@ -36,6 +36,7 @@ HOST_BOUND = (
 FOLDER = "checkpoints"
 _NAME = re.compile(r"(\d{6})\.([0-9a-f]{64})\.safetensors")
 _PARTIAL = "partial"
+FORMAT = 2  # 1 had the whole word embedding in an unfinished training
 _METADATA = "job"
 _DTYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64", "<i4": "I32", "|b1": "BOOL"}
 # Variables that may change the last bits of a result: threads and which kernels are taken.
@@ -108,6 +109,7 @@ def write_snapshot(folder: Path, number: int, snapshot: Snapshot) -> Saved:
 
 def _pieces(snapshot: Snapshot) -> Iterator[bytes]:
     facts = {
+        "format": FORMAT,
         "identity": dict(snapshot.identity),
         "host": dict(snapshot.host),
         "seconds": snapshot.seconds,
@@ -148,6 +150,8 @@ def read_snapshot(path: Path, *, with_tensors: bool = True) -> Snapshot:
         raise ValueError("its digest differs from the one in its name")
     with safe_open(path, framework="np") as file:
         facts = json.loads(file.metadata()[_METADATA])
+        if facts.get("format") != FORMAT:
+            raise ValueError("another version of the program has written it")
         tensors: dict[str, dict[str, npt.NDArray[Any]]] = {name: {} for name in facts["stages"]}
         for key in file.keys() if with_tensors else ():
             stage, _, name = key.partition("/")
@@ -167,7 +171,9 @@ def newest_snapshot(
         try:
             return path, read_snapshot(path, with_tensors=with_tensors), tuple(damaged)
         except (ValueError, OSError) as error:
-            damaged.append(f"checkpoint {path.name[:6]} is damaged and was passed over: {error}")
+            damaged.append(
+                f"checkpoint {path.name[:6]} cannot be used and was passed over: {error}"
+            )
     return None, None, tuple(damaged)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import paddle
 from paddle import Tensor
 
+from compression import kernels
 from compression.batches import Batch, Encoded
 from compression.encoder import Encoder, EncoderStates
 from compression.noise import Noise
@@ -35,10 +36,10 @@ def representation_loss(
 
     `total` are the tokens to divide by, where this is a part of a larger batch.
     """
-    mask = attention_mask.astype("float32").unsqueeze(-1)  # [B, T, 1]
+    mask = attention_mask.astype("float32")
     units = (mask.sum() if total is None else total) * student[0].shape[-1]
     return sum(
-        ((own - other).square() * mask).sum() / units
+        kernels.squared_distance(own, other, mask) / units
         for own, other in zip(student, teacher, strict=True)
     )
 
@@ -95,12 +96,19 @@ class SupernetLosses:
         shared = embedded.detach()
         shared.stop_gradient = embedded.stop_gradient
         for subnetwork in self.subnetworks:
-            states = supernet.encode_embedded(
-                shared, share.attention_mask, subnetwork=subnetwork, noise=noise
-            )
+            # No name for the states: they would keep one pass's memory through the next.
             yield (
                 subnetwork.name,
-                distillation_loss(states, targets, share, self.spec, self.task, share_of=whole),
+                distillation_loss(
+                    supernet.encode_embedded(
+                        shared, share.attention_mask, subnetwork=subnetwork, noise=noise
+                    ),
+                    targets,
+                    share,
+                    self.spec,
+                    self.task,
+                    share_of=whole,
+                ),
             )
         if shared.grad is not None:
             embedded.backward(shared.grad)

@@ -15,22 +15,22 @@ from compression import kernels
 from compression.noise import Noise, dropout
 
 ACTIVATIONS = {
-    "gelu": kernels.gelu,
+    "gelu": F.gelu,
     "gelu_new": lambda x: F.gelu(x, approximate=True),
     "relu": F.relu,
 }
 
 
-def sliced_linear(
-    layer: nn.Linear, x: Tensor, *, inputs: int | None = None, outputs: int | None = None
-) -> Tensor:
-    """`x @ weight[:inputs, :outputs] + bias[:outputs]`; None keeps the whole side."""
+def sliced(
+    layer: nn.Linear, *, inputs: int | None = None, outputs: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """weight[:inputs, :outputs] and bias[:outputs]; None keeps the whole side."""
     weight, bias = layer.weight, layer.bias
     if inputs is not None and inputs < weight.shape[0]:
         weight = weight[:inputs]
     if outputs is not None and outputs < weight.shape[1]:
         weight, bias = weight[:, :outputs], bias[:outputs]
-    return kernels.linear(x, weight, bias)
+    return weight, bias
 
 
 class Norm(nn.LayerNorm):
@@ -70,22 +70,26 @@ class ElasticAttention(nn.Layer):
         gates: Tensor | None = None,
         noise: Noise | None = None,
     ) -> Tensor:
-        """x [B, T, H], mask [B, 1, 1, T] (added to the scores), gates [A] -> [B, T, H]."""
+        """x [B, T, H], gates [A] -> [B, T, H]; the mask is what `kernels.expanded` makes."""
         heads = heads or self.heads
         width = heads * self.head_dim
 
         def project(layer: nn.Linear) -> Tensor:  # [B, T, H] -> [B, A, T, D]
-            y = sliced_linear(layer, x, outputs=width)
+            y = kernels.linear(x, *sliced(layer, outputs=width))
             return y.reshape([0, 0, heads, self.head_dim]).transpose([0, 2, 1, 3])
 
-        query = project(self.query) * self.head_dim**-0.5
-        scores = paddle.matmul(query, project(self.key), transpose_y=True) + mask  # [B, A, T, T]
-        weights = dropout(F.softmax(scores), self.attention_dropout, noise)
-        context = paddle.matmul(weights, project(self.value))  # [B, A, T, D]
+        query, key = project(self.query) * self.head_dim**-0.5, project(self.key)
+        value = project(self.value)
+        if noise is None or self.attention_dropout == 0:
+            context = kernels.attention(query, key, value, mask)  # [B, A, T, D]
+        else:
+            scores = paddle.matmul(query, key, transpose_y=True) + mask  # [B, A, T, T]
+            weights = dropout(F.softmax(scores), self.attention_dropout, noise)
+            context = paddle.matmul(weights, value)
         if gates is not None:
             context = context * gates.reshape([1, heads, 1, 1])
         context = context.transpose([0, 2, 1, 3]).reshape([0, 0, width])  # [B, T, A * D]
-        y = sliced_linear(self.output, context, inputs=width)
+        y = kernels.linear(context, *sliced(self.output, inputs=width))
         return self.norm(x + dropout(y, self.hidden_dropout, noise))
 
 
@@ -106,6 +110,9 @@ class ElasticFeedForward(nn.Layer):
         self, x: Tensor, *, neurons: int | None = None, noise: Noise | None = None
     ) -> Tensor:
         """x [B, T, H] -> [B, T, H], through the first `neurons` of F."""
-        inner = self.activation(sliced_linear(self.intermediate, x, outputs=neurons))
-        y = sliced_linear(self.output, inner, inputs=neurons)
+        into, out = sliced(self.intermediate, outputs=neurons), sliced(self.output, inputs=neurons)
+        if self.activation is F.gelu:
+            y = kernels.gelu_feed_forward(x, *into, *out)
+        else:
+            y = kernels.linear(self.activation(kernels.linear(x, *into)), *out)
         return self.norm(x + dropout(y, self.dropout, noise))

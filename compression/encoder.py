@@ -16,6 +16,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
+from compression import kernels
 from compression.elastic import ACTIVATIONS, ElasticAttention, ElasticFeedForward, Norm
 from compression.errors import InvalidModel
 from compression.noise import Noise, dropout
@@ -56,6 +57,8 @@ class Embeddings(nn.Layer):
         self.dropout = config.hidden_dropout
         if config.embedding_size is not None:
             self.projection = nn.Linear(width, config.hidden)
+        # Where each token of the vocabulary stands in `word`, int64 [vocabulary]; None: in order.
+        self.register_buffer("rows", None, persistable=False)
 
     def forward(
         self, input_ids: Tensor, token_type_ids: Tensor | None, *, noise: Noise | None = None
@@ -65,7 +68,10 @@ class Embeddings(nn.Layer):
         # A running count, not arange(T): it keeps the exported length dynamic. A token's
         # number depends on those before it alone, so padding behind a row cannot change it.
         positions = paddle.cumsum(paddle.ones_like(input_ids), axis=1)
-        total = self.word(input_ids) + self.position(positions + (config.position_offset - 1))
+        rows = input_ids
+        if self.rows is not None:
+            rows = paddle.gather(self.rows, input_ids.reshape([-1])).reshape(input_ids.shape)
+        total = self.word(rows) + self.position(positions + (config.position_offset - 1))
         if config.reads_token_types:
             total = total + self.token_type(token_type_ids)
         elif config.type_vocab_size:
@@ -159,12 +165,14 @@ class Encoder(nn.Layer):
     ) -> EncoderStates:
         """The same from the embedding output x [B, T, H], which all sub-networks share."""
         mask = (1.0 - attention_mask.astype("float32")).unsqueeze([1, 2]) * MASKED  # [B, 1, 1, T]
+        kept = subnetwork.heads if subnetwork else self.config.heads
+        masks = {heads: kernels.expanded(mask, heads) for heads in sorted(set(kept))}
         hidden = [x]
         for i, layer in enumerate(self.layers):
             x = layer(
                 x,
-                mask,
-                heads=subnetwork.heads[i] if subnetwork else None,
+                masks[kept[i]],
+                heads=kept[i],
                 neurons=subnetwork.ffn[i] if subnetwork else None,
                 gates=head_gates[i] if head_gates is not None else None,
                 noise=noise,

@@ -16,10 +16,12 @@ from typing import TypeVar
 
 import numpy as np
 import paddle
+from paddle import Tensor
 
 from compression.encoder import Encoder
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Replicas:
@@ -50,19 +52,18 @@ class Replicas:
         wait(jobs)  # an error in one must not leave the others running
         return [job.result() for job in jobs]
 
-    @paddle.no_grad()  # or the gradients, leaves themselves, could not be changed in place
+    def each(self, work: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
+        """work(item) for each item, as many at the same time as there are replicas."""
+        jobs = [self._pool.submit(work, item) for item in items]
+        wait(jobs)
+        return [job.result() for job in jobs]
+
     def gather_gradients(self) -> None:
         """Adds every replica's gradients to the encoder's own and clears theirs."""
-        for member in self.members[1:]:
-            pairs = zip(self.members[0].parameters(), member.parameters(), strict=True)
-            for own, other in pairs:
-                if other.grad is None:
-                    continue
-                if own.grad is None:
-                    own.grad = other.grad
-                else:
-                    own.grad.add_(other.grad)
-                other.clear_gradient(False)  # freed, not zeroed
+        if len(self.members) > 1:
+            same = list(zip(*(member.parameters() for member in self.members), strict=True))
+            parts = balanced(same, len(self.members), size=lambda each: int(each[0].size))
+            self.each(_gather, parts)
 
     def clear_gradients(self) -> None:
         for member in self.members:
@@ -74,9 +75,35 @@ def shares(rows: np.ndarray, count: int) -> Sequence[np.ndarray]:
     return [rows[i::count] for i in range(min(count, len(rows)))]
 
 
+def balanced(items: Sequence[Item], count: int, *, size: Callable[[Item], int]) -> list[list[Item]]:
+    """The items in at most `count` parts of like total size; the same ones in the same parts."""
+    parts: list[list[Item]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for item in sorted(items, key=size, reverse=True):
+        smallest = totals.index(min(totals))
+        parts[smallest].append(item)
+        totals[smallest] += size(item)
+    return [part for part in parts if part]
+
+
+@paddle.no_grad()  # or the gradients, leaves themselves, could not be changed in place
+def _gather(parameters: Sequence[tuple[Tensor, ...]]) -> None:
+    """Of each parameter, whose replicas these are: all gradients into the first one's."""
+    for own, *others in parameters:
+        for other in others:
+            if other.grad is None:
+                continue
+            if own.grad is None:
+                own.grad = other.grad
+            else:
+                own.grad.add_(other.grad)
+            other.clear_gradient(False)  # freed, not zeroed
+
+
 def _replica(encoder: Encoder) -> Encoder:
     """Another encoder whose parameters are the same memory."""
     replica = Encoder(encoder.config)
     for own, shared in zip(replica.parameters(), encoder.parameters(), strict=True):
         shared._share_buffer_to(own)
+    replica.embeddings.rows = encoder.embeddings.rows
     return replica

@@ -41,8 +41,13 @@ class Precision:
         """What to differentiate."""
         return loss if self._scaler is None else self._scaler.scale(loss)
 
+    def unscale(self, optimizer: Any) -> None:
+        """Makes its gradients those of the losses themselves; comes before `step`."""
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer)
+
     def step(self, optimizer: Any) -> None:
-        """The optimizer's step, with the gradients of scaled losses."""
+        """The optimizer's step, left out where a gradient of a scaled loss overflowed."""
         if self._scaler is None:
             optimizer.step()
         else:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import paddle
@@ -24,20 +24,23 @@ from compression.checkpoint import Checkpoints, StageState
 from compression.encoder import Encoder, load_weights, numpy_weights
 from compression.errors import Interrupted, OutOfMemory, TrainingDiverged
 from compression.noise import Noise
-from compression.parallel import Replicas
+from compression.parallel import Replicas, balanced
 from compression.precision import Kind, Precision
 from compression.ranks import ALONE, Group
 from compression.report import TrainingReport
 from compression.supernet import Subnetwork
 from compression.tasks.base import Task
+from compression.token_rows import put_back, used_tokens, with_token_rows
 
 HELD_OUT_SHARE = 10  # one row in ten of train judges a training that has a patience
 HELD_OUT_ROWS = 1024  # at most
+TOKENS_AT_ONCE = 512  # padding included; one row may have more
 TIMED_STEPS = 1000  # the newest ones, of which a step's median time is told
 SHOWN_ROWS = 10
 
 ACCUMULATORS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")  # of AdamW
 
+T = TypeVar("T")
 Ended = Literal["complete", "plateau", "time"]
 
 
@@ -75,7 +78,8 @@ def step_count(schedule: Schedule, rows: int) -> int:
 class Optimizer:
     """AdamW with linear warm-up, linear decay to 0 and clipping by global norm.
 
-    Biases and norms are not decayed, as in BERT.
+    Biases and norms are not decayed, as in BERT. With `replicas` of the model its parameters
+    are shared out: paddle updates each with one thread.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Optimizer:
         *,
         steps: int,
         precision: Precision | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         warmup = round(schedule.warmup_fraction * steps)
 
@@ -101,26 +106,52 @@ class Optimizer:
         self.precision = precision or Precision()
         self.named = dict(model.named_parameters())
         self.rate = paddle.optimizer.lr.LambdaDecay(schedule.learning_rate, factor)
-        self.optimizer = paddle.optimizer.AdamW(
-            self.rate,
-            parameters=model.parameters(),
-            weight_decay=schedule.weight_decay,
-            apply_decay_param_fun=lambda name: name in decayed,
-            grad_clip=nn.ClipGradByGlobalNorm(schedule.max_grad_norm),
-        )
+        self._schedule, self._factor = schedule, factor
+        self._replicas = replicas
+        count = len(replicas.members) if replicas else 1
+        self._parts = [
+            _Part(
+                parameters,
+                paddle.optimizer.AdamW(
+                    self.rate,
+                    parameters=parameters,
+                    weight_decay=schedule.weight_decay,
+                    apply_decay_param_fun=lambda name: name in decayed,
+                ),
+            )
+            for parameters in balanced(
+                model.parameters(), count, size=lambda parameter: int(parameter.size)
+            )
+        ]
 
     def step(self) -> None:
         """One update with the gradients that have been accumulated, which are then cleared."""
         # Paddle makes and names its accumulators here, by a counter of the process: in a scope of
         # their own the names are the same for the second optimizer of the same parameters.
         with paddle.utils.unique_name.guard():
-            self.precision.step(self.optimizer)
+            self._each(lambda part: self.precision.unscale(part.optimizer))
+            norm = math.sqrt(sum(self._each(_Part.squared_norm)))
+            # A norm that is not finite changes nothing: GradScaler leaves such a step out.
+            too_long = math.isfinite(norm) and norm > self._schedule.max_grad_norm
+            scale = self._schedule.max_grad_norm / norm if too_long else 1.0
+            self._each(lambda part: part.step(self.precision, scale))
         self.rate.step()
-        self.optimizer.clear_grad(set_to_zero=False)
+
+    def _each(self, work: Callable[[_Part], T]) -> list[T]:
+        if self._replicas is None:
+            return [work(part) for part in self._parts]
+        return self._replicas.each(work, self._parts)
+
+    def decay(self, steps: int) -> float:
+        """What the first `steps` updates multiply a weight with that has no gradient."""
+        rate = self._schedule.learning_rate * self._schedule.weight_decay
+        return math.prod(1.0 - rate * self._factor(step) for step in range(steps))
 
     def tensors(self) -> dict[str, Tensor]:
         """Its moments and their powers, "<parameter>.<accumulator>"; none before the first step."""
-        held = self.optimizer.state_dict()
+        held = {}
+        for part in self._parts:
+            held |= part.optimizer.state_dict()
         held.pop("LR_Scheduler", None)
         found = {
             f"{name}.{accumulator}": held.pop(key)
@@ -135,15 +166,46 @@ class Optimizer:
     def restore(self, tensors: Mapping[str, np.ndarray], *, step: int) -> None:
         """As it was after `step` steps; the inverse of `tensors`."""
         # Paddle names parameters by a counter of the process; ours are the same in any.
-        self.optimizer.set_state_dict(
-            {
-                f"{parameter.name}_{accumulator}_0": paddle.to_tensor(tensors[key])
-                for name, parameter in self.named.items()
-                for accumulator in ACCUMULATORS
-                if (key := f"{name}.{accumulator}") in tensors
-            }
-        )
+        for part in self._parts:
+            own = {parameter.name for parameter in part.parameters}
+            part.optimizer.set_state_dict(
+                {
+                    f"{parameter.name}_{accumulator}_0": paddle.to_tensor(tensors[key])
+                    for name, parameter in self.named.items()
+                    for accumulator in ACCUMULATORS
+                    if parameter.name in own and (key := f"{name}.{accumulator}") in tensors
+                }
+            )
         self.rate.step(step)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Parameters that one thread updates."""
+
+    parameters: list[Tensor]
+    optimizer: paddle.optimizer.Optimizer
+
+    @paddle.no_grad()
+    def squared_norm(self) -> float:
+        """Of all gradients together."""
+        found = 0.0
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                row = parameter.grad.reshape([1, -1])
+                # A product is six times as fast as any of paddle's norms.
+                found += paddle.matmul(row, row, transpose_y=True).item()
+        return found
+
+    @paddle.no_grad()
+    def step(self, precision: Precision, scale: float) -> None:
+        """With `scale` times the gradients, which are then cleared."""
+        if scale != 1.0:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.scale_(scale)
+        precision.step(self.optimizer)
+        self.optimizer.clear_grad(set_to_zero=False)
 
 
 # --- the loop -------------------------------------------------------------------------------
@@ -180,24 +242,29 @@ class BatchGradients:
         """The batch's losses by name; its gradients are then the encoder's.
 
         Both are summed over the group's processes. At most `micro_batch` rows are computed
-        at once in each, but one a replica; None is all.
+        at once in each, but one a replica; None is all. On the CPU a replica computes no more
+        than TOKENS_AT_ONCE: more at once takes memory and is no faster.
         """
         pad_id = self.replicas.members[0].config.pad_token_id
         whole = make_batch(self.data, rows, pad_id=pad_id)
         length = whole.input_ids.shape[1] if self.keep_length else None
         at_once = len(rows) if micro_batch is None else micro_batch // len(self.replicas.members)
+        if whole.input_ids.place.is_cpu_place():
+            at_once = min(at_once, TOKENS_AT_ONCE // whole.input_ids.shape[1])
+        at_once = max(1, at_once)
 
         def work(member: Encoder, part: np.ndarray) -> dict[str, float]:
             found: dict[str, float] = {}
             # Of fewer rows than processes some have none: they go along without a say.
             weight = 1.0 if len(own) else 0.0
-            for micro in np.split(part, range(max(1, at_once), len(part), max(1, at_once))):
+            for micro in np.split(part, range(at_once, len(part), at_once)):
                 share = make_batch(self.data, micro, pad_id=pad_id, length=length)
                 noise = Noise([self.seed, step, int(micro[0])])
                 with self.precision.cast():
                     for name, loss in self.losses(member, share, whole, noise):
                         self.precision.scaled(loss if weight else loss * weight).backward()
                         found[name] = found.get(name, 0.0) + weight * float(loss)
+                        del loss  # or its graph would live through the next one's pass
             return found
 
         own = self.group.share(rows)
@@ -287,16 +354,19 @@ def train(
     steps = step_count(schedule, len(rows))
     every = schedule.evaluate_every or math.ceil(len(rows) / schedule.batch_size)
     group, precision = surroundings.group, Precision(surroundings.precision)
-    optimizer = Optimizer(model, schedule, steps=steps, precision=precision)
-    run = _Run.restored(surroundings.state, model, optimizer, schedule)
-    group.take_from_the_first(model)
+    tokens = used_tokens(data, pad_id=model.config.pad_token_id)
+    learner = with_token_rows(model, tokens)
     learnt = data.take(rows)
-    batches = training_rows(
-        learnt, batch_size=schedule.batch_size, steps=steps, seed=seed, start=run.step
-    )
-    with Replicas(model, replicas) as parallel:
+    with Replicas(learner, replicas) as parallel:
+        optimizer = Optimizer(
+            learner, schedule, steps=steps, precision=precision, replicas=parallel
+        )
+        run = _Run.restored(surroundings.state, learner, optimizer, schedule)
+        group.take_from_the_first(learner)
         gradients = BatchGradients(parallel, learnt, losses, seed, keep_length, group, precision)
-        for batch in batches:
+        for batch in training_rows(
+            learnt, batch_size=schedule.batch_size, steps=steps, seed=seed, start=run.step
+        ):
             started = time.perf_counter()
             found = run.losses(gradients, batch, schedule, surroundings)
             _require_finite(found, rows[batch], surroundings, step=run.step + 1)
@@ -306,21 +376,23 @@ def train(
             on_step(Step(run.step, steps, found, run.seconds[-1]))
             (is_late, stop), is_last = surroundings.asked(), run.step == steps
             if len(judging) and (is_late or is_last or run.step % every == 0):
-                loss = _loss_of(model, data.take(judging), schedule.batch_size, losses)
-                run.judge(group.of_the_first([loss])[0], model)
+                loss = _loss_of(learner, data.take(judging), schedule.batch_size, losses)
+                run.judge(group.of_the_first([loss])[0], learner)
             if run.without_gain >= (schedule.patience or math.inf):
                 run.ended = "plateau"
                 break
             if is_late and not is_last:
                 run.ended = "time"
                 break
-            _save(surroundings, lambda: run.state(model, optimizer), stop=stop)
+            _save(surroundings, lambda: run.state(learner, optimizer), stop=stop)
     if run.best is not None:
-        load_weights(model, run.best)
+        load_weights(learner, run.best)
+    best_step = run.step if run.best is None else run.best_step
+    put_back(learner, model, tokens, decay=optimizer.decay(best_step))
     return TrainingReport(
         steps=run.step,
         planned_steps=steps,
-        best_step=run.step if run.best is None else run.best_step,
+        best_step=best_step,
         ended=run.ended,
         step_seconds=statistics.median(run.seconds),
         micro_batch=run.micro_batch,
@@ -498,9 +570,10 @@ def fine_tune(
     ) -> Iterator[tuple[str, Tensor]]:
         total = task.count(whole)
         for subnetwork in subnetworks:
-            states = member.encode(*share.inputs, subnetwork=subnetwork, noise=noise)
+            logits = member.encode(*share.inputs, subnetwork=subnetwork, noise=noise).logits
             name = subnetwork.name if subnetwork else "fine-tuning"
-            yield name, task.label_loss(states.logits, share, total=total)
+            yield name, task.label_loss(logits, share, total=total)
+            del logits  # or this pass's memory would be kept through the next
 
     return train(
         encoder,

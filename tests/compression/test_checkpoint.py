@@ -98,7 +98,7 @@ def test_a_damaged_newest_one_falls_back_to_the_one_before(tmp_path: Path, damag
     found = again["distil"]
     assert found is not None and found.step == 1
     (sentence,) = again.warnings
-    assert "000002 is damaged" in sentence and "digest" in sentence
+    assert "000002 cannot be used" in sentence and "digest" in sentence
     again.save("distil", state(3))
     assert sorted(path.name[:6] for path in tmp_path.iterdir()) == ["000002", "000003"]
 

@@ -12,6 +12,8 @@ from paddle.nn import functional as F
 
 from compression import kernels
 
+REAL = paddle.to_tensor([[1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0, 0.0]])  # the tokens
+MASK = kernels.expanded((1.0 - REAL).unsqueeze([1, 2]) * -1e9, 3)
 CASES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[tuple[int, ...], ...]]]
 CASES = {
     "linear": (kernels.linear, F.linear, ((3, 5, 4), (4, 6), (6,))),
@@ -20,7 +22,23 @@ CASES = {
         lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-5),
         ((3, 5, 8), (8,), (8,)),
     ),
-    "gelu": (kernels.gelu, F.gelu, ((40, 7),)),
+    "feed_forward": (
+        kernels.gelu_feed_forward,
+        lambda x, *pairs: F.linear(F.gelu(F.linear(x, *pairs[:2])), *pairs[2:]),
+        ((3, 5, 4), (4, 12), (12,), (12, 4), (4,)),
+    ),
+    "attention": (
+        lambda *inputs: kernels.attention(*inputs, MASK),
+        lambda query, key, value: paddle.matmul(
+            F.softmax(paddle.matmul(query, key, transpose_y=True) + MASK), value
+        ),
+        ((2, 3, 5, 4), (2, 3, 5, 4), (2, 3, 5, 4)),
+    ),
+    "squared_distance": (
+        lambda own: kernels.squared_distance(own, paddle.ones([2, 5, 4]), REAL),
+        lambda own: ((own - 1.0).square() * REAL.unsqueeze(-1)).sum(),
+        ((2, 5, 4),),
+    ),
 }
 
 
@@ -71,4 +89,11 @@ def test_an_input_may_stop_its_gradient_and_the_others_stay_right(frozen: int) -
 def test_without_gradients_paddles_own_function_runs() -> None:
     x = paddle.to_tensor([[1.0, 2.0]], stop_gradient=False)
     with paddle.no_grad():
-        assert kernels.gelu(x).stop_gradient
+        assert kernels.linear(x, paddle.ones([2, 3]), paddle.ones([3])).stop_gradient
+
+
+def test_an_expanded_mask_is_the_mask_for_every_head_and_query() -> None:
+    mask = paddle.to_tensor([[0.0, -1e9], [0.0, 0.0]]).reshape([2, 1, 1, 2])
+    np.testing.assert_array_equal(
+        kernels.expanded(mask, 3).numpy(), mask.expand([2, 3, 2, 2]).numpy()
+    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
+from paddle import Tensor
 
 from compression.distillation import SupernetLosses
-from compression.encoder import Encoder, numpy_weights
+from compression.encoder import Embeddings, Encoder, numpy_weights
 from compression.parallel import Replicas, shares
 from compression.spec import DistillationSpec, FineTuneSpec
 from compression.supernet import subnetwork_of
@@ -44,6 +46,26 @@ def test_shares_of_a_batch_give_the_whole_batchs_losses_and_gradients(
     for name, value in whole.items():
         np.testing.assert_allclose(
             shared[name], value, atol=1e-5 * np.abs(value).max() + 1e-7, err_msg=name
+        )
+
+
+def test_no_more_tokens_than_a_cap_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    embed = Embeddings.forward
+
+    def counted(self: Embeddings, ids: Tensor, *rest: Any, **named: Any) -> Tensor:
+        seen.append(int(ids.size))
+        return embed(self, ids, *rest, **named)
+
+    losses, whole = step_gradients(1)
+    monkeypatch.setattr(Embeddings, "forward", counted)
+    monkeypatch.setattr("compression.training.TOKENS_AT_ONCE", 30)
+    parts_losses, parts = step_gradients(1)
+    assert len(seen) > 2 and max(seen) <= 30  # of teacher and supernet; rows have up to 12 tokens
+    assert parts_losses == pytest.approx(losses, rel=1e-5)
+    for name, value in whole.items():
+        np.testing.assert_allclose(
+            parts[name], value, atol=1e-5 * np.abs(value).max() + 1e-7, err_msg=name
         )
 
 

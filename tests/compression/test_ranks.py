@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,27 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> JobFiles:
     return JobFiles(tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def late_pair() -> Iterator[tuple[subprocess.Popen[bytes], ...]]:
+    """Two processes, the first 33 seconds late: gloo itself gives up after 30.
+
+    They sleep while the other tests run.
+    """
+    command = [sys.executable, "-m", "tests.compression.rank_process"]
+    endpoints = free_endpoints(3)
+    with (
+        subprocess.Popen(
+            [*command, "0", "33", *endpoints], cwd=REPOSITORY, stdout=subprocess.PIPE
+        ) as first,
+        subprocess.Popen(
+            [*command, "1", "0", *endpoints], cwd=REPOSITORY, stdin=first.stdout
+        ) as second,
+    ):
+        yield first, second
+        first.kill()
+        second.kill()
+
+
 def others_of(pid: int) -> list[int]:
     """The processes that this one has started and that train with it."""
     found = []
@@ -96,7 +118,13 @@ def test_two_processes_end_with_the_weights_of_one(files: JobFiles) -> None:
 
 
 def test_two_processes_are_stopped_and_resumed(files: JobFiles) -> None:
-    long = {"distillation": {"max_steps": 300, "epochs": 100}, "processes": 2}
+    long = {
+        "teacher": {"max_steps": 2},
+        "supernet": {"width_mults": ["1"]},
+        "distillation": {"max_steps": 150, "epochs": 100},
+        "final": {"when": "never"},
+        "processes": 2,
+    }
     whole = files.run("whole", **long)
     process = subprocess.Popen(
         files.command("parts", **long), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
@@ -104,7 +132,7 @@ def test_two_processes_are_stopped_and_resumed(files: JobFiles) -> None:
     checkpoints = files.root / "parts" / "checkpoints"
     wait_until(lambda: len(list(checkpoints.glob("*.safetensors"))) > 1, "checkpoints", seconds=120)
     (other,) = others_of(process.pid)
-    time.sleep(2)  # into distillation, which takes longer than that
+    time.sleep(0.5)  # into distillation, which takes longer than that
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3, errors
@@ -113,7 +141,7 @@ def test_two_processes_are_stopped_and_resumed(files: JobFiles) -> None:
     assert snapshot is not None
     state = snapshot.stages["distil"]
     assert not state.done
-    assert 0 < state.step < 300
+    assert 0 < state.step < 150
     parts = files.run("parts", "--resume", **long)
     for name, array in whole.items():
         np.testing.assert_array_equal(parts[name], array, err_msg=name)
@@ -136,19 +164,10 @@ def test_a_process_that_dies_ends_the_job(files: JobFiles) -> None:
     assert not (files.root / "dead" / "report.json").exists()
 
 
-def test_the_others_wait_for_the_first_however_late_it_is() -> None:
-    """gloo itself gives up after 30 seconds."""
-    command = [sys.executable, "-m", "tests.compression.rank_process"]
-    endpoints = free_endpoints(3)
-    with (
-        subprocess.Popen(
-            [*command, "0", "33", *endpoints], cwd=REPOSITORY, stdout=subprocess.PIPE
-        ) as first,
-        subprocess.Popen(
-            [*command, "1", "0", *endpoints], cwd=REPOSITORY, stdin=first.stdout
-        ) as second,
-    ):
-        assert (first.wait(120), second.wait(120)) == (0, 0)
+def test_the_others_wait_for_the_first_however_late_it_is(
+    late_pair: tuple[subprocess.Popen[bytes], ...],
+) -> None:
+    assert [process.wait(120) for process in late_pair] == [0, 0]
 
 
 class Scaler:
