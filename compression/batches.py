@@ -21,7 +21,8 @@ class Encoded:
     None where the rows have none. `label_mask` then says, True or False [T_i] a row,
     which tokens a token-level loss counts. `references` are what only the task's metric
     reads of a row: where its words or answers stand. `cut` counts the rows of a whole split
-    that were longer than the model takes.
+    that were longer than the model takes. `numbers` are the rows' own, in the rows that these
+    were taken from; None where they were not taken from any.
     """
 
     input_ids: Sequence[Sequence[int]]
@@ -30,6 +31,7 @@ class Encoded:
     label_mask: Sequence[np.ndarray] | None = None
     references: Sequence[Any] | None = None
     cut: int = 0
+    numbers: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -39,6 +41,11 @@ class Encoded:
         """Tokens of each row [rows]."""
         return np.array([len(row) for row in self.input_ids])
 
+    def numbers_of(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """What these rows are called in the rows that they were first taken from."""
+        numbers = np.asarray(rows, np.int64)
+        return numbers if self.numbers is None else self.numbers[numbers]
+
     def take(self, rows: Sequence[int] | np.ndarray) -> Encoded:
         return Encoded(
             [self.input_ids[r] for r in rows],
@@ -46,6 +53,7 @@ class Encoded:
             _taken(self.labels, rows),
             _taken(self.label_mask, rows),
             _taken(self.references, rows),
+            numbers=self.numbers_of(rows),
         )
 
     def joined(self, other: Encoded) -> Encoded:
@@ -67,7 +75,7 @@ def _taken(values: Any, rows: Sequence[int] | np.ndarray) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors [B, T] int64 and the row numbers they came from.
+    """Tensors [B, T] int64 and the numbers of their rows, as `Encoded.numbers_of` says them.
 
     `labels` is [B, ...], or [B, T, ...] of token-level tasks, with zeros at padding; None
     where the rows have none. `label_mask` is float32 [B, T]: 1 for tokens that count.
@@ -115,7 +123,7 @@ def make_batch(
     return Batch(
         **{name: paddle.to_tensor(value) for name, value in arrays.items()},
         labels=_collated(data.labels, numbers, padded),
-        rows=numbers,
+        rows=data.numbers_of(numbers),
         label_mask=None if mask is None else mask.astype("float32"),
     )
 

@@ -20,6 +20,7 @@ from compression.report import TrainingReport
 from compression.spec import DistillationSpec
 from compression.supernet import Subnetwork
 from compression.tasks.base import Count, Task
+from compression.teacher_states import KeptStates
 from compression.training import Step, Surroundings, train
 
 DISTILLATION = Surroundings("distil", "distillation")  # with nothing to go on from, and no limit
@@ -86,12 +87,16 @@ class SupernetLosses:
     subnetworks: Sequence[Subnetwork]
     spec: DistillationSpec
     task: Task
+    kept: KeptStates | None = None  # the teacher's answers about all rows
 
     def __call__(
         self, supernet: Encoder, share: Batch, whole: Batch, noise: Noise | None
     ) -> Iterator[tuple[str, Tensor]]:
-        with paddle.no_grad():
-            targets = self.teacher.encode(*share.inputs)
+        if self.kept is None:
+            with paddle.no_grad():
+                targets = self.teacher.encode(*share.inputs)
+        else:
+            targets = self.kept(share)
         embedded = supernet.embeddings(share.input_ids, share.token_type_ids, noise=noise)
         shared = embedded.detach()
         shared.stop_gradient = embedded.stop_gradient
@@ -126,18 +131,19 @@ def distil(
     seed: int,
     on_step: Callable[[Step], None],
     replicas: int = 1,
+    kept: KeptStates | None = None,
 ) -> TrainingReport:
     """Trains the supernet in place.
 
-    Each batch: the teacher once, without gradients; every sub-network forward and
-    backward; one optimizer step. `replicas` threads share each batch.
+    Each batch: the teacher once, without gradients, or what was `kept` of it; every sub-network
+    forward and backward; one optimizer step. `replicas` threads share each batch.
     """
     return train(
         supernet,
         data,
         spec,
         surroundings,
-        SupernetLosses(teacher, subnetworks, spec, task),
+        SupernetLosses(teacher, subnetworks, spec, task, kept),
         seed=seed,
         replicas=replicas,
         keep_length=spec.padded_mean,

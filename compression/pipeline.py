@@ -65,6 +65,7 @@ from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.tables import Columns, profile, read_splits, shared_rows
 from compression.tasks import Task, make_task
+from compression.teacher_states import KeptStates, states_bytes
 from compression.teachers import Checkpoint, read_checkpoint
 from compression.teachers.config import EncoderConfig
 from compression.tokenization import load_tokenizer, save_tokenizer
@@ -77,6 +78,7 @@ UNITS = ("heads", "neurons")
 TEACHER = "teacher"
 REFERENCE = "reference"
 RANKS = "ranks"
+TEACHER_STATES = "teacher-states"
 BUNDLE = "bundle.tar.gz"
 
 Advance = Callable[..., None]
@@ -625,10 +627,11 @@ def train_supernet(
             return report
 
         return finished(supernet, surroundings, learn, trained_further=trained_further)
-    return finished(
-        supernet,
-        surroundings,
-        lambda: distil(
+
+    def train() -> TrainingReport:
+        folder = work / TEACHER_STATES / str(surroundings.group.rank)
+        kept, notes = kept_states(job, teacher, rows, folder)
+        report = distil(
             supernet,
             teacher,
             rows,
@@ -638,10 +641,30 @@ def train_supernet(
             surroundings,
             seed=job.spec.seed,
             replicas=job.replicas,
+            kept=kept,
             on_step=on_step,
-        ),
-        trained_further=trained_further,
-    )
+        )
+        return report.model_copy(update={"notes": notes})
+
+    return finished(supernet, surroundings, train, trained_further=trained_further)
+
+
+def kept_states(
+    job: Job, teacher: Encoder, rows: Encoded, folder: Path
+) -> tuple[KeptStates | None, tuple[str, ...]]:
+    """The teacher's answers where the spec has them kept, and why not where it cannot be done."""
+    spec = job.spec.distillation
+    if not spec.teacher_cache_mb:
+        return None, ()
+    needed = states_bytes(teacher.config, rows) / 1e6
+    if needed > spec.teacher_cache_mb:
+        why = f"they take {needed:,.0f} MB, more than teacher_cache_mb ({spec.teacher_cache_mb:,})"
+    else:
+        try:
+            return KeptStates.compute(teacher, rows, folder, threads=job.replicas), ()
+        except OSError as error:
+            why = f"{needed:,.0f} MB could not be written: {error.strerror}"
+    return None, (f"the teacher's answers were not kept but computed in each step: {why}",)
 
 
 def fine_tune_subnetworks(
@@ -840,6 +863,7 @@ def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> It
                 f"{training.steps} of {training.planned_steps} steps; the weights are those after "
                 f"step {training.best_step}"
             )
+        yield from training.notes
         section = getattr(spec, SECTIONS[stage])
         if training.micro_batch is not None and section.micro_batch == "auto":
             yield (

@@ -188,6 +188,7 @@ class TrainingReport(Frozen):
     micro_batch: int | None = Field(
         description="Rows computed at once; null where the whole batch was."
     )
+    notes: tuple[str, ...] = ()
 
 
 class CompressionReport(Frozen):

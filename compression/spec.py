@@ -252,10 +252,20 @@ class DistillationSpec(TrainingSpec):
         "comparisons with it alone, because a row's loss then depends on its batch-mates.",
     )
 
+    teacher_cache_mb: int = Field(
+        0,
+        ge=0,
+        le=10**6,
+        description="Disk (10^6 bytes) for the teacher's answers, which are then computed once and "
+        "not in each epoch; 0: in each step. Where all of train needs more, in each step too.",
+    )
+
     @model_validator(mode="after")
     def _some_loss(self) -> DistillationSpec:
         if self.lambda_rep == 0 and self.lambda_logit == 0:
             raise ValueError("lambda_rep and lambda_logit are both 0: nothing would be learnt")
+        if self.teacher_cache_mb and self.padded_mean:
+            raise ValueError("teacher_cache_mb keeps no states of padding, which padded_mean needs")
         return self
 
 

@@ -349,7 +349,7 @@ def test_a_regression_of_pairs_with_the_models_own_head(tmp_path: Path) -> None:
         (dataset / f"{split}.tsv").write_text("\n".join(lines) + "\n")
     spec = small_spec(
         task={"kind": "regression", "metric": "spearman", "max_seq_len": 32},
-        distillation={"max_steps": 2},
+        distillation={"max_steps": 2, "teacher_cache_mb": 1},
         supernet={"width_mults": ["1/2"]},
         export={"formats": ["safetensors", "onnx"]},
     )
