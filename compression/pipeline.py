@@ -21,7 +21,7 @@ import paddle
 
 from compression import cost, latency, selection
 from compression.batches import Encoded, pad, sorted_rows
-from compression.bundle import BundleFacts, Provenance, input_digests, write_bundle
+from compression.bundle import BundleFacts, input_digests, write_bundle
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import (
     Checkpoints,
@@ -43,6 +43,7 @@ from compression.errors import DeviceUnavailable, Interrupted, OutOfMemory
 from compression.evaluate import largest_difference, padded_logits, predict
 from compression.export import Exported, export_formats, format_report, graph_inputs, verify
 from compression.importance import measure_importance
+from compression.manifest import Provenance, code_digest
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.ranks import ALONE, Group, join, started
 from compression.reference import run as reference
@@ -236,7 +237,11 @@ def compress(
         )
     with stages("bundle") as advance:
         tokenizer_files = save_tokenizer(model_dir, run_dir / "work" / "tokenizer")
-        provenance = Provenance(model=input_digests(model_dir), dataset=input_digests(dataset_dir))
+        provenance = Provenance(
+            model=input_digests(model_dir),
+            dataset=input_digests(dataset_dir),
+            code=code_digest(),
+        )
         for i, subnetwork_report in enumerate(reports, start=1):
             facts = BundleFacts(
                 spec=spec,
