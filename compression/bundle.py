@@ -3,6 +3,7 @@
     <name>/manifest.json     spec, provenance, metrics, SHA-256 and size of each file
     <name>/manifest.schema.json    its JSON Schema
     <name>/MODEL_CARD.md     the same for people
+    <name>/regression.json   its answers against the teacher's, by groups of rows
     <name>/predict.py        runs it without this service
     <name>/onnx|paddle|safetensors/...
     <name>/tokenizer/...
@@ -18,7 +19,7 @@ import io
 import os
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from compression.manifest import (
     fingerprint,
     to_bytes,
 )
+from compression.regression import RegressionReport, Regressions
 from compression.report import (
     METRIC_NAMES,
     DatasetReport,
@@ -59,6 +61,7 @@ KIND_NAMES = {  # what the model of a task is called
     "token_classification": "tagger of words",
     "question_answering": "model that finds answers",
 }
+CARD_GROUPS = 10  # of each kind that the card shows
 PREDICT_SOURCE = Path(__file__).with_name("bundle_predict.py")
 
 
@@ -101,6 +104,10 @@ def write_bundle(
         "predict.py": PREDICT_SOURCE.read_bytes(),
         SCHEMA.name: SCHEMA.read_bytes(),
     }
+    if facts.subnetwork.regression is not None:
+        written["regression.json"] = to_bytes(
+            Regressions(dev=facts.subnetwork.regression, test=facts.subnetwork.test_regression)
+        )
     known = {file.path: file for file in _published_files(facts.subnetwork)}
     files = [known.get(name) or _file_report(name, path) for name, path in stored.items()]
     files += [
@@ -212,6 +219,7 @@ def model_card(facts: BundleFacts) -> str:
             ],
         ),
         _drop(subnetwork.accuracy_drop, metric),
+        *_regression_parts(subnetwork),
         "## How fast it is, and whether the files agree",
         _table(
             (
@@ -249,9 +257,9 @@ def model_card(facts: BundleFacts) -> str:
         "is never used to choose, and only the chosen one is measured on it.",
         "- Point estimates of one run with one seed: a difference of a point may be noise on a "
         "split of this size.",
-        f"- {metric[0].upper()}{metric[1:]} is of all rows together; it says nothing about single "
-        "groups of rows. "
-        "Compare the two models on those that matter to you.",
+        f"- {metric[0].upper()}{metric[1:]} is of all rows together. Groups of rows are compared "
+        "with the teacher alone, and only those above: name the columns that matter to you in "
+        "the specification's `report.slices`.",
         f"- {_too_long(facts.spec.task)}",
         "- Whatever the uploaded model and the dataset got wrong, this model has learnt too. "
         "Their licences apply to it.",
@@ -259,6 +267,45 @@ def model_card(facts: BundleFacts) -> str:
         _how_to_run(facts),
     ]
     return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
+
+
+def _regression_parts(subnetwork: SubnetworkReport) -> Iterator[str]:
+    """What flipped against the teacher, in a sentence a split and a table for dev."""
+    dev, test = subnetwork.regression, subnetwork.test_regression
+    if dev is None:
+        return
+    yield "## Where it differs from the teacher"
+    yield " ".join(_flips_words(report) for report in (dev, test) if report is not None)
+    kinds = {"label": dev.by_label, "length": dev.by_length} | {
+        _code(column): groups for column, groups in dev.by_column.items()
+    }
+    yield _table(
+        ("groups of dev", f"{dev.unit}s", "alike", "right to wrong", "wrong to right"),
+        [
+            (
+                f"{kind}: {_code(group.name)}",
+                str(group.units),
+                f"{group.agreement:.1%}",
+                str(group.right_to_wrong),
+                str(group.wrong_to_right),
+            )
+            for kind, groups in kinds.items()
+            for group in groups[:CARD_GROUPS]
+        ],
+    )
+    yield (
+        f"At most {CARD_GROUPS} groups of a kind are shown; all of them, and the rows that lost "
+        f"most, are in `regression.json`. {dev.rule[0].upper()}{dev.rule[1:]}."
+    )
+
+
+def _flips_words(report: RegressionReport) -> str:
+    flips = report.overall
+    return (
+        f"On {report.split} it answers {flips.agreement:.1%} of {flips.units} {report.unit}s as "
+        f"the teacher does; {flips.right_to_wrong} went from right to wrong, "
+        f"{flips.wrong_to_right} from wrong to right."
+    )
 
 
 def _too_long(task: TaskSpec) -> str:

@@ -26,6 +26,7 @@ from compression.bundle import BundleFacts, input_digests, model_card, write_bun
 from compression.encoder import Encoder, build_encoder
 from compression.export import Parity, export_formats, format_report
 from compression.manifest import SCHEMA, Manifest, Provenance, code_digest, schema_bytes
+from compression.regression import Flips, GroupFlips, RegressionReport, Regressions
 from compression.report import (
     DatasetReport,
     FileReport,
@@ -431,6 +432,34 @@ def test_the_card_says_what_was_measured_and_what_was_not(case: Case) -> None:
         "fine-tuned for 12 steps",
     ):
         assert words in card, words
+
+
+def test_the_card_and_a_file_say_what_flipped(case: Case, tmp_path: Path) -> None:
+    flips = Flips(units=10, agreement=0.8, teacher_right=9, right_to_wrong=1, wrong_to_right=1)
+    named = [GroupFlips(name=f"value {i} | `x`", **flips.model_dump()) for i in range(12)]
+    regression = RegressionReport(
+        split="dev",
+        unit="row",
+        rule="right: as it should be",
+        overall=flips,
+        by_label=(),
+        by_length=(),
+        by_column={"so|urce": tuple(named)},
+        worst_rows=(),
+    )
+    subnetwork = case.facts.subnetwork.model_copy(update={"regression": regression})
+    folder = case.unpack(tmp_path, replace(case.facts, subnetwork=subnetwork))
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert (
+        "On dev it answers 80.0% of 10 rows as the teacher does; 1 went from right to wrong, "
+        "1 from wrong to right." in card
+    )
+    rows = [line for line in card.splitlines() if line.startswith("| `so\u00a6urce`: ")]
+    assert len(rows) == 10
+    assert rows[0] == "| `so\u00a6urce`: `value 0 \u00a6 'x'` | 10 | 80.0% | 1 | 1 |"
+    text = (folder / "regression.json").read_text()
+    assert Regressions.model_validate_json(text) == Regressions(dev=regression)
+    assert "regression.json" in (folder / "manifest.json").read_text()
 
 
 def test_the_card_says_which_format_was_left_out(case: Case) -> None:

@@ -188,6 +188,7 @@ def test_pairs_without_dev_test_or_width_1_and_a_format_that_drifts(
         importance={"rows": 1000},
         export={"formats": ["onnx"]},
         task={"max_seq_len": 12},
+        report={"slices": ["label"], "excerpt_chars": 8},
     )
     report = compress(spec, model, dataset, tmp_path / "run")
 
@@ -203,6 +204,15 @@ def test_pairs_without_dev_test_or_width_1_and_a_format_that_drifts(
     assert (report.selection.subnetwork, report.selection.format) == ("w1_2", "onnx")
     assert not quarter.formats[0].published
     assert quarter.formats[0].latency is None
+    regression = quarter.regression
+    assert regression is not None
+    assert sum(group.units for group in regression.by_column["label"]) == 10
+    assert regression.overall.teacher_right == 10 * report.teacher.accuracy
+    lines = (dataset / "train.tsv").read_text().split("\n")
+    for row in regression.worst_rows:  # dev's rows are train's
+        first, second, label = lines[row.line - 1].split("\t")
+        assert (row.file, row.truth) == ("train.tsv", label)
+        assert row.text == f"{first} | {second}"[:8]
     assert report.warnings == (
         "w1_4 in onnx is not published: logits differ from the supernet's by 0.5",
     )
