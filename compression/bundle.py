@@ -2,6 +2,7 @@
 
     <name>/manifest.json     spec, provenance, metrics, SHA-256 and size of each file
     <name>/manifest.schema.json    its JSON Schema
+    <name>/signature.json    of the manifest, where the installation has a signing key
     <name>/MODEL_CARD.md     the same for people
     <name>/regression.json   its answers against the teacher's, by groups of rows
     <name>/predict.py        runs it without this service
@@ -23,10 +24,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from compression.export import EXPORTERS, INPUTS, OUTPUT, sha256_of
 from compression.manifest import (
     MANIFEST,
     SCHEMA,
+    SIGNATURE,
     VERSION,
     AllMetrics,
     Figures,
@@ -51,6 +55,7 @@ from compression.report import (
     TeacherReport,
 )
 from compression.selection import FORMAT_NAMES
+from compression.signing import sign
 from compression.spec import Spec, TaskSpec
 
 GZIP_LEVEL = 1  # trained weights hardly compress: 8 % here, 9 % at level 6
@@ -86,10 +91,16 @@ def input_digests(folder: Path) -> dict[str, str]:
 
 
 def write_bundle(
-    out: Path, facts: BundleFacts, *, subnetwork_dir: Path, tokenizer_files: Sequence[Path]
+    out: Path,
+    facts: BundleFacts,
+    *,
+    subnetwork_dir: Path,
+    tokenizer_files: Sequence[Path],
+    signing_key: Ed25519PrivateKey | None = None,
 ) -> FileReport:
     """Writes `out` (atomically) from the published files below `subnetwork_dir`.
 
+    With `signing_key` there is a signature.json of the manifest, and through it of every file.
     `tokenizer_files` must hold a tokenizer.json. FileNotFoundError where a file that
     the report names is not there; nothing is written then.
     """
@@ -116,6 +127,8 @@ def write_bundle(
     ]
     manifest = build_manifest(facts, sorted(files, key=lambda file: file.path))
     written[MANIFEST] = to_bytes(manifest)
+    if signing_key is not None:
+        written[SIGNATURE] = to_bytes(sign(written[MANIFEST], signing_key))
     _write_archive(out, facts.subnetwork.name, stored, written)
     return _file_report(out.name, out)
 

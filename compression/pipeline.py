@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import paddle
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from compression import cost, latency, selection
 from compression.batches import Encoded, pad, sorted_rows
@@ -94,8 +95,11 @@ def compress(
     checkpoint_seconds: float = 300.0,
     on_checkpoint: Callable[[Saved], None] = lambda saved: None,
     stop: Callable[[], bool] = lambda: False,
+    signing_key: Ed25519PrivateKey | None = None,
 ) -> CompressionReport:
     """Runs one job and returns its report, which is also written to `run_dir/report.json`.
+
+    Bundles are signed with `signing_key`, where there is one.
 
     Files to publish are under `run_dir/artifacts/<sub-network>/`. Checkpoints are written to
     `run_dir/checkpoints` at the end of each stage that computes weights or scores, and in
@@ -267,6 +271,7 @@ def compress(
                     facts,
                     subnetwork_dir=folder,
                     tokenizer_files=tokenizer_files,
+                    signing_key=signing_key,
                 )
             advance(i, len(reports), subnetwork=subnetwork_report.name)
     for spent in (run_dir / "work", run_dir / CHECKPOINTS):

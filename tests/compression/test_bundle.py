@@ -20,6 +20,7 @@ import jsonschema
 import numpy as np
 import paddle
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from compression.batches import Encoded, pad
 from compression.bundle import BundleFacts, input_digests, model_card, write_bundle
@@ -38,6 +39,7 @@ from compression.report import (
 from compression.spec import Format, Spec
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer, save_tokenizer
+from compression.verify import verify_bundle
 from tests.builders import tiny_bert
 from tests.encoders import as_tensors
 
@@ -70,12 +72,18 @@ class Case:
     tokenizer_files: list[Path]
     facts: BundleFacts
 
-    def write(self, out: Path, facts: BundleFacts | None = None) -> FileReport:
+    def write(
+        self,
+        out: Path,
+        facts: BundleFacts | None = None,
+        signing_key: Ed25519PrivateKey | None = None,
+    ) -> FileReport:
         return write_bundle(
             out,
             facts or self.facts,
             subnetwork_dir=self.folder,
             tokenizer_files=self.tokenizer_files,
+            signing_key=signing_key,
         )
 
     def unpack(self, root: Path, facts: BundleFacts | None = None) -> Path:
@@ -208,6 +216,25 @@ def test_another_process_and_hour_give_equal_bytes(case: Case, tmp_path: Path) -
     )
     assert done.returncode == 0, done.stderr
     assert hashlib.sha256(out.read_bytes()).hexdigest() == first.sha256
+
+
+def test_a_signature_is_all_that_a_key_adds(case: Case, tmp_path: Path) -> None:
+    key = Ed25519PrivateKey.generate()
+    case.write(tmp_path / "plain.tar.gz")
+    for name in ("signed.tar.gz", "again.tar.gz"):
+        case.write(tmp_path / name, signing_key=key)
+    assert (tmp_path / "signed.tar.gz").read_bytes() == (tmp_path / "again.tar.gz").read_bytes()
+    plain, signed = (contents(tmp_path / name) for name in ("plain.tar.gz", "signed.tar.gz"))
+    assert signed.keys() - plain.keys() == {"w1_2/signature.json"}
+    assert plain.items() <= signed.items()
+    verdict = verify_bundle(tmp_path / "signed.tar.gz", key.public_key())
+    assert verdict.faults == ()
+    assert verify_bundle(tmp_path / "plain.tar.gz").faults == ()
+
+
+def contents(archive: Path) -> dict[str, bytes]:
+    with tarfile.open(archive) as opened:
+        return {member.name: opened.extractfile(member).read() for member in opened}  # type: ignore[union-attr]
 
 
 def test_the_archive_holds_what_it_should_in_one_folder(case: Case, tmp_path: Path) -> None:
