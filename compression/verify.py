@@ -178,7 +178,7 @@ def _read_archive(path: Path) -> _Found:
 class _Metered(io.RawIOBase):
     """Hands out no more than it was last allowed: headers of an archive may claim any size."""
 
-    def __init__(self, source: IO[bytes]) -> None:
+    def __init__(self, source: gzip.GzipFile) -> None:
         self._source = source
         self._left = HEADER_BYTES
 
