@@ -18,10 +18,11 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -53,6 +54,7 @@ from compression.report import (
     FormatReport,
     SubnetworkReport,
     TeacherReport,
+    TrainingReport,
 )
 from compression.selection import FORMAT_NAMES
 from compression.signing import sign
@@ -82,6 +84,8 @@ class BundleFacts:
     environment: Mapping[str, str]
     pad_token_id: int
     inputs: tuple[str, ...] = INPUTS
+    trainings: Mapping[str, TrainingReport] = field(default_factory=dict)
+    reorder_max_abs: float | None = None
 
 
 def input_digests(folder: Path) -> dict[str, str]:
@@ -196,23 +200,13 @@ def model_card(facts: BundleFacts) -> str:
     subnetwork, teacher, dataset = facts.subnetwork, facts.teacher, facts.dataset
     metric = METRIC_NAMES[facts.spec.task.main_metric]
     pair = f" and {_code(dataset.text_pair)}" if dataset.text_pair else ""
-    made = (
-        f"fine-tuned for {teacher.fine_tuned_steps} steps on the dataset first"
-        if teacher.fine_tuned_steps
-        else "used as it was uploaded"
-    )
-    tuned = (
-        "All its sub-networks were then fine-tuned together on the labels of train. "
-        if facts.spec.final.when == "always"
-        else ""
-    )
     parts = [
         f"# {subnetwork.name}: a {teacher.family} {KIND_NAMES[facts.spec.task.kind]} at width "
         f"{subnetwork.width_mult}",
         f"It reads {_code(dataset.text)}{pair} and answers with {_answer(facts)}. "
         f"It is the sub-network of width {subnetwork.width_mult} of a supernet that was distilled "
         "from the uploaded model with DynaBERT's method (arXiv:2004.04037, width stage, without "
-        f"data augmentation). {tuned}The uploaded model was {made}.",
+        "data augmentation).",
         "## How good it is",
         _table(
             ("", "this model", "teacher"),
@@ -249,6 +243,8 @@ def model_card(facts: BundleFacts) -> str:
         "The largest logit difference is between the file, reloaded in a fresh process, and the "
         "supernet it was cut from; a format above its tolerance is not in this bundle.",
         *_missing_formats(subnetwork.formats),
+        "## How it was made",
+        *_steps(facts),
         "## What it was made from",
         _table(
             ("input", "SHA-256"),
@@ -279,7 +275,8 @@ def model_card(facts: BundleFacts) -> str:
         "## How to run it",
         _how_to_run(facts),
     ]
-    return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
+    text = "\n\n".join(part for part in parts if part)
+    return re.sub(r"\n\n(?=- |[2-9]\. )", "\n", text) + "\n"
 
 
 def _regression_parts(subnetwork: SubnetworkReport) -> Iterator[str]:
@@ -319,6 +316,62 @@ def _flips_words(report: RegressionReport) -> str:
         f"the teacher does; {flips.right_to_wrong} went from right to wrong, "
         f"{flips.wrong_to_right} from wrong to right."
     )
+
+
+def _steps(facts: BundleFacts) -> list[str]:
+    """The job's stages as a numbered list, with the settings that shaped them."""
+    spec, teacher, subnetwork = facts.spec, facts.teacher, facts.subnetwork
+    layers = len(subnetwork.heads)
+    moved = (
+        f" At full width that moved no logit by more than {facts.reorder_max_abs:.1e}."
+        if facts.reorder_max_abs is not None
+        else ""
+    )
+    steps = [
+        f"The teacher, of {layers} layers, was "
+        + (
+            f"fine-tuned for {teacher.fine_tuned_steps} steps on the dataset first."
+            if teacher.fine_tuned_steps
+            else "used as it was uploaded."
+        ),
+        f"Heads and neurons were scored on at most {spec.importance.rows} rows of "
+        f"{spec.importance.split}, and the most important put first.{moved}",
+        f"All widths ({', '.join(map(str, spec.supernet.width_mults))}) were distilled together"
+        + (" by PaddleSlim's recipe" if spec.engine == "paddleslim" else "")
+        + f"{_training_words(facts, 'distil')}: batches of {spec.distillation.batch_size} rows, "
+        f"learning rate {spec.distillation.learning_rate:g}, weights "
+        f"{spec.distillation.lambda_rep:g} for hidden states and "
+        f"{spec.distillation.lambda_logit:g} for logits.",
+        *(
+            [
+                "All widths were then fine-tuned together on the labels of train"
+                f"{_training_words(facts, 'final')}."
+            ]
+            if spec.final.when == "always"
+            else []
+        ),
+        f"This width was cut out: {_each(subnetwork.heads)} heads and {_each(subnetwork.ffn)} "
+        "neurons a layer. It was judged on dev, written in each format, reloaded in a fresh "
+        "process and compared.",
+    ]
+    return [f"{number}. {step}" for number, step in enumerate(steps, start=1)]
+
+
+def _training_words(facts: BundleFacts, stage: str) -> str:
+    training = facts.trainings.get(stage)
+    if training is None:
+        return ""
+    ended = {
+        "complete": "",
+        "plateau": ", until nothing was gained",
+        "time": ", until the time was up",
+    }[training.ended]
+    return f" for {training.steps} of {training.planned_steps} steps{ended}"
+
+
+def _each(counts: Sequence[int]) -> str:
+    """The one count of all layers, or one a layer."""
+    return ", ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
 
 def _too_long(task: TaskSpec) -> str:

@@ -263,6 +263,8 @@ def compress(
                 environment=report.environment,
                 pad_token_id=supernet.config.pad_token_id,
                 inputs=graph_inputs(supernet.config),
+                trainings=report.trainings,
+                reorder_max_abs=report.reorder_max_abs,
             )
             if any(fmt.published for fmt in subnetwork_report.formats):
                 folder = artifacts / subnetwork_report.name

@@ -35,6 +35,7 @@ from compression.report import (
     LatencyReport,
     SubnetworkReport,
     TeacherReport,
+    TrainingReport,
 )
 from compression.spec import Format, Spec
 from compression.teachers import read_checkpoint
@@ -459,6 +460,37 @@ def test_the_card_says_what_was_measured_and_what_was_not(case: Case) -> None:
         "fine-tuned for 12 steps",
     ):
         assert words in card, words
+
+
+def test_the_card_says_how_it_was_made(case: Case) -> None:
+    training = TrainingReport(
+        steps=90,
+        planned_steps=100,
+        best_step=80,
+        ended="plateau",
+        step_seconds=0.1,
+        micro_batch=None,
+    )
+    spec = Spec.model_validate({"final": {"when": "always"}, "engine": "paddleslim"})
+    facts = replace(case.facts, trainings={"distil": training}, reorder_max_abs=2e-7, spec=spec)
+    card = model_card(facts)
+    steps = card.split("## How it was made\n\n")[1].split("\n\n")[0].splitlines()
+    assert [step[:3] for step in steps] == ["1. ", "2. ", "3. ", "4. ", "5. "]
+    for words, step in zip(
+        (
+            "fine-tuned for 12 steps",
+            "by more than 2.0e-07",
+            "(1, 3/4, 1/2, 1/4) were distilled together by PaddleSlim's recipe for 90 of 100 "
+            "steps, until nothing was gained",
+            "fine-tuned together on the labels of train.",
+            "2 heads and 32 neurons a layer",
+        ),
+        steps,
+        strict=True,
+    ):
+        assert words in step
+    short = model_card(case.facts).split("## How it was made\n\n")[1].split("\n\n")[0]
+    assert "labels of train" not in short
 
 
 def test_the_card_and_a_file_say_what_flipped(case: Case, tmp_path: Path) -> None:
