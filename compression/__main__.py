@@ -1,4 +1,10 @@
-"""The same job without the service: python -m compression --model DIR --dataset DIR --out DIR."""
+"""The same job without the service: python -m compression --model DIR --dataset DIR --out DIR.
+
+Other commands, each with its own --help:
+  python -m compression verify BUNDLE   compare a bundle with its manifest and its signature
+  python -m compression keygen FILE     make a key to sign bundles with
+  python -m compression schema          print the JSON Schema of a bundle's manifest
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,12 +25,21 @@ from tqdm import tqdm
 
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import resumed_variables
-from compression.errors import CompressionError, Interrupted, InvalidDataset
+from compression.errors import (
+    CompressionError,
+    Interrupted,
+    InvalidDataset,
+    SigningKeyRefused,
+)
+from compression.manifest import schema_bytes
 from compression.report import CompressionReport, Progress
 from compression.runtime_env import cpu_vendor, training_environment
+from compression.signing import key_id, new_key, read_private_key, read_public_key
 from compression.spec import Spec
+from compression.verify import NoBundle, verify_bundle
 
 INTERRUPTED = 3  # exit status
+SHOWN_FAULTS = 20
 
 
 class ProgressBar:
@@ -99,8 +114,99 @@ def read_spec(path: Path | None) -> Spec:
     return Spec.model_validate(yaml.safe_load(path.read_text()) or {}) if path else Spec()
 
 
+def schema_command(arguments: list[str]) -> int:
+    """Prints the JSON Schema of a bundle's manifest."""
+    argparse.ArgumentParser(
+        prog="python -m compression schema", description=schema_command.__doc__
+    ).parse_args(arguments)
+    print(schema_bytes().decode(), end="")
+    return 0
+
+
+def keygen_command(arguments: list[str]) -> int:
+    """Makes an Ed25519 key to sign bundles with: FILE is the private key, FILE.pub the public one.
+
+    Set WIDTHWISE_SIGNING_KEY to FILE for the worker; give FILE.pub to those who verify.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m compression keygen", description=keygen_command.__doc__
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="must not exist yet")
+    file = parser.parse_args(arguments).file
+    try:
+        public = new_key(file)
+    except OSError as error:
+        print(f"no key was made: {error}", file=sys.stderr)
+        return 1
+    print(f"private key: {file} (keep it; nobody else may read it)")
+    print(f"public key:  {public}")
+    print(f"key id:      {key_id(read_public_key(public.read_bytes()))}")
+    return 0
+
+
+def verify_command(arguments: list[str]) -> int:
+    """Compares a bundle with its manifest, file by file, and checks its signature.
+
+    Nothing of the bundle is unpacked or run. Exit status 0: all holds; 1: something does not.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m compression verify", description=verify_command.__doc__
+    )
+    parser.add_argument(
+        "bundle",
+        type=Path,
+        metavar="BUNDLE",
+        help="a bundle.tar.gz, or its unpacked folder",
+    )
+    parser.add_argument(
+        "--public-key",
+        type=Path,
+        metavar="FILE",
+        help="of the installation it should come from: it must then be signed with that key",
+    )
+    args = parser.parse_args(arguments)
+    try:
+        trusted = read_public_key(args.public_key.read_bytes()) if args.public_key else None
+        verdict = verify_bundle(args.bundle, trusted)
+    except (OSError, SigningKeyRefused, NoBundle) as error:
+        print(f"cannot be verified: {error}", file=sys.stderr)
+        return 1
+    for fault in verdict.faults[:SHOWN_FAULTS]:
+        print(fault, file=sys.stderr)
+    if not verdict.holds:
+        print(f"does not hold: {len(verdict.faults)} fault(s)", file=sys.stderr)
+        return 1
+    print(f"all {verdict.files} files are as published")
+    if verdict.signed_by is None:
+        print("not signed: this shows that nothing changed since, and not who made it")
+    elif trusted is None:
+        print(f"signed with the key {verdict.signed_by}; --public-key would show whose that is")
+    else:
+        print(f"signed with the key {verdict.signed_by}, the one that was given")
+    return 0
+
+
+COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
+    "keygen": keygen_command,
+    "schema": schema_command,
+    "verify": verify_command,
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m compression", description=__doc__)
+    """Runs a job, or the command that the first argument names; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
+    return compress_command(arguments)
+
+
+def compress_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m compression",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", type=Path, required=True, help="folder of the fine-tuned model")
     parser.add_argument(
         "--dataset", type=Path, required=True, help="folder of train/dev/test files"
@@ -108,6 +214,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--spec", type=Path, help="YAML or JSON; by default every field's default")
     parser.add_argument(
         "--out", type=Path, required=True, help="new or empty folder for the result"
+    )
+    parser.add_argument(
+        "--signing-key", type=Path, metavar="FILE", help="private key that bundles are signed with"
     )
     parser.add_argument(
         "--resume",
@@ -128,6 +237,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, yaml.YAMLError, ValidationError) as error:
         parser.error(f"--spec: {error}")
 
+    try:
+        key = read_private_key(args.signing_key.read_bytes()) if args.signing_key else None
+    except (OSError, SigningKeyRefused) as error:
+        parser.error(f"--signing-key: {error}")
+
     # Before paddle is imported; what the user has set stays.
     wanted = training_environment(cpu_count=len(os.sched_getaffinity(0)), vendor=cpu_vendor())
     wanted |= resumed_variables(args.out / CHECKPOINTS)
@@ -137,7 +251,15 @@ def main(arguments: list[str] | None = None) -> int:
     bar = ProgressBar()
     try:
         with told_to_stop() as stop:
-            report = compress(spec, args.model, args.dataset, args.out, bar, stop=stop.is_set)
+            report = compress(
+                spec,
+                args.model,
+                args.dataset,
+                args.out,
+                bar,
+                stop=stop.is_set,
+                signing_key=key,
+            )
     except Interrupted as interrupted:
         bar.close()
         print(f"{interrupted}; the same command with --resume goes on", file=sys.stderr)

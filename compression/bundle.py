@@ -1,7 +1,10 @@
 """The download of one sub-network: a .tar.gz that runs and explains itself.
 
     <name>/manifest.json     spec, provenance, metrics, SHA-256 and size of each file
+    <name>/manifest.schema.json    its JSON Schema
+    <name>/signature.json    of the manifest, where the installation has a signing key
     <name>/MODEL_CARD.md     the same for people
+    <name>/regression.json   its answers against the teacher's, by groups of rows
     <name>/predict.py        runs it without this service
     <name>/onnx|paddle|safetensors/...
     <name>/tokenizer/...
@@ -14,18 +17,36 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
 import os
+import re
 import tarfile
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from pydantic import Field
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from compression.export import EXPORTERS, INPUTS, OUTPUT, sha256_of
+from compression.manifest import (
+    MANIFEST,
+    SCHEMA,
+    SIGNATURE,
+    VERSION,
+    AllMetrics,
+    Figures,
+    Manifest,
+    ManifestFormat,
+    ManifestMetrics,
+    ManifestProvenance,
+    ManifestSubnetwork,
+    ManifestTask,
+    Provenance,
+    Tensor,
+    fingerprint,
+    to_bytes,
+)
+from compression.regression import RegressionReport, Regressions
 from compression.report import (
     METRIC_NAMES,
     DatasetReport,
@@ -33,11 +54,12 @@ from compression.report import (
     FormatReport,
     SubnetworkReport,
     TeacherReport,
+    TrainingReport,
 )
 from compression.selection import FORMAT_NAMES
-from compression.spec import Frozen, Spec, TaskSpec
+from compression.signing import sign
+from compression.spec import Spec, TaskSpec
 
-MANIFEST_VERSION = 1
 GZIP_LEVEL = 1  # trained weights hardly compress: 8 % here, 9 % at level 6
 KIND_NAMES = {  # what the model of a task is called
     "classification": "classifier",
@@ -46,14 +68,8 @@ KIND_NAMES = {  # what the model of a task is called
     "token_classification": "tagger of words",
     "question_answering": "model that finds answers",
 }
+CARD_GROUPS = 10  # of each kind that the card shows
 PREDICT_SOURCE = Path(__file__).with_name("bundle_predict.py")
-
-
-class Provenance(Frozen):
-    """SHA-256 of every input file, by its path in its folder."""
-
-    model: Mapping[str, str] = Field(description="Files of the uploaded model.")
-    dataset: Mapping[str, str] = Field(description="Files of the uploaded dataset.")
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,8 @@ class BundleFacts:
     environment: Mapping[str, str]
     pad_token_id: int
     inputs: tuple[str, ...] = INPUTS
+    trainings: Mapping[str, TrainingReport] = field(default_factory=dict)
+    reorder_max_abs: float | None = None
 
 
 def input_digests(folder: Path) -> dict[str, str]:
@@ -77,10 +95,16 @@ def input_digests(folder: Path) -> dict[str, str]:
 
 
 def write_bundle(
-    out: Path, facts: BundleFacts, *, subnetwork_dir: Path, tokenizer_files: Sequence[Path]
+    out: Path,
+    facts: BundleFacts,
+    *,
+    subnetwork_dir: Path,
+    tokenizer_files: Sequence[Path],
+    signing_key: Ed25519PrivateKey | None = None,
 ) -> FileReport:
     """Writes `out` (atomically) from the published files below `subnetwork_dir`.
 
+    With `signing_key` there is a signature.json of the manifest, and through it of every file.
     `tokenizer_files` must hold a tokenizer.json. FileNotFoundError where a file that
     the report names is not there; nothing is written then.
     """
@@ -93,7 +117,12 @@ def write_bundle(
     written = {
         "MODEL_CARD.md": model_card(facts).encode(),
         "predict.py": PREDICT_SOURCE.read_bytes(),
+        SCHEMA.name: SCHEMA.read_bytes(),
     }
+    if facts.subnetwork.regression is not None:
+        written["regression.json"] = to_bytes(
+            Regressions(dev=facts.subnetwork.regression, test=facts.subnetwork.test_regression)
+        )
     known = {file.path: file for file in _published_files(facts.subnetwork)}
     files = [known.get(name) or _file_report(name, path) for name, path in stored.items()]
     files += [
@@ -101,80 +130,69 @@ def write_bundle(
         for name, data in written.items()
     ]
     manifest = build_manifest(facts, sorted(files, key=lambda file: file.path))
-    written["manifest.json"] = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    written[MANIFEST] = to_bytes(manifest)
+    if signing_key is not None:
+        written[SIGNATURE] = to_bytes(sign(written[MANIFEST], signing_key))
     _write_archive(out, facts.subnetwork.name, stored, written)
     return _file_report(out.name, out)
 
 
-def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str, Any]:
-    """The manifest as a JSON object. Key order is fixed, so equal facts give equal bytes."""
+def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> Manifest:
+    """The manifest of a bundle with these files."""
     subnetwork, teacher, dataset = facts.subnetwork, facts.teacher, facts.dataset
-    return {
-        "widthwise_bundle": MANIFEST_VERSION,
-        "name": subnetwork.name,
-        "task": {
-            "kind": facts.spec.task.kind,
-            "text": dataset.text,
-            "text_pair": dataset.text_pair,
-            "labels": list(dataset.label_names),
-            "max_seq_len": facts.spec.task.max_seq_len,
-            "pad_token_id": facts.pad_token_id,
-            **_windows(facts.spec.task),
-        },
-        "inputs": [
-            {"name": name, "dtype": "int64", "shape": ["batch", "length"]} for name in facts.inputs
-        ],
-        "output": {
-            "name": OUTPUT,  # in ONNX; Paddle Inference numbers its one output
-            "dtype": "float32",
-            "shape": [
-                "batch",
-                *(["length"] if facts.spec.task.head == "token" else []),
-                len(dataset.label_names),
-            ],
-        },
-        "formats": {
-            report.format: {
-                "files": [file.path for file in report.files],
-                "size_bytes": report.size_bytes,
-                "parity_max_abs": report.parity_max_abs,
-                "parity_rows": report.parity_rows,
-                "parity_tolerance": report.parity_tolerance,
-                "latency": report.latency.model_dump(mode="json") if report.latency else None,
-                "speedup": report.speedup,
-                "run_with": dict(EXPORTERS[report.format].describe()),
-            }
+    task = facts.spec.task
+    windows = task.kind == "question_answering"
+    length = ("length",) if task.head == "token" else ()
+    return Manifest(
+        widthwise_bundle=VERSION,
+        name=subnetwork.name,
+        task=ManifestTask(
+            kind=task.kind,
+            text=dataset.text,
+            text_pair=dataset.text_pair,
+            labels=dataset.label_names,
+            max_seq_len=task.max_seq_len,
+            pad_token_id=facts.pad_token_id,
+            overlap=task.overlap if windows else None,
+            max_answer_length=task.max_answer_length if windows else None,
+        ),
+        inputs=tuple(
+            Tensor(name=name, dtype="int64", shape=("batch", "length")) for name in facts.inputs
+        ),
+        output=Tensor(  # named so in ONNX; Paddle Inference numbers its one output
+            name=OUTPUT, dtype="float32", shape=("batch", *length, len(dataset.label_names))
+        ),
+        formats={
+            report.format: ManifestFormat(
+                **dict(report), run_with=dict(EXPORTERS[report.format].describe())
+            )
             for report in subnetwork.formats
             if report.published
         },
-        "metrics": {
-            "metric": facts.spec.task.main_metric,
-            "teacher": {"dev": teacher.accuracy, "test": teacher.test_accuracy},
-            "subnetwork": {"dev": subnetwork.accuracy, "test": subnetwork.test_accuracy},
-            "all_on_dev": {
-                "teacher": dict(teacher.metrics),
-                "subnetwork": dict(subnetwork.metrics),
-            },
-            "accuracy_drop_points": subnetwork.accuracy_drop,
-            "parameters": subnetwork.parameters,
-            "teacher_parameters": teacher.parameters,
-            "flops": subnetwork.flops,
-        },
-        "subnetwork": {
-            "width_mult": str(subnetwork.width_mult),
-            "heads": list(subnetwork.heads),
-            "ffn": list(subnetwork.ffn),
-        },
-        "provenance": {
-            **facts.provenance.model_dump(mode="json"),
-            "rows": dict(dataset.rows),
-            "notes": list(dataset.notes),
-            "seed": facts.spec.seed,
-            "environment": dict(facts.environment),
-        },
-        "spec": facts.spec.model_dump(mode="json"),
-        "files": [file.model_dump(mode="json") for file in files],
-    }
+        metrics=ManifestMetrics(
+            metric=task.main_metric,
+            teacher=Figures(dev=teacher.accuracy, test=teacher.test_accuracy),
+            subnetwork=Figures(dev=subnetwork.accuracy, test=subnetwork.test_accuracy),
+            all_on_dev=AllMetrics(teacher=teacher.metrics, subnetwork=subnetwork.metrics),
+            accuracy_drop_points=subnetwork.accuracy_drop,
+            parameters=subnetwork.parameters,
+            teacher_parameters=teacher.parameters,
+            flops=subnetwork.flops,
+        ),
+        subnetwork=ManifestSubnetwork(
+            width_mult=str(subnetwork.width_mult), heads=subnetwork.heads, ffn=subnetwork.ffn
+        ),
+        provenance=ManifestProvenance(
+            **dict(facts.provenance),
+            rows=dataset.rows,
+            notes=dataset.notes,
+            seed=facts.spec.seed,
+            environment=facts.environment,
+            device_fingerprint=fingerprint(facts.environment),
+        ),
+        spec=facts.spec.model_dump(mode="json"),
+        files=tuple(files),
+    )
 
 
 def model_card(facts: BundleFacts) -> str:
@@ -182,23 +200,13 @@ def model_card(facts: BundleFacts) -> str:
     subnetwork, teacher, dataset = facts.subnetwork, facts.teacher, facts.dataset
     metric = METRIC_NAMES[facts.spec.task.main_metric]
     pair = f" and {_code(dataset.text_pair)}" if dataset.text_pair else ""
-    made = (
-        f"fine-tuned for {teacher.fine_tuned_steps} steps on the dataset first"
-        if teacher.fine_tuned_steps
-        else "used as it was uploaded"
-    )
-    tuned = (
-        "All its sub-networks were then fine-tuned together on the labels of train. "
-        if facts.spec.final.when == "always"
-        else ""
-    )
     parts = [
         f"# {subnetwork.name}: a {teacher.family} {KIND_NAMES[facts.spec.task.kind]} at width "
         f"{subnetwork.width_mult}",
         f"It reads {_code(dataset.text)}{pair} and answers with {_answer(facts)}. "
         f"It is the sub-network of width {subnetwork.width_mult} of a supernet that was distilled "
         "from the uploaded model with DynaBERT's method (arXiv:2004.04037, width stage, without "
-        f"data augmentation). {tuned}The uploaded model was {made}.",
+        "data augmentation).",
         "## How good it is",
         _table(
             ("", "this model", "teacher"),
@@ -218,6 +226,7 @@ def model_card(facts: BundleFacts) -> str:
             ],
         ),
         _drop(subnetwork.accuracy_drop, metric),
+        *_regression_parts(subnetwork),
         "## How fast it is, and whether the files agree",
         _table(
             (
@@ -234,6 +243,8 @@ def model_card(facts: BundleFacts) -> str:
         "The largest logit difference is between the file, reloaded in a fresh process, and the "
         "supernet it was cut from; a format above its tolerance is not in this bundle.",
         *_missing_formats(subnetwork.formats),
+        "## How it was made",
+        *_steps(facts),
         "## What it was made from",
         _table(
             ("input", "SHA-256"),
@@ -255,16 +266,112 @@ def model_card(facts: BundleFacts) -> str:
         "is never used to choose, and only the chosen one is measured on it.",
         "- Point estimates of one run with one seed: a difference of a point may be noise on a "
         "split of this size.",
-        f"- {metric[0].upper()}{metric[1:]} is of all rows together; it says nothing about single "
-        "groups of rows. "
-        "Compare the two models on those that matter to you.",
+        f"- {metric[0].upper()}{metric[1:]} is of all rows together. Groups of rows are compared "
+        "with the teacher alone, and only those above: name the columns that matter to you in "
+        "the specification's `report.slices`.",
         f"- {_too_long(facts.spec.task)}",
         "- Whatever the uploaded model and the dataset got wrong, this model has learnt too. "
         "Their licences apply to it.",
         "## How to run it",
         _how_to_run(facts),
     ]
-    return "\n\n".join(part for part in parts if part).replace("\n\n- ", "\n- ") + "\n"
+    text = "\n\n".join(part for part in parts if part)
+    return re.sub(r"\n\n(?=- |[2-9]\. )", "\n", text) + "\n"
+
+
+def _regression_parts(subnetwork: SubnetworkReport) -> Iterator[str]:
+    """What flipped against the teacher, in a sentence a split and a table for dev."""
+    dev, test = subnetwork.regression, subnetwork.test_regression
+    if dev is None:
+        return
+    yield "## Where it differs from the teacher"
+    yield " ".join(_flips_words(report) for report in (dev, test) if report is not None)
+    kinds = {"label": dev.by_label, "length": dev.by_length} | {
+        _code(column): groups for column, groups in dev.by_column.items()
+    }
+    yield _table(
+        ("groups of dev", f"{dev.unit}s", "alike", "right to wrong", "wrong to right"),
+        [
+            (
+                f"{kind}: {_code(group.name)}",
+                str(group.units),
+                f"{group.agreement:.1%}",
+                str(group.right_to_wrong),
+                str(group.wrong_to_right),
+            )
+            for kind, groups in kinds.items()
+            for group in groups[:CARD_GROUPS]
+        ],
+    )
+    yield (
+        f"At most {CARD_GROUPS} groups of a kind are shown; all of them, and the rows that lost "
+        f"most, are in `regression.json`. {dev.rule[0].upper()}{dev.rule[1:]}."
+    )
+
+
+def _flips_words(report: RegressionReport) -> str:
+    flips = report.overall
+    return (
+        f"On {report.split} it answers {flips.agreement:.1%} of {flips.units} {report.unit}s as "
+        f"the teacher does; {flips.right_to_wrong} went from right to wrong, "
+        f"{flips.wrong_to_right} from wrong to right."
+    )
+
+
+def _steps(facts: BundleFacts) -> list[str]:
+    """The job's stages as a numbered list, with the settings that shaped them."""
+    spec, teacher, subnetwork = facts.spec, facts.teacher, facts.subnetwork
+    layers = len(subnetwork.heads)
+    moved = (
+        f" At full width that moved no logit by more than {facts.reorder_max_abs:.1e}."
+        if facts.reorder_max_abs is not None
+        else ""
+    )
+    steps = [
+        f"The teacher, of {layers} layers, was "
+        + (
+            f"fine-tuned for {teacher.fine_tuned_steps} steps on the dataset first."
+            if teacher.fine_tuned_steps
+            else "used as it was uploaded."
+        ),
+        f"Heads and neurons were scored on at most {spec.importance.rows} rows of "
+        f"{spec.importance.split}, and the most important put first.{moved}",
+        f"All widths ({', '.join(map(str, spec.supernet.width_mults))}) were distilled together"
+        + (" by PaddleSlim's recipe" if spec.engine == "paddleslim" else "")
+        + f"{_training_words(facts, 'distil')}: batches of {spec.distillation.batch_size} rows, "
+        f"learning rate {spec.distillation.learning_rate:g}, weights "
+        f"{spec.distillation.lambda_rep:g} for hidden states and "
+        f"{spec.distillation.lambda_logit:g} for logits.",
+        *(
+            [
+                "All widths were then fine-tuned together on the labels of train"
+                f"{_training_words(facts, 'final')}."
+            ]
+            if spec.final.when == "always"
+            else []
+        ),
+        f"This width was cut out: {_each(subnetwork.heads)} heads and {_each(subnetwork.ffn)} "
+        "neurons a layer. It was judged on dev, written in each format, reloaded in a fresh "
+        "process and compared.",
+    ]
+    return [f"{number}. {step}" for number, step in enumerate(steps, start=1)]
+
+
+def _training_words(facts: BundleFacts, stage: str) -> str:
+    training = facts.trainings.get(stage)
+    if training is None:
+        return ""
+    ended = {
+        "complete": "",
+        "plateau": ", until nothing was gained",
+        "time": ", until the time was up",
+    }[training.ended]
+    return f" for {training.steps} of {training.planned_steps} steps{ended}"
+
+
+def _each(counts: Sequence[int]) -> str:
+    """The one count of all layers, or one a layer."""
+    return ", ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
 
 def _too_long(task: TaskSpec) -> str:
@@ -274,12 +381,6 @@ def _too_long(task: TaskSpec) -> str:
             f"half of one is cut. An answer has at most {task.max_answer_length} tokens."
         )
     return f"Inputs longer than {task.max_seq_len} tokens are cut."
-
-
-def _windows(task: TaskSpec) -> dict[str, int]:
-    if task.kind != "question_answering":
-        return {}
-    return {"overlap": task.overlap, "max_answer_length": task.max_answer_length}
 
 
 def _answer(facts: BundleFacts) -> str:
@@ -416,7 +517,6 @@ def _code(text: str) -> str:
 
 __all__ = [
     "BundleFacts",
-    "Provenance",
     "build_manifest",
     "input_digests",
     "model_card",

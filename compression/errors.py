@@ -97,6 +97,12 @@ class CheckpointRefused(CompressionError):
     code = "checkpoint-refused"
 
 
+class SigningKeyRefused(CompressionError):
+    """A file that should hold an Ed25519 key does not."""
+
+    code = "signing-key-refused"
+
+
 class ExportFailed(CompressionError):
     """A format could not be written, or failed the parity gate."""
 

@@ -14,14 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import paddle
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from compression import cost, latency, selection
 from compression.batches import Encoded, pad, sorted_rows
-from compression.bundle import BundleFacts, Provenance, input_digests, write_bundle
+from compression.bundle import BundleFacts, input_digests, write_bundle
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import (
     Checkpoints,
@@ -43,10 +44,12 @@ from compression.errors import DeviceUnavailable, Interrupted, OutOfMemory
 from compression.evaluate import largest_difference, padded_logits, predict
 from compression.export import Exported, export_formats, format_report, graph_inputs, verify
 from compression.importance import measure_importance
+from compression.manifest import Provenance, code_digest
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.ranks import ALONE, Group, join, started
 from compression.reference import run as reference
 from compression.reference.exchange import Orders, Request
+from compression.regression import Judged, RegressionReport, RowFacts, compare, row_facts
 from compression.reorder import descending, reorder
 from compression.report import (
     STAGES,
@@ -64,7 +67,7 @@ from compression.runtime_env import core_count, cpu_name, paddle_version, replic
 from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.tables import Columns, profile, read_splits, shared_rows
-from compression.tasks import Task, make_task
+from compression.tasks import Predictions, Task, make_task
 from compression.teacher_states import KeptStates, states_bytes
 from compression.teachers import Checkpoint, read_checkpoint
 from compression.teachers.config import EncoderConfig
@@ -94,8 +97,11 @@ def compress(
     checkpoint_seconds: float = 300.0,
     on_checkpoint: Callable[[Saved], None] = lambda saved: None,
     stop: Callable[[], bool] = lambda: False,
+    signing_key: Ed25519PrivateKey | None = None,
 ) -> CompressionReport:
     """Runs one job and returns its report, which is also written to `run_dir/report.json`.
+
+    Bundles are signed with `signing_key`, where there is one.
 
     Files to publish are under `run_dir/artifacts/<sub-network>/`. Checkpoints are written to
     `run_dir/checkpoints` at the end of each stage that computes weights or scores, and in
@@ -134,12 +140,14 @@ def compress(
     teacher, supernet, subnetworks = learnt.teacher, learnt.supernet, learnt.subnetworks
     trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
     with stages("evaluate") as advance:
-        metrics = []
+        metrics, regressions = [], []
+        judged = job.task.judged(learnt.teacher_dev, job.splits["dev"])
         for i, subnetwork in enumerate(subnetworks, start=1):
             logits = predict(
                 supernet, job.splits["dev"], subnetwork=subnetwork, threads=job.replicas
             )
             metrics.append(job.task.metrics(logits, job.splits["dev"]))
+            regressions.append(regression(job, "dev", judged, logits))
             accuracy = metrics[-1][job.task.main_metric]
             advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
     with stages("export") as advance:
@@ -179,14 +187,18 @@ def compress(
                 accuracy=own_metrics[job.task.main_metric],
                 accuracy_drop=100 * (teacher_accuracy - own_metrics[job.task.main_metric]),
                 metrics=own_metrics,
+                regression=flips,
                 formats=with_latency(subnetwork.name, formats[subnetwork.name], measured),
             )
-            for subnetwork, own_metrics in zip(subnetworks, metrics, strict=True)
+            for subnetwork, own_metrics, flips in zip(
+                subnetworks, metrics, regressions, strict=True
+            )
             for config in [supernet.config.narrowed(subnetwork.width_mult)]
         ]
         chosen = selection.select(selection.candidates(reports), spec.constraints)
+        teacher_test = predictions_on_test(job, teacher, None)
         reports = [
-            with_test_accuracy(report, job, supernet)
+            with_test_figures(report, job, supernet, teacher_test)
             for report in selection.with_decisions(reports, chosen)
         ]
         advance(1, 1, chosen.reason, subnetwork=chosen.subnetwork, format=chosen.format)
@@ -210,7 +222,7 @@ def compress(
                 parameters=cost.parameters(teacher.config),
                 accuracy=teacher_accuracy,
                 metrics=learnt.teacher_metrics,
-                test_accuracy=test_accuracy(job, teacher, None),
+                test_accuracy=test_accuracy(job, teacher_test),
                 formats=tuple(
                     FormatReport(
                         format=fmt,
@@ -238,7 +250,11 @@ def compress(
         )
     with stages("bundle") as advance:
         tokenizer_files = save_tokenizer(model_dir, run_dir / "work" / "tokenizer")
-        provenance = Provenance(model=input_digests(model_dir), dataset=input_digests(dataset_dir))
+        provenance = Provenance(
+            model=input_digests(model_dir),
+            dataset=input_digests(dataset_dir),
+            code=code_digest(),
+        )
         for i, subnetwork_report in enumerate(reports, start=1):
             facts = BundleFacts(
                 spec=spec,
@@ -249,6 +265,8 @@ def compress(
                 environment=report.environment,
                 pad_token_id=supernet.config.pad_token_id,
                 inputs=graph_inputs(supernet.config),
+                trainings=report.trainings,
+                reorder_max_abs=report.reorder_max_abs,
             )
             if any(fmt.published for fmt in subnetwork_report.formats):
                 folder = artifacts / subnetwork_report.name
@@ -257,6 +275,7 @@ def compress(
                     facts,
                     subnetwork_dir=folder,
                     tokenizer_files=tokenizer_files,
+                    signing_key=signing_key,
                 )
             advance(i, len(reports), subnetwork=subnetwork_report.name)
     for spent in (run_dir / "work", run_dir / CHECKPOINTS):
@@ -276,6 +295,7 @@ class Job:
     checkpoint: Checkpoint
     rows: Mapping[str, int]  # of the dataset; long contexts are several rows of `splits`
     splits: Mapping[str, Encoded]
+    facts: Mapping[str, RowFacts]  # of dev and test
     shared_rows: Mapping[str, int]
     seq_len: int  # of the latency measurement, tokens
     replicas: int  # threads that share a batch in training, and the batches elsewhere
@@ -355,6 +375,7 @@ class Learnt:
 
     teacher: Encoder
     teacher_metrics: dict[str, float]  # on dev
+    teacher_dev: Predictions
     supernet: Encoder
     reorder_max_abs: float
     subnetworks: list[Subnetwork]
@@ -398,7 +419,15 @@ def learn(job: Job, checkpoints: Checkpoints, stages: Stages, group: Group, work
         tuned = fine_tune_subnetworks(job, supernet, subnetworks, around("final"), advance)
         if tuned is not None:
             trainings["final"] = tuned
-    return Learnt(teacher, teacher_metrics, supernet, reorder_max_abs, subnetworks, trainings)
+    return Learnt(
+        teacher,
+        teacher_metrics,
+        teacher_logits,
+        supernet,
+        reorder_max_abs,
+        subnetworks,
+        trainings,
+    )
 
 
 def follow(
@@ -480,6 +509,18 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
         checkpoint=checkpoint,
         rows={split: len(examples[split]) for split in examples},
         splits=splits,
+        facts={
+            split: row_facts(
+                # Where dev was taken from train, its lines are those of train.
+                tables.get(split, tables["train"]),
+                examples[split].lines,
+                slices=spec.report.slices,
+                text_columns=[name for name in (plan.text, plan.text_pair) if name is not None],
+                excerpt_chars=spec.report.excerpt_chars,
+            )
+            for split in ("dev", "test")
+            if split in examples
+        },
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
         replicas=replicas or own_replicas(spec),
@@ -785,20 +826,51 @@ def with_latency(
     return tuple(done)
 
 
-def test_accuracy(job: Job, encoder: Encoder, subnetwork: Subnetwork | None) -> float | None:
-    """The metric on test, which never chooses anything; None without a test split."""
+def regression(
+    job: Job, split: Literal["dev", "test"], teacher: Judged, logits: Predictions
+) -> RegressionReport:
+    """A sub-network's answers to a split's rows against the teacher's."""
+    rows = job.splits[split]
+    return compare(
+        teacher=teacher,
+        subnetwork=job.task.judged(logits, rows),
+        split=split,
+        facts=job.facts[split],
+        lengths=job.task.row_lengths(rows),
+    )
+
+
+def predictions_on_test(
+    job: Job, encoder: Encoder, subnetwork: Subnetwork | None
+) -> Predictions | None:
+    """Logits on test, which never chooses anything; None without a test split."""
     rows = job.splits.get("test")
     if rows is None:
         return None
-    return job.task.score(predict(encoder, rows, subnetwork=subnetwork, threads=job.replicas), rows)
+    return predict(encoder, rows, subnetwork=subnetwork, threads=job.replicas)
 
 
-def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) -> SubnetworkReport:
-    """Only the selected sub-network is judged on test."""
-    if not report.selected:
+def test_accuracy(job: Job, predictions: Predictions | None) -> float | None:
+    """The main metric of predictions on test."""
+    return None if predictions is None else job.task.score(predictions, job.splits["test"])
+
+
+def with_test_figures(
+    report: SubnetworkReport, job: Job, supernet: Encoder, teacher: Predictions | None
+) -> SubnetworkReport:
+    """Only the selected sub-network is judged on test, and held against the teacher's answers."""
+    if not report.selected or teacher is None:
         return report
     subnetwork = subnetwork_of(supernet.config, report.width_mult)
-    return report.model_copy(update={"test_accuracy": test_accuracy(job, supernet, subnetwork)})
+    own = predictions_on_test(job, supernet, subnetwork)
+    assert own is not None
+    judged = job.task.judged(teacher, job.splits["test"])
+    return report.model_copy(
+        update={
+            "test_accuracy": test_accuracy(job, own),
+            "test_regression": regression(job, "test", judged, own),
+        }
+    )
 
 
 def cut_notes(job: Job) -> tuple[str, ...]:

@@ -230,6 +230,7 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
             'metric "accuracy", or tags that do',
             pointer="/task/metric",
         )
+    _check_slices(spec, dataset)
     _check_lengths(spec, encoder, pair=columns.text_pair is not None)
     full = dataclasses.replace(encoder, num_labels=len(label_names), head=spec.task.head)
     configs = _narrowed(spec, model, full)
@@ -380,6 +381,27 @@ def _require_column(dataset: DatasetProfile, field: str, name: str) -> None:
                 f"{found.file} has no column {name!r}; {_columns_of(dataset, split)}",
                 pointer=f"/task/{field}",
             )
+
+
+def _check_slices(spec: Spec, dataset: DatasetProfile) -> None:
+    """InvalidSpec where a split that the models are compared on lacks one of the columns."""
+    compared = ("dev" if "dev" in dataset.splits else "train", "test")
+    for i, name in enumerate(spec.report.slices):
+        for split in compared:
+            found = dataset.splits.get(split)
+            column = found.column(name) if found is not None else None
+            if found is not None and column is None:
+                raise InvalidSpec(
+                    f"{found.file} has no column {name!r} to group rows by; "
+                    f"{_columns_of(dataset, split)}",
+                    pointer=f"/report/slices/{i}",
+                )
+            if found is not None and column is not None and column.kind == "list":
+                raise InvalidSpec(
+                    f"the column {name!r} of {found.file} holds lists: name one whose values "
+                    "group rows",
+                    pointer=f"/report/slices/{i}",
+                )
 
 
 def _columns_of(dataset: DatasetProfile, split: str) -> str:

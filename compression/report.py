@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from compression.regression import RegressionReport
 from compression.spec import Format, Frozen, Spec, WidthMult
 
 
@@ -122,6 +123,10 @@ class SubnetworkReport(Frozen):
     test_accuracy: float | None = Field(None, description="The main metric on test.")
     metrics: Mapping[str, float] = Field({}, description=METRICS)
     formats: tuple[FormatReport, ...] = ()
+    regression: RegressionReport | None = Field(None, description="Against the teacher on dev.")
+    test_regression: RegressionReport | None = Field(
+        None, description="On test, of the selected one."
+    )
     pareto: bool = False
     selected: bool = False
 

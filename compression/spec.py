@@ -322,6 +322,33 @@ class ExportSpec(_Asked):
         return value
 
 
+class ReportSpec(_Asked):
+    """What the regression report, a sub-network's answers against the teacher's, tells of rows.
+
+    Reports and bundles travel further than a dataset: texts are quoted only where asked for.
+    """
+
+    slices: tuple[Text, ...] = Field(
+        (),
+        max_length=8,
+        description="Columns by whose values the answers are grouped; the values are reported.",
+    )
+    excerpt_chars: int = Field(
+        0,
+        ge=0,
+        le=200,
+        description="Characters of each worst row's text, and of its answers, that are quoted; 0: "
+        "none, the row's file and line alone.",
+    )
+
+    @field_validator("slices")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("each column may be named once")
+        return value
+
+
 class Spec(_Asked):
     """One compression job. Every field has a default; `{}` is a complete spec."""
 
@@ -341,6 +368,7 @@ class Spec(_Asked):
     latency: LatencySpec = LatencySpec()
     constraints: ConstraintSpec = ConstraintSpec()
     export: ExportSpec = ExportSpec()
+    report: ReportSpec = ReportSpec()
     device: str = Field(
         "cpu",
         pattern=r"^(cpu|gpu|gpu:[0-9]{1,2})$",

@@ -72,6 +72,10 @@ class Settings(BaseSettings):
         "library settings train fastest on its machine.",
     )
 
+    signing_key: Annotated[Path, AfterValidator(_absolute)] | None = Field(
+        None, description="File of the Ed25519 private key that a worker signs bundles with."
+    )
+
     sandbox_seconds: float = Field(300, gt=0)
     sandbox_memory_bytes: int = Field(4 * GIB, ge=1)
     sandbox_output_bytes: int = Field(8 * GIB, ge=1)

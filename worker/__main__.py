@@ -21,6 +21,8 @@ from celery import signals
 from celery.apps.worker import Worker as WorkerProgram
 from celery.platforms import SecurityWarning
 
+from compression.errors import SigningKeyRefused
+from compression.signing import read_private_key
 from jobs.artifacts import open_store
 from jobs.db import Database
 from jobs.logs import configure_logging
@@ -41,6 +43,11 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
     """Works until it is told to stop; the process's exit status."""
     signal.signal(signal.SIGTERM, _exit)  # until Celery sets its own
     try:
+        key = signing_key(settings)
+    except (OSError, ValueError, SigningKeyRefused) as error:
+        log.error("WIDTHWISE_SIGNING_KEY cannot be used", error=str(error))
+        return 1
+    try:
         training = measured(settings)
     except (KeyboardInterrupt, SystemExit):
         return 0
@@ -56,6 +63,7 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
         worker=worker,
         child_command=child_command,
         training=training,
+        signing_key=key,
     )
     stopping = threading.Event()
 
@@ -119,6 +127,15 @@ class _CeleryWorker(WorkerProgram):  # type: ignore[misc]
         super().install_platform_tweaks(worker)
         # Celery would start its own program anew, which this is not.
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+
+
+def signing_key(settings: Settings) -> str | None:
+    """The PEM that the setting names, checked now and not at a job's end; None without one."""
+    if settings.signing_key is None:
+        return None
+    pem = settings.signing_key.read_text(encoding="ascii")
+    read_private_key(pem.encode())
+    return pem
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

@@ -1,11 +1,11 @@
 """The process of one job: the only place that imports the half of `compression` with paddle.
 
 One JSON request comes on standard input: `{"spec", "model_dir", "dataset_dir", "run_dir",
-"checkpoint_seconds"}`. JSON lines go to standard output: `{"kind": "progress", "stage", "step",
-"total", "message", "figures"}` and `{"kind": "checkpoint", "name", "sha256", "stage", "step"}` as
-it goes, then `{"kind": "done", "report"}` or `{"kind": "failed", "code", "message", "pointer",
-"rows"}`. SIGTERM makes it write a checkpoint and end without either; where `run_dir/checkpoints`
-holds one, the job goes on from it.
+"checkpoint_seconds", "signing_key"}`, the last a private key in PEM or null. JSON lines go to
+standard output: `{"kind": "progress", "stage", "step", "total", "message", "figures"}` and
+`{"kind": "checkpoint", "name", "sha256", "stage", "step"}` as it goes, then `{"kind": "done",
+"report"}` or `{"kind": "failed", "code", "message", "pointer", "rows"}`. SIGTERM makes it write a
+checkpoint and end without either; where `run_dir/checkpoints` holds one, the job goes on from it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main() -> int:
     from compression.checkpoint import Saved
     from compression.errors import CompressionError, Interrupted
     from compression.report import Progress
+    from compression.signing import read_private_key
     from compression.spec import Spec
     from jobs.errors import as_json
 
@@ -62,6 +63,7 @@ def main() -> int:
     try:
         from compression.pipeline import compress
 
+        pem = request["signing_key"]
         report = compress(
             spec=Spec.model_validate(request["spec"]),
             model_dir=Path(request["model_dir"]),
@@ -71,6 +73,7 @@ def main() -> int:
             checkpoint_seconds=request["checkpoint_seconds"],
             on_checkpoint=on_checkpoint,
             stop=stop.is_set,
+            signing_key=None if pem is None else read_private_key(pem.encode()),
         )
     except Interrupted:
         return INTERRUPTED

@@ -93,8 +93,13 @@ class Runner:
         worker: str,
         child_command: Sequence[str] = CHILD_COMMAND,
         training: environment.Variables | None = None,
+        signing_key: str | None = None,
     ) -> None:
-        """`training`: what makes a job's process train fast; None: the expected variables."""
+        """`training`: what makes a job's process train fast; None: the expected variables.
+
+        `signing_key`: the PEM of the private key that bundles are signed with.
+        """
+        self._signing_key = signing_key
         self._settings = settings
         self._database = database
         self._objects = objects
@@ -265,6 +270,7 @@ class Runner:
             "dataset_dir": str(folder / "dataset"),
             "run_dir": str(folder / "run"),
             "checkpoint_seconds": self._settings.checkpoint_seconds,
+            "signing_key": self._signing_key,
         }
         process = JobProcess(
             self._child_command,

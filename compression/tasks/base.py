@@ -12,6 +12,7 @@ from paddle import Tensor
 from tokenizers import Tokenizer
 
 from compression.batches import Batch, Encoded
+from compression.regression import Judged
 from compression.spec import TaskSpec
 from compression.tokenization import encode_rows
 
@@ -60,6 +61,14 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
         """Every metric of the task by name, each in [-1, 1], with `main_metric` among them."""
+
+    @abstractmethod
+    def judged(self, predictions: Predictions, data: Encoded) -> Judged:
+        """Each answer, whether it is right and how clearly: what a model is compared by."""
+
+    def row_lengths(self, data: Encoded) -> np.ndarray:
+        """Tokens of each row of the dataset [R]."""
+        return data.lengths
 
     def score(self, predictions: Predictions, data: Encoded) -> float:
         """The main metric."""

@@ -9,8 +9,9 @@ from paddle import Tensor
 from paddle.nn import functional as F
 
 from compression.batches import Batch, Encoded
+from compression.regression import Judged
 from compression.tasks.base import Count, Predictions, Task
-from compression.tasks.scores import accuracy, f1, marked_counts, matthews
+from compression.tasks.scores import accuracy, f1, marked_counts, matthews, true_margins
 
 
 @dataclass(frozen=True)
@@ -45,3 +46,18 @@ class Classification(Task):
             "f1": float(each[1] if len(classes) == 2 else each[occurs].mean()),
             "matthews": matthews(found, labels, len(classes)),
         }
+
+    def judged(self, predictions: Predictions, data: Encoded) -> Judged:
+        logits, labels = np.asarray(predictions), np.asarray(data.labels)
+        truths = [self.labels[label] for label in labels]
+        return Judged(
+            unit="row",
+            rule="right: the likeliest label is the true one; margin: the true label's logit over "
+            "the largest other",
+            rows=np.arange(len(labels)),
+            right=logits.argmax(axis=-1) == labels,
+            margins=true_margins(logits, labels),
+            answers=[self.labels[best] for best in logits.argmax(axis=-1)],
+            truths=truths,
+            labels=[(truth,) for truth in truths],
+        )

@@ -9,6 +9,7 @@ from paddle import Tensor
 from paddle.nn import functional as F
 
 from compression.batches import Batch, Encoded
+from compression.regression import Judged
 from compression.tasks.base import Count, Predictions, Task
 from compression.tasks.scores import f1, marked_counts
 
@@ -52,3 +53,22 @@ class MultiLabel(Task):
             "macro_f1": float(f1(*counts)[occurs].mean()) if occurs.any() else 0.0,
             "exact_match": float((found == wanted).all(axis=1).mean()),
         }
+
+    def judged(self, predictions: Predictions, data: Encoded) -> Judged:
+        logits, wanted = np.asarray(predictions), np.asarray(data.labels) > 0.5
+        truths = [self._named(marks) for marks in wanted]
+        return Judged(
+            unit="row",
+            rule="right: every label that applies is given and no other; margin: the logit of the "
+            "least certain label, negative where that is wrong",
+            rows=np.arange(len(wanted)),
+            right=((logits > 0) == wanted).all(axis=1),
+            margins=np.where(wanted, logits, -logits).min(axis=1),
+            answers=[", ".join(self._named(marks)) for marks in logits > 0],
+            truths=[", ".join(names) for names in truths],
+            labels=truths,
+        )
+
+    def _named(self, marks: np.ndarray) -> list[str]:
+        names = [label for label, marked in zip(self.labels, marks, strict=True) if marked]
+        return names or ["(none)"]

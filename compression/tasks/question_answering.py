@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from compression.alignment import Window, answer_tokens, encode_questions
 from compression.batches import Batch, Encoded
 from compression.examples import AskedExamples
+from compression.regression import Judged
 from compression.spec import TaskSpec
 from compression.tasks.base import Count, Predictions, Task
 
@@ -72,17 +73,51 @@ class QuestionAnswering(Task):
 
     def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
         """Over the questions, each with the best answer of all its windows."""
+        found = list(self._answers(predictions, data).values())
+        exact = [max(exact_match(text, gold) for gold in golds) for text, golds in found]
+        overlap = [max(token_f1(text, gold) for gold in golds) for text, golds in found]
+        return {"f1": float(np.mean(overlap)), "exact_match": float(np.mean(exact))}
+
+    def _answers(
+        self, predictions: Predictions, data: Encoded
+    ) -> dict[int, tuple[str, tuple[str, ...]]]:
+        """By row: the best answer of all its windows, and the right ones."""
         assert data.references is not None
         best: dict[int, tuple[float, str]] = {}
-        answers: dict[int, tuple[str, ...]] = {}
+        golds: dict[int, tuple[str, ...]] = {}
         for logits, asked in zip(predictions, data.references, strict=True):
             row = asked.window.row
             found = best_answer(logits, asked.window, asked.context, self.max_answer_length)
             best[row] = max(best.get(row, (-np.inf, "")), found, key=lambda pair: pair[0])
-            answers[row] = asked.answers
-        exact = [max(exact_match(best[row][1], gold) for gold in answers[row]) for row in best]
-        overlap = [max(token_f1(best[row][1], gold) for gold in answers[row]) for row in best]
-        return {"f1": float(np.mean(overlap)), "exact_match": float(np.mean(exact))}
+            golds[row] = asked.answers
+        return {row: (text, golds[row]) for row, (_, text) in best.items()}
+
+    def judged(self, predictions: Predictions, data: Encoded) -> Judged:
+        answers = self._answers(predictions, data)
+        found = list(answers.values())
+        overlap = [max(token_f1(text, gold) for gold in golds) for text, golds in found]
+        return Judged(
+            unit="question",
+            rule="right: the same words as one of the answers; margin: F1 of the words that it "
+            "shares with the nearest of them",
+            rows=np.fromiter(answers, np.int64, len(answers)),
+            right=np.array(
+                [any(exact_match(text, gold) for gold in golds) for text, golds in found]
+            ),
+            margins=np.array(overlap),
+            answers=[text for text, _ in found],
+            truths=[golds[0] for _, golds in found],
+            labels=[()] * len(found),
+            are_texts=True,
+        )
+
+    def row_lengths(self, data: Encoded) -> np.ndarray:
+        """Of each question's longest window."""
+        assert data.references is not None
+        longest: dict[int, int] = {}
+        for length, asked in zip(data.lengths, data.references, strict=True):
+            longest[asked.window.row] = max(longest.get(asked.window.row, 0), int(length))
+        return np.array([longest[row] for row in sorted(longest)])
 
     def encode(self, tokenizer: Tokenizer, examples: AskedExamples, max_seq_len: int) -> Encoded:
         """Every window of every question is a row."""

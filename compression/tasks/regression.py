@@ -8,6 +8,7 @@ import numpy as np
 from paddle import Tensor
 
 from compression.batches import Batch, Encoded
+from compression.regression import Judged
 from compression.tasks.base import Count, Predictions, Task
 from compression.tasks.scores import pearson, spearman
 
@@ -32,3 +33,20 @@ class Regression(Task):
     def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
         scores, labels = np.asarray(predictions)[:, 0], np.asarray(data.labels)
         return {"pearson": pearson(scores, labels), "spearman": spearman(scores, labels)}
+
+    def judged(self, predictions: Predictions, data: Encoded) -> Judged:
+        scores, labels = np.asarray(predictions)[:, 0], np.asarray(data.labels)
+        errors, near = np.abs(scores - labels), float(labels.std()) / 2
+        return Judged(
+            unit="row",
+            rule="right: within half a standard deviation of the split's labels "
+            f"({near:.4g}) of the label; alike: as near to each other; margin: minus the error",
+            rows=np.arange(len(labels)),
+            right=errors <= near,
+            margins=-errors,
+            answers=[f"{score:.4g}" for score in scores],
+            truths=[f"{label:.4g}" for label in labels],
+            labels=[()] * len(labels),
+            scores=scores,
+            tolerance=near,
+        )

@@ -36,6 +36,18 @@ def matthews(found: np.ndarray, labels: np.ndarray, classes: int) -> float:
     return float(covariance / spread**0.5) if spread > 0 else 0.0
 
 
+def true_margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The true label's logit less the largest other one [N], of logits [N, C], labels [N].
+
+    0 where there is no other label.
+    """
+    everyone = np.arange(len(labels))
+    others = logits.astype(np.float64)
+    true = others[everyone, labels].copy()
+    others[everyone, labels] = -np.inf
+    return true - others.max(axis=1) if logits.shape[1] > 1 else np.zeros(len(labels))
+
+
 def pearson(one: np.ndarray, other: np.ndarray) -> float:
     """Linear correlation of two [N], -1..1; 0 where one of them does not vary."""
     one, other = (np.asarray(v, np.float64) - np.mean(v, dtype=np.float64) for v in (one, other))

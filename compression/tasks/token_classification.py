@@ -17,7 +17,9 @@ from tokenizers import Tokenizer
 from compression.alignment import Words, encode_words
 from compression.batches import Batch, Encoded
 from compression.examples import TaggedExamples, mark_entities
+from compression.regression import Judged
 from compression.tasks.base import Count, Predictions, Task
+from compression.tasks.scores import true_margins
 
 OUTSIDE = "O"
 Entity = tuple[str, int, int]  # type, first and last word
@@ -70,6 +72,28 @@ class TokenClassification(Task):
             precision, recall, f1 = entity_scores(gold, found)
             figures |= {"entity_f1": f1, "entity_precision": precision, "entity_recall": recall}
         return figures
+
+    def judged(self, predictions: Predictions, data: Encoded) -> Judged:
+        """Of the words that have a token: what was cut off no model has answered."""
+        assert data.references is not None
+        places = [row.words.positions for row in data.references]
+        logits = np.concatenate(
+            [own[at] for own, at in zip(predictions, places, strict=True)]
+        )  # [U, C]
+        tags = np.concatenate([row.tags[row.words.seen] for row in data.references])
+        best, truths = logits.argmax(axis=-1), [self.labels[tag] for tag in tags]
+        return Judged(
+            unit="word",
+            rule="right: the word's likeliest tag is the true one; margin: the true tag's logit "
+            "over the largest other",
+            rows=np.repeat(np.arange(len(places)), [len(at) for at in places]),
+            right=best == tags,
+            margins=true_margins(logits, tags),
+            answers=[self.labels[tag] for tag in best],
+            truths=truths,
+            labels=[(truth,) for truth in truths],
+            words=np.concatenate([row.words.seen for row in data.references]) + 1,
+        )
 
     def encode(self, tokenizer: Tokenizer, examples: TaggedExamples, max_seq_len: int) -> Encoded:
         rows = encode_words(tokenizer, examples.words, max_seq_len)

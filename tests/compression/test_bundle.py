@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,14 +16,18 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import paddle
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from compression.batches import Encoded, pad
-from compression.bundle import BundleFacts, Provenance, input_digests, model_card, write_bundle
+from compression.bundle import BundleFacts, input_digests, model_card, write_bundle
 from compression.encoder import Encoder, build_encoder
 from compression.export import Parity, export_formats, format_report
+from compression.manifest import SCHEMA, Manifest, Provenance, code_digest, schema_bytes
+from compression.regression import Flips, GroupFlips, RegressionReport, Regressions
 from compression.report import (
     DatasetReport,
     FileReport,
@@ -30,10 +35,12 @@ from compression.report import (
     LatencyReport,
     SubnetworkReport,
     TeacherReport,
+    TrainingReport,
 )
 from compression.spec import Format, Spec
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer, save_tokenizer
+from compression.verify import verify_bundle
 from tests.builders import tiny_bert
 from tests.encoders import as_tensors
 
@@ -41,6 +48,21 @@ TEXTS = ["a good film", "the story was dull , slow and very very very long", "mu
 LABELS = ("rotten", "fresh")
 MAX_SEQ_LEN = 8
 FORMATS: tuple[Format, ...] = ("safetensors", "paddle", "onnx")
+WRITE_AGAIN = """
+import dataclasses, pickle, sys
+from pathlib import Path
+from compression.bundle import write_bundle
+
+source, folder, tokenizer, out = map(Path, sys.argv[1:])
+facts = pickle.loads(source.read_bytes())
+environment = dict(reversed(facts.environment.items()))
+write_bundle(
+    out,
+    dataclasses.replace(facts, environment=environment),
+    subnetwork_dir=folder,
+    tokenizer_files=sorted(tokenizer.iterdir(), reverse=True),
+)
+"""
 
 
 @dataclass(frozen=True)
@@ -51,12 +73,18 @@ class Case:
     tokenizer_files: list[Path]
     facts: BundleFacts
 
-    def write(self, out: Path, facts: BundleFacts | None = None) -> FileReport:
+    def write(
+        self,
+        out: Path,
+        facts: BundleFacts | None = None,
+        signing_key: Ed25519PrivateKey | None = None,
+    ) -> FileReport:
         return write_bundle(
             out,
             facts or self.facts,
             subnetwork_dir=self.folder,
             tokenizer_files=self.tokenizer_files,
+            signing_key=signing_key,
         )
 
     def unpack(self, root: Path, facts: BundleFacts | None = None) -> Path:
@@ -108,7 +136,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
             accuracy_drop=0.4,
             formats=tuple(served),
         ),
-        provenance=Provenance(model=input_digests(model), dataset={"train.csv": "ab" * 32}),
+        provenance=Provenance(
+            model=input_digests(model), dataset={"train.csv": "ab" * 32}, code=code_digest()
+        ),
         environment={"cpu": "a processor", "paddle": "3.3.1"},
         pad_token_id=checkpoint.config.pad_token_id,
     )
@@ -165,6 +195,49 @@ def test_equal_inputs_give_equal_bytes(case: Case, tmp_path: Path) -> None:
     ).read_bytes()
 
 
+def test_another_process_and_hour_give_equal_bytes(case: Case, tmp_path: Path) -> None:
+    """From copies elsewhere, with facts that were read back from JSON in another order."""
+    first = case.write(tmp_path / "bundle.tar.gz")
+    (tmp_path / "facts.pickle").write_bytes(pickle.dumps(case.facts))
+    folder = shutil.copytree(case.folder, tmp_path / "elsewhere" / "network")
+    tokenizer = shutil.copytree(case.tokenizer_files[0].parent, tmp_path / "elsewhere/tokenizer")
+    for path in (tmp_path / "elsewhere").rglob("*"):
+        os.utime(path, (86400, 86400))
+        path.chmod(0o700)
+    out = tmp_path / "elsewhere" / "other name.gz"
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_AGAIN, tmp_path / "facts.pickle", folder, tokenizer, out],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"},
+        umask=0o077,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert hashlib.sha256(out.read_bytes()).hexdigest() == first.sha256
+
+
+def test_a_signature_is_all_that_a_key_adds(case: Case, tmp_path: Path) -> None:
+    key = Ed25519PrivateKey.generate()
+    case.write(tmp_path / "plain.tar.gz")
+    for name in ("signed.tar.gz", "again.tar.gz"):
+        case.write(tmp_path / name, signing_key=key)
+    assert (tmp_path / "signed.tar.gz").read_bytes() == (tmp_path / "again.tar.gz").read_bytes()
+    plain, signed = (contents(tmp_path / name) for name in ("plain.tar.gz", "signed.tar.gz"))
+    assert signed.keys() - plain.keys() == {"w1_2/signature.json"}
+    assert plain.items() <= signed.items()
+    verdict = verify_bundle(tmp_path / "signed.tar.gz", key.public_key())
+    assert verdict.faults == ()
+    assert verify_bundle(tmp_path / "plain.tar.gz").faults == ()
+
+
+def contents(archive: Path) -> dict[str, bytes]:
+    with tarfile.open(archive) as opened:
+        return {member.name: opened.extractfile(member).read() for member in opened}  # type: ignore[union-attr]
+
+
 def test_the_archive_holds_what_it_should_in_one_folder(case: Case, tmp_path: Path) -> None:
     report = case.write(tmp_path / "bundle.tar.gz")
     data = (tmp_path / "bundle.tar.gz").read_bytes()
@@ -181,6 +254,7 @@ def test_the_archive_holds_what_it_should_in_one_folder(case: Case, tmp_path: Pa
         for name in (
             "MODEL_CARD.md",
             "manifest.json",
+            "manifest.schema.json",
             "onnx/model.onnx",
             "paddle/inference.json",
             "paddle/inference.pdiparams",
@@ -216,9 +290,43 @@ def test_the_manifest_tells_where_it_came_from(case: Case, unpacked: Path) -> No
     assert manifest["provenance"]["seed"] == 7
     assert manifest["provenance"]["environment"] == case.facts.environment
     assert manifest["task"]["labels"] == list(LABELS)
+    assert manifest["provenance"]["code"] == code_digest()
     assert manifest["metrics"]["teacher"] == {"dev": 0.8555, "test": None}
     assert manifest["formats"]["onnx"]["parity_max_abs"] == 3e-7
     assert manifest["formats"]["onnx"]["latency"]["p50_ms"] == 3.72
+
+
+def test_the_manifest_is_valid_by_the_schema_beside_it(unpacked: Path) -> None:
+    """Checked by the jsonschema library, which knows nothing of our models."""
+    schema = json.loads((unpacked / "manifest.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    text = (unpacked / "manifest.json").read_text()
+    manifest = json.loads(text)
+    assert [error.message for error in validator.iter_errors(manifest)] == []
+    assert Manifest.model_validate_json(text).name == "w1_2"
+    manifest["formats"]["onnx"]["files"][0].pop("sha256")  # it is one that can refuse
+    manifest["surprise"] = 1
+    assert len(list(validator.iter_errors(manifest))) == 2
+
+
+def test_the_schema_on_disk_is_the_models() -> None:
+    """After a change: python -m compression schema > compression/manifest.schema.json"""
+    assert SCHEMA.read_bytes() == schema_bytes()
+
+
+def test_the_code_digest_changes_with_any_source_and_with_nothing_else(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    (package / "inner").mkdir(parents=True)
+    (package / "inner" / "a.py").write_text("a = 1\n")
+    (package / "notes.txt").write_text("one")
+    before = code_digest(package)
+    (package / "notes.txt").write_text("two")
+    assert code_digest(package) == before
+    (package / "inner" / "a.py").rename(package / "a.py")
+    moved = code_digest(package)
+    (package / "a.py").write_text("a = 2\n")
+    assert len({before, moved, code_digest(package)}) == 3
 
 
 @pytest.mark.parametrize("fmt", ["onnx", "paddle"])
@@ -277,7 +385,7 @@ def test_predict_falls_back_to_paddle_where_there_is_no_onnx(case: Case, tmp_pat
     np.testing.assert_allclose(probabilities(done.stdout), expected(case, TEXTS), atol=1e-5)
     refused = predict(folder, "--format", "onnx", "music")
     assert refused.returncode == 1
-    assert "this bundle has no onnx model; it has: safetensors, paddle" in refused.stderr
+    assert "this bundle has no onnx model; it has: paddle, safetensors" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -352,6 +460,65 @@ def test_the_card_says_what_was_measured_and_what_was_not(case: Case) -> None:
         "fine-tuned for 12 steps",
     ):
         assert words in card, words
+
+
+def test_the_card_says_how_it_was_made(case: Case) -> None:
+    training = TrainingReport(
+        steps=90,
+        planned_steps=100,
+        best_step=80,
+        ended="plateau",
+        step_seconds=0.1,
+        micro_batch=None,
+    )
+    spec = Spec.model_validate({"final": {"when": "always"}, "engine": "paddleslim"})
+    facts = replace(case.facts, trainings={"distil": training}, reorder_max_abs=2e-7, spec=spec)
+    card = model_card(facts)
+    steps = card.split("## How it was made\n\n")[1].split("\n\n")[0].splitlines()
+    assert [step[:3] for step in steps] == ["1. ", "2. ", "3. ", "4. ", "5. "]
+    for words, step in zip(
+        (
+            "fine-tuned for 12 steps",
+            "by more than 2.0e-07",
+            "(1, 3/4, 1/2, 1/4) were distilled together by PaddleSlim's recipe for 90 of 100 "
+            "steps, until nothing was gained",
+            "fine-tuned together on the labels of train.",
+            "2 heads and 32 neurons a layer",
+        ),
+        steps,
+        strict=True,
+    ):
+        assert words in step
+    short = model_card(case.facts).split("## How it was made\n\n")[1].split("\n\n")[0]
+    assert "labels of train" not in short
+
+
+def test_the_card_and_a_file_say_what_flipped(case: Case, tmp_path: Path) -> None:
+    flips = Flips(units=10, agreement=0.8, teacher_right=9, right_to_wrong=1, wrong_to_right=1)
+    named = [GroupFlips(name=f"value {i} | `x`", **flips.model_dump()) for i in range(12)]
+    regression = RegressionReport(
+        split="dev",
+        unit="row",
+        rule="right: as it should be",
+        overall=flips,
+        by_label=(),
+        by_length=(),
+        by_column={"so|urce": tuple(named)},
+        worst_rows=(),
+    )
+    subnetwork = case.facts.subnetwork.model_copy(update={"regression": regression})
+    folder = case.unpack(tmp_path, replace(case.facts, subnetwork=subnetwork))
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert (
+        "On dev it answers 80.0% of 10 rows as the teacher does; 1 went from right to wrong, "
+        "1 from wrong to right." in card
+    )
+    rows = [line for line in card.splitlines() if line.startswith("| `so\u00a6urce`: ")]
+    assert len(rows) == 10
+    assert rows[0] == "| `so\u00a6urce`: `value 0 \u00a6 'x'` | 10 | 80.0% | 1 | 1 |"
+    text = (folder / "regression.json").read_text()
+    assert Regressions.model_validate_json(text) == Regressions(dev=regression)
+    assert "regression.json" in (folder / "manifest.json").read_text()
 
 
 def test_the_card_says_which_format_was_left_out(case: Case) -> None:

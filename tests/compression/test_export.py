@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -32,7 +34,7 @@ from compression.export import (
 )
 from compression.export import onnx as onnx_format
 from compression.export.base import ExportSource
-from compression.export.fresh import run_fresh
+from compression.export.fresh import IMPORT_ROOT, fresh_environment, run_fresh
 from compression.export.parity import largest_difference
 from compression.spec import Format
 from compression.supernet import extract_weights, subnetwork_of
@@ -41,6 +43,17 @@ from tests.encoders import as_tensors, random_rows, tiny_encoder
 
 FORMATS: tuple[Format, ...] = ("safetensors", "paddle", "onnx")
 LABELS = ("bad", "good", "plain")
+EXPORT_AGAIN = """
+import sys
+from pathlib import Path
+from compression.encoder import build_encoder
+from compression.export import export_formats
+from compression.teachers import read_checkpoint
+
+checkpoint = read_checkpoint(Path(sys.argv[1]))
+encoder = build_encoder(checkpoint.config, checkpoint.tensors)
+export_formats(sys.argv[3:], encoder, Path(sys.argv[2]), labels=checkpoint.labels)
+"""
 TOLERANCE = 1e-4
 
 
@@ -147,15 +160,36 @@ def test_safetensors_is_read_back_as_it_was(case: Case) -> None:
 def test_exporting_leaves_the_encoder_as_it_was(tmp_path: Path) -> None:
     encoder = tiny_encoder()
     before = numpy_weights(encoder)
+    names = [parameter.name for parameter in encoder.parameters()]
     arrays = pad(random_rows(4), range(4), pad_id=0)
     with paddle.no_grad():
         logits = encoder(*as_tensors(arrays)).numpy()
     export("paddle", encoder, tmp_path, labels=None)
     assert "forward" not in vars(encoder)  # tracing replaces the forward of the layer it is given
+    assert [parameter.name for parameter in encoder.parameters()] == names
     after = numpy_weights(encoder)
     assert before.keys() == after.keys()
     with paddle.no_grad():
         np.testing.assert_array_equal(encoder(*as_tensors(arrays)).numpy(), logits)
+
+
+def test_another_process_writes_the_same_bytes(case: Case, tmp_path: Path) -> None:
+    """This one has built and traced other networks before; that one has not."""
+    written = case.root / "w1_2"
+    done = subprocess.run(
+        [sys.executable, "-c", EXPORT_AGAIN, written / "safetensors", tmp_path, *FORMATS],
+        cwd=IMPORT_ROOT,
+        env=fresh_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for exported in case.exported.values():
+        for path in exported.files:
+            again = tmp_path / path.relative_to(written)
+            assert again.read_bytes() == path.read_bytes(), path.name
 
 
 def test_the_program_is_traced_once_and_removed(case: Case) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from compression import batches, distillation, evaluate, pipeline
 from compression.__main__ import main
@@ -28,6 +29,7 @@ from compression.report import STAGES, CompressionReport, Progress
 from compression.spec import DistillationSpec, Format, Spec
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer
+from compression.verify import verify_bundle
 from tests.builders import WORDS, tiny_bert, tiny_dataset, tiny_family
 from tests.encoders import as_tensors, random_weights, tiny_config
 from tests.services import wait_until
@@ -143,7 +145,10 @@ def test_constraints_that_nothing_meets_end_without_a_selection(tmp_path: Path) 
         task={"max_seq_len": 32, "labels": None},
         max_minutes=0.01,
     )
-    report = compress(spec, model, dataset, tmp_path / "run")
+    key = Ed25519PrivateKey.generate()
+    report = compress(spec, model, dataset, tmp_path / "run", signing_key=key)
+    bundle = tmp_path / "run" / "artifacts" / "w1_2" / "bundle.tar.gz"
+    assert verify_bundle(bundle, key.public_key()).faults == ()
     # Its time budget is spent by what comes after training: one step, and all the rest.
     assert (report.distillation_steps, report.trainings["distil"].ended) == (1, "time")
     assert report.warnings == (
@@ -188,6 +193,7 @@ def test_pairs_without_dev_test_or_width_1_and_a_format_that_drifts(
         importance={"rows": 1000},
         export={"formats": ["onnx"]},
         task={"max_seq_len": 12},
+        report={"slices": ["label"], "excerpt_chars": 8},
     )
     report = compress(spec, model, dataset, tmp_path / "run")
 
@@ -203,6 +209,15 @@ def test_pairs_without_dev_test_or_width_1_and_a_format_that_drifts(
     assert (report.selection.subnetwork, report.selection.format) == ("w1_2", "onnx")
     assert not quarter.formats[0].published
     assert quarter.formats[0].latency is None
+    regression = quarter.regression
+    assert regression is not None
+    assert sum(group.units for group in regression.by_column["label"]) == 10
+    assert regression.overall.teacher_right == 10 * report.teacher.accuracy
+    lines = (dataset / "train.tsv").read_text().split("\n")
+    for row in regression.worst_rows:  # dev's rows are train's
+        first, second, label = lines[row.line - 1].split("\t")
+        assert (row.file, row.truth) == ("train.tsv", label)
+        assert row.text == f"{first} | {second}"[:8]
     assert report.warnings == (
         "w1_4 in onnx is not published: logits differ from the supernet's by 0.5",
     )

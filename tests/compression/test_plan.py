@@ -101,6 +101,22 @@ def test_model_info_survives_json() -> None:
     assert info.parameters == cost.parameters(CONFIG)
 
 
+def test_columns_to_group_by_stand_in_every_split_that_is_compared() -> None:
+    spec = {"report": {"slices": ["text", "source"]}}
+    dev = table(["0", "1"] * 60, source=["web"] * 120)
+    assert plan_of(spec, train=TRAIN, dev=dev)  # train is not compared
+    without = refused_spec("/report/slices/1", spec, train=TRAIN, dev=DEV)
+    assert without == (
+        "dev.csv has no column 'source' to group rows by; its columns are text, label"
+    )
+    assert "test.csv has no" in refused_spec(
+        "/report/slices/1", spec, train=TRAIN, dev=dev, test=DEV
+    )
+    assert "train.csv has no" in refused_spec("/report/slices/1", spec, train=TRAIN)  # dev's rows
+    lists = table(["0", "1"] * 60, source=[("web", "mail")] * 120)
+    assert "holds lists" in refused_spec("/report/slices/1", spec, train=TRAIN, dev=lists)
+
+
 # --- sub-networks ---------------------------------------------------------------------------
 
 

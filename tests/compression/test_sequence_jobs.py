@@ -53,7 +53,7 @@ def dev_rows(dataset: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (dataset / "dev.jsonl").read_text().splitlines()]
 
 
-def common(report: CompressionReport, run_dir: Path) -> None:
+def common(report: CompressionReport, run_dir: Path, *, unit: str) -> None:
     assert report.dataset.rows == ROWS
     assert report.reorder_max_abs < 1e-5
     (network,) = report.subnetworks
@@ -62,6 +62,10 @@ def common(report: CompressionReport, run_dir: Path) -> None:
     assert fmt.parity_max_abs is not None and fmt.parity_max_abs < 1e-4
     assert network.selected
     assert network.test_accuracy is not None
+    for regression, split in ((network.regression, "dev"), (network.test_regression, "test")):
+        assert regression is not None
+        assert (regression.split, regression.unit) == (split, unit)
+        assert all(row.text is None for row in regression.worst_rows)
     assert network.accuracy == network.metrics[report.main_metric]
     assert network.accuracy_drop == pytest.approx(
         100 * (report.teacher.accuracy - network.accuracy)
@@ -72,7 +76,14 @@ def test_words_are_tagged_from_upload_to_bundle(tmp_path: Path) -> None:
     model = tiny_bert(tmp_path / "model", num_labels=None, words=(*WORDS, *CHINESE), seed=1)
     dataset = tiny_tags(tmp_path / "dataset", rows=ROWS, seed=1)
     report = compress(spec(kind="token_classification", max_seq_len=32), model, dataset, tmp_path)
-    common(report, tmp_path)
+    common(report, tmp_path, unit="word")
+    regression = report.subnetworks[0].regression
+    assert regression is not None
+    assert regression.overall.units == sum(len(row["tags"]) for row in dev_rows(dataset))
+    assert regression.overall.teacher_right == pytest.approx(
+        report.teacher.metrics["accuracy"] * regression.overall.units
+    )
+    assert {group.name for group in regression.by_label} == {"B-GOOD", "B-LOC", "I-LOC", "O"}
     assert report.main_metric == "entity_f1"
     assert report.teacher.fine_tuned_steps == 60
     assert report.teacher.accuracy > 0.8
@@ -96,7 +107,15 @@ def test_questions_are_answered_from_upload_to_bundle(tmp_path: Path) -> None:
     dataset = tiny_questions(tmp_path / "dataset", rows=ROWS, seed=1)
     task = {"kind": "question_answering", "max_seq_len": 36, "doc_stride": 4}
     report = compress(spec(**task, max_answer_length=4), model, dataset, tmp_path)
-    common(report, tmp_path)
+    common(report, tmp_path, unit="question")
+    regression = report.subnetworks[0].regression
+    assert regression is not None
+    assert regression.overall.units == ROWS["dev"]
+    flips = regression.overall.wrong_to_right - regression.overall.right_to_wrong
+    assert (regression.overall.teacher_right + flips) / ROWS["dev"] == pytest.approx(
+        report.subnetworks[0].metrics["exact_match"]
+    )
+    assert all(row.truth is row.teacher is row.subnetwork is None for row in regression.worst_rows)
     assert report.main_metric == "f1"
     assert report.teacher.accuracy > 0.3
     rows = dev_rows(dataset)

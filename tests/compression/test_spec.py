@@ -171,6 +171,8 @@ def test_unknown_fields_are_refused_everywhere(section: str | None) -> None:
         {"task": {"separator": ""}},
         {"task": {"max_seq_len": 513}},
         {"export": {"formats": []}},
+        {"report": {"slices": ["source", "source"]}},
+        {"report": {"excerpt_chars": 201}},
         {"export": {"formats": ["safetensors"]}},
         {"export": {"formats": ["onnx", "onnx"]}},
         {"export": {"formats": ["torchscript"]}},

@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
+from compression.signing import new_key, read_public_key
+from compression.verify import verify_bundle
 from tests.builders import tiny_bert, tiny_dataset
 from tests.e2e.service import Service, events_until_the_end, serving
 from tools.rest import ApiError, Client
 
+KEY = "signing.pem"
 SPEC: dict[str, Any] = {
     "task": {"text": "text", "label": "label", "max_seq_len": 32},
     "teacher": {"epochs": 50, "max_steps": 150, "learning_rate": 0.003},
@@ -26,13 +29,16 @@ SPEC: dict[str, Any] = {
     "distillation": {"epochs": 50, "max_steps": 100, "learning_rate": 0.003},
     "latency": {"rounds": 5},
     "constraints": {"max_accuracy_drop": 100},
+    "report": {"slices": ["label"]},
     "seed": 1,
 }
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with serving(tmp_path_factory.mktemp("e2e") / "data") as running:
+    folder = tmp_path_factory.mktemp("e2e")
+    new_key(folder / KEY)
+    with serving(folder / "data", WIDTHWISE_SIGNING_KEY=str(folder / KEY)) as running:
         yield running
 
 
@@ -164,11 +170,22 @@ def test_a_part_of_a_file_can_be_fetched(
     connection.close()
 
 
-def test_the_bundle_classifies_without_paddle(
-    client: Client, finished: dict[str, Any], tmp_path: Path
+def test_a_regression_report_tells_what_flipped(finished: dict[str, Any]) -> None:
+    for network in finished["job"]["report"]["subnetworks"]:
+        regression = network["regression"]
+        assert regression["overall"]["units"] == 80
+        groups = regression["by_column"]["label"]
+        assert {group["name"]: group["units"] for group in groups} == {"bad": 40, "good": 40}
+        assert (network["test_regression"] is not None) == network["selected"]
+
+
+def test_the_bundle_is_signed_and_classifies_without_paddle(
+    service: Service, client: Client, finished: dict[str, Any], tmp_path: Path
 ) -> None:
     artifact = finished["artifacts"]["w1_2/bundle.tar.gz"]
     archive = client.download(artifact["content_url"], tmp_path / "bundle.tar.gz").path
+    public = read_public_key((service.data_dir.parent / f"{KEY}.pub").read_bytes())
+    assert verify_bundle(archive, public).faults == ()
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / "bundle", filter="data")
     (program,) = (tmp_path / "bundle").rglob("predict.py")

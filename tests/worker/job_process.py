@@ -57,6 +57,9 @@ def main() -> None:
         elif name == "check":
             assert (Path(request["model_dir"]) / "config.json").read_bytes() == b"{}"
             assert (Path(request["dataset_dir"]) / "train.jsonl").read_bytes() == b"[]"
+        elif name == "key":
+            assert request["signing_key"] == value
+            assert value not in os.environ.values()
         elif name == "artifact":
             path = run_dir / "artifacts" / value
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -51,8 +51,11 @@ def make_runner(
 
     def make(**changes: Any) -> Runner:
         command = changes.pop("child_command", CHILD_COMMAND)
+        key = changes.pop("signing_key", None)
         chosen = settings.model_copy(update=changes)
-        runner = Runner(chosen, database, objects, worker="w", child_command=command)
+        runner = Runner(
+            chosen, database, objects, worker="w", child_command=command, signing_key=key
+        )
         runners.append(runner)
         return runner
 
@@ -383,6 +386,15 @@ def test_the_filter_lets_one_a_second_through(monkeypatch: pytest.MonkeyPatch) -
     steps = [("a", 0), ("a", 1), ("a", 2), ("a", 3), ("a", 4), ("b", 0), ("b", 9)]
     answers = [wanted({"stage": stage, "step": step, "total": 9}) for stage, step in steps]
     assert answers == [True, False, False, True, False, True, True]
+
+
+@ON_SQLITE
+def test_the_child_is_told_the_signing_key_and_no_variable_holds_it(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    job_id = submit(database, objects, "key PEM")
+    make_runner(signing_key="PEM").offer(job_id)
+    wait_for_state(database, job_id, "succeeded")
 
 
 @ON_SQLITE

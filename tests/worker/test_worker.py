@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -253,6 +256,29 @@ def test_without_its_queue_a_worker_runs_jobs_and_can_be_stopped(
     assert worker.stop() == 0, worker.log.read_text()
     assert "hush" not in worker.log.read_text()
     database.close()
+
+
+def test_a_worker_whose_signing_key_is_none_says_so_and_takes_no_job(tmp_path: Path) -> None:
+    (tmp_path / "key.pem").write_text("-----BEGIN PRIVATE KEY-----\n")
+    settings = settings_for(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "worker"],
+        cwd=Path(__file__).resolve().parents[2],
+        env={
+            **os.environ,
+            "WIDTHWISE_DATA_DIR": str(settings.data_dir),
+            "WIDTHWISE_SIGNING_KEY": str(tmp_path / "key.pem"),
+            "WIDTHWISE_MEASURE_TRAINING": "false",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "WIDTHWISE_SIGNING_KEY cannot be used" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not settings.data_dir.exists()
 
 
 def test_python_m_worker_starts_and_stops(tmp_path: Path) -> None:
