@@ -41,7 +41,14 @@ from compression.encoder import (
 )
 from compression.errors import DeviceUnavailable, Interrupted, OutOfMemory
 from compression.evaluate import largest_difference, padded_logits, predict
-from compression.export import Exported, export_formats, format_report, graph_inputs, verify
+from compression.export import (
+    Exported,
+    export_formats,
+    format_report,
+    graph_inputs,
+    served_bytes,
+    verify,
+)
 from compression.importance import measure_importance
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.ranks import ALONE, Group, join, started
@@ -152,7 +159,8 @@ def compress(
                 labels=job.plan.label_names,
             )
             advance(i, len(subnetworks) + 1, subnetwork=subnetwork.name)
-        served = [fmt for fmt in SERVED_FORMATS if fmt in spec.export.formats]
+        asked = {*spec.export.formats, *spec.latency.baselines}
+        served = [fmt for fmt in SERVED_FORMATS if fmt in asked]
         teacher_dir = run_dir / "work" / TEACHER
         teacher_files = export_formats(served, teacher, teacher_dir, labels=job.plan.label_names)
         advance(len(subnetworks) + 1, len(subnetworks) + 1, subnetwork=TEACHER)
@@ -209,14 +217,18 @@ def compress(
                 accuracy=teacher_accuracy,
                 metrics=learnt.teacher_metrics,
                 test_accuracy=test_accuracy(job, teacher, None),
-                formats=tuple(
-                    FormatReport(
-                        format=fmt,
-                        published=False,
-                        error=files.error,
-                        latency=measured.get(f"{TEACHER}/{fmt}"),
-                    )
-                    for fmt, files in teacher_files.items()
+                formats=with_latency(
+                    TEACHER,
+                    [
+                        FormatReport(
+                            format=fmt,
+                            published=False,
+                            error=files.error,
+                            size_bytes=0 if files.error else served_bytes(fmt, files.folder),
+                        )
+                        for fmt, files in teacher_files.items()
+                    ],
+                    measured,
                 ),
             ),
             reorder_max_abs=learnt.reorder_max_abs,
@@ -728,8 +740,11 @@ def measure_latency(
     artifacts: Path,
     teacher_files: Mapping[Format, Exported],
     advance: Advance,
-) -> dict[str, LatencyReport]:
-    """Latency of every published served file and of the teacher, by "sub-network/format"."""
+) -> dict[str, tuple[LatencyReport, ...]]:
+    """Latency of every published served file and of the teacher, by "sub-network/format".
+
+    In every setting of the spec; speed-ups are against the teacher in the same format.
+    """
     served = {
         f"{TEACHER}/{fmt}": latency.Served(fmt, files.folder)
         for fmt, files in teacher_files.items()
@@ -745,21 +760,27 @@ def measure_latency(
         job.spec.latency,
         seq_len=job.seq_len,
         vocab_size=job.checkpoint.config.vocab_size,
+        references={
+            name: f"{TEACHER}/{item.format}"
+            for name, item in served.items()
+            if not name.startswith(f"{TEACHER}/")
+        },
         on_round=lambda done, total: advance(done, total),
     )
 
 
 def with_latency(
-    name: str, formats: Sequence[FormatReport], measured: Mapping[str, LatencyReport]
+    name: str,
+    formats: Sequence[FormatReport],
+    measured: Mapping[str, tuple[LatencyReport, ...]],
 ) -> tuple[FormatReport, ...]:
-    """The formats' reports with latency, and speed-up against the teacher in the same runtime."""
-    done = []
-    for report in formats:
-        own = measured.get(f"{name}/{report.format}")
-        teacher = measured.get(f"{TEACHER}/{report.format}")
-        speedup = teacher.p50_ms / own.p50_ms if own and teacher else None
-        done.append(report.model_copy(update={"latency": own, "speedup": speedup}))
-    return tuple(done)
+    """The formats' reports with latency in every setting; the first is what they stand for."""
+    return tuple(
+        report.model_copy(update={"latency": own[0], "speedup": own[0].speedup, "latencies": own})
+        if (own := measured.get(f"{name}/{report.format}"))
+        else report
+        for report in formats
+    )
 
 
 def test_accuracy(job: Job, encoder: Encoder, subnetwork: Subnetwork | None) -> float | None:

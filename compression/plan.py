@@ -32,7 +32,7 @@ from compression.examples import (
     sequence_columns,
 )
 from compression.report import METRIC_NAMES
-from compression.spec import Format, Frozen, Spec, TrainingSpec, WidthMult
+from compression.spec import SERVED_FORMATS, Format, Frozen, Spec, TrainingSpec, WidthMult
 from compression.supernet import subnetwork_name
 from compression.tables import (
     LABELLED_SPLITS,
@@ -541,6 +541,7 @@ def _check_lengths(spec: Spec, encoder: EncoderConfig, *, pair: bool) -> None:
     lengths = (
         ("/task/max_seq_len", spec.task.max_seq_len),
         ("/latency/seq_len", spec.latency.seq_len or 0),
+        *((f"/latency/seq_lens/{i}", length) for i, length in enumerate(spec.latency.seq_lens)),
     )
     for pointer, length in lengths:
         if length > encoder.max_tokens:
@@ -619,18 +620,26 @@ def _predicted_stage_seconds(
     fine_tuned = _trained_rows(spec.teacher, rows["train"]) if fine_tune else 0
     distilled = _trained_rows(spec.distillation, rows["train"] + rows.get("unlabelled", 0))
     tuned = _trained_rows(spec.final, rows["train"]) if spec.final.when == "always" else 0
-    served = len([fmt for fmt in spec.export.formats if fmt != "safetensors"])
-    timed = cost.flops(full, seq_len) + sum(cost.flops(config, seq_len) for config in subnetworks)
+    served = set(spec.export.formats) & set(SERVED_FORMATS)
+    baselines = served | set(spec.latency.baselines)
+    timed = sum(  # a round in each setting, each timed call after an untimed one
+        2
+        * setting.batch_size
+        * (
+            len(baselines) * cost.flops(full, setting.seq_len)
+            + len(served) * sum(cost.flops(config, setting.seq_len) for config in subnetworks)
+        )
+        for setting in spec.latency.settings(seq_len)
+    )
     flops = {
         "teacher": fine_tuned * BACKWARD_AND_FORWARD * teacher,
         "importance": min(spec.importance.rows, rows["train"]) * BACKWARD_AND_FORWARD * teacher,
         "distil": distilled * (teacher + BACKWARD_AND_FORWARD * students),
         "final": tuned * BACKWARD_AND_FORWARD * students,
-        # Each timed call follows an untimed one.
         "finish": (rows["dev"] + rows.get("test", 0)) * (teacher + students)
-        + 2 * spec.latency.rounds * spec.latency.batch_size * served * timed,
+        + spec.latency.rounds * timed,
     }
-    exports = (len(subnetworks) + 1) * len(spec.export.formats)
+    exports = len(subnetworks) * len(spec.export.formats) + len(baselines)
     seconds = {stage: count / FLOPS_PER_SECOND for stage, count in flops.items()}
     seconds["finish"] += exports * SECONDS_PER_EXPORT
     return seconds

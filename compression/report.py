@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from compression.spec import Format, Frozen, Spec, WidthMult
+from compression.spec import Format, Frozen, LatencySetting, Spec, WidthMult
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,21 @@ MAIN_METRIC = "The report's `main_metric` on dev, whatever it is; at most 1."
 METRICS = "Every metric of the task on dev, by name."
 
 
+class Interval(Frozen):
+    """Where a figure lies with this confidence (0.95: 95 %), by the bootstrap."""
+
+    confidence: float
+    low: float
+    high: float
+
+
+Intervals = tuple[Interval, ...]  # one of each of CONFIDENCES; none in reports that predate them
+
+
 class LatencyReport(Frozen):
     """Milliseconds a call on the CPU, with `threads` threads, whatever trained the model.
 
-    A call is one of `batch_size` rows of `seq_len` tokens.
+    A call is one of `batch_size` rows of `seq_len` tokens. Intervals are over rounds.
     """
 
     p50_ms: float
@@ -74,6 +85,17 @@ class LatencyReport(Frozen):
     batch_size: int
     seq_len: int
     threads: int
+    p50_intervals: Intervals = ()
+    p95_intervals: Intervals = ()
+    p99_intervals: Intervals = ()
+    speedup: float | None = Field(
+        None, description="Teacher's p50 over this p50, same runtime, setting and rounds."
+    )
+    speedup_intervals: Intervals = ()
+
+    @property
+    def setting(self) -> LatencySetting:
+        return LatencySetting(self.batch_size, self.seq_len, self.threads)
 
 
 class FileReport(Frozen):
@@ -99,9 +121,14 @@ class FormatReport(Frozen):
         0, description="Bytes of the served file(s): weights and graph, no tokenizer."
     )
     files: tuple[FileReport, ...] = ()
-    latency: LatencyReport | None = None
+    latency: LatencyReport | None = Field(
+        None, description="In the setting that stands for the latency."
+    )
     speedup: float | None = Field(
         None, description="Teacher's p50 over this p50, same runtime and settings."
+    )
+    latencies: tuple[LatencyReport, ...] = Field(
+        (), description="In every setting of the spec; the first one is `latency`."
     )
 
 
