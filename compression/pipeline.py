@@ -6,13 +6,11 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +47,7 @@ from compression.export import (
     served_bytes,
     verify,
 )
+from compression.fingerprint import fingerprint
 from compression.importance import measure_importance
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.ranks import ALONE, Group, join, started
@@ -59,6 +58,7 @@ from compression.report import (
     STAGES,
     CompressionReport,
     DatasetReport,
+    DeviceFingerprint,
     FormatReport,
     LatencyReport,
     OnProgress,
@@ -67,7 +67,7 @@ from compression.report import (
     TeacherReport,
     TrainingReport,
 )
-from compression.runtime_env import core_count, cpu_name, paddle_version, replica_count
+from compression.runtime_env import core_count, replica_count
 from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.tables import Columns, profile, read_splits, shared_rows
@@ -172,6 +172,7 @@ def compress(
             )
             advance(i, len(subnetworks), subnetwork=subnetwork.name)
     with stages("measure") as advance:
+        device = fingerprint(libraries(spec))
         measured = measure_latency(job, formats, artifacts, teacher_files, advance)
     with stages("select") as advance:
         reports = [
@@ -239,7 +240,8 @@ def compress(
             step_seconds=trainings["distil"].step_seconds,
             stage_seconds=stages.seconds,
             trainings=trainings,
-            environment=environment(spec, job.replicas),
+            environment=environment(spec, job.replicas, device),
+            device=device,
             warnings=(
                 *export_warnings(reports, teacher_files),
                 *checkpoints.warnings,
@@ -869,20 +871,26 @@ def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> It
             )
 
 
-def environment(spec: Spec, replicas: int) -> dict[str, str]:
+def environment(spec: Spec, replicas: int, device: DeviceFingerprint) -> dict[str, str]:
     """The device, the libraries and the threads that the figures were measured with."""
-    names = ["onnxruntime", "paddle2onnx", "numpy", "tokenizers", "safetensors"]
-    if spec.engine == "paddleslim":
-        names += ["paddleslim", "paddlenlp"]
+    gpus = [f"{gpu.name} (driver {gpu.driver})" for gpu in device.gpus]
     return {
         "device": spec.device,
-        "cpu": cpu_name(),
+        "cpu": device.cpu,
+        "cores": str(device.cores),
+        "instruction_sets": " ".join(device.instruction_sets),
+        **({"gpus": ", ".join(gpus)} if gpus else {}),
         "replicas": str(replicas),
         "processes": str(spec.processes),
         "precision": spec.precision,
         "kernel_threads": os.environ.get("OMP_NUM_THREADS", "1"),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "paddlepaddle": paddle_version(),
-        **{name: version(name) for name in names},
+        "platform": device.platform,
+        "python": device.python,
+        **device.libraries,
     }
+
+
+def libraries(spec: Spec) -> list[str]:
+    """Distributions whose version a figure may depend on, beside paddle."""
+    names = ["onnxruntime", "paddle2onnx", "numpy", "tokenizers", "safetensors"]
+    return names + (["paddleslim", "paddlenlp"] if spec.engine == "paddleslim" else [])

@@ -217,6 +217,26 @@ class TrainingReport(Frozen):
     )
 
 
+class Gpu(Frozen):
+    name: str
+    driver: str
+    memory_bytes: int
+
+
+class DeviceFingerprint(Frozen):
+    """The machine that measured: latency figures are comparable where this is the same."""
+
+    cpu: str
+    cores: int = Field(description="Physical ones that the job may use.")
+    threads: int = Field(description="Processors that the job may use, hyper-threads counted.")
+    instruction_sets: tuple[str, ...] = Field(description="Those that matter, of the CPU.")
+    memory_bytes: int | None
+    gpus: tuple[Gpu, ...] = Field(description="In the machine, whether or not they were used.")
+    platform: str
+    python: str
+    libraries: Mapping[str, str] = Field(description="Versions of those that measure or serve.")
+
+
 class CompressionReport(Frozen):
     spec: Spec
     main_metric: str = Field(
@@ -237,4 +257,5 @@ class CompressionReport(Frozen):
         default_factory=dict, description='By stage: "teacher" where it was fine-tuned, "distil".'
     )
     environment: Mapping[str, str] = Field(description="Device and library versions measured on.")
+    device: DeviceFingerprint | None = Field(None, description="The machine that measured.")
     warnings: tuple[str, ...] = ()
