@@ -38,7 +38,13 @@ from compression.encoder import (
     with_new_head,
 )
 from compression.errors import DeviceUnavailable, Interrupted, OutOfMemory
-from compression.evaluate import largest_difference, padded_logits, predict
+from compression.evaluate import (
+    drop_intervals,
+    largest_difference,
+    padded_logits,
+    predict,
+    resampled_metric,
+)
 from compression.export import (
     Exported,
     export_formats,
@@ -56,6 +62,7 @@ from compression.reference.exchange import Orders, Request
 from compression.reorder import descending, reorder
 from compression.report import (
     STAGES,
+    ComparisonOnTest,
     CompressionReport,
     DatasetReport,
     DeviceFingerprint,
@@ -139,12 +146,13 @@ def compress(
     teacher, supernet, subnetworks = learnt.teacher, learnt.supernet, learnt.subnetworks
     trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
     with stages("evaluate") as advance:
-        metrics = []
+        teacher_resampled = resampled_metric(job.task, learnt.teacher_outcomes)
+        metrics, drops_within = [], []
         for i, subnetwork in enumerate(subnetworks, start=1):
-            logits = predict(
-                supernet, job.splits["dev"], subnetwork=subnetwork, threads=job.replicas
-            )
-            metrics.append(job.task.metrics(logits, job.splits["dev"]))
+            outcomes = outcomes_of(job, supernet, subnetwork, "dev")
+            metrics.append(job.task.metrics_of(outcomes))
+            own = resampled_metric(job.task, outcomes)
+            drops_within.append(drop_intervals(reference=teacher_resampled, own=own))
             accuracy = metrics[-1][job.task.main_metric]
             advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
     with stages("export") as advance:
@@ -185,17 +193,23 @@ def compress(
                 flops=cost.flops(config, job.seq_len),
                 accuracy=own_metrics[job.task.main_metric],
                 accuracy_drop=100 * (teacher_accuracy - own_metrics[job.task.main_metric]),
+                accuracy_drop_intervals=own_drops,
                 metrics=own_metrics,
                 formats=with_latency(subnetwork.name, formats[subnetwork.name], measured),
             )
-            for subnetwork, own_metrics in zip(subnetworks, metrics, strict=True)
+            for subnetwork, own_metrics, own_drops in zip(
+                subnetworks, metrics, drops_within, strict=True
+            )
             for config in [supernet.config.narrowed(subnetwork.width_mult)]
         ]
-        chosen = selection.select(selection.candidates(reports), spec.constraints)
-        reports = [
-            with_test_accuracy(report, job, supernet)
-            for report in selection.with_decisions(reports, chosen)
-        ]
+        chosen = selection.select(
+            selection.candidates(reports, spec.constraints),
+            spec.constraints,
+            main_metric=job.task.main_metric,
+        )
+        reports = with_test(
+            selection.with_decisions(reports, chosen), job, teacher, teacher_accuracy, supernet
+        )
         advance(1, 1, chosen.reason, subnetwork=chosen.subnetwork, format=chosen.format)
         report = CompressionReport(
             spec=spec,
@@ -217,7 +231,7 @@ def compress(
                 parameters=cost.parameters(teacher.config),
                 accuracy=teacher_accuracy,
                 metrics=learnt.teacher_metrics,
-                test_accuracy=test_accuracy(job, teacher, None),
+                test_accuracy=test_accuracy(job, teacher),
                 formats=with_latency(
                     TEACHER,
                     [
@@ -367,6 +381,7 @@ class Learnt:
 
     teacher: Encoder
     teacher_metrics: dict[str, float]  # on dev
+    teacher_outcomes: np.ndarray  # of dev's rows, as the task sees them
     supernet: Encoder
     reorder_max_abs: float
     subnetworks: list[Subnetwork]
@@ -386,7 +401,8 @@ def learn(job: Job, checkpoints: Checkpoints, stages: Stages, group: Group, work
         if trained is not None:
             trainings["teacher"] = trained
         teacher_logits = predict(teacher, job.splits["dev"], threads=job.replicas)
-        teacher_metrics = job.task.metrics(teacher_logits, job.splits["dev"])
+        teacher_outcomes = job.task.outcomes(teacher_logits, job.splits["dev"])
+        teacher_metrics = job.task.metrics_of(teacher_outcomes)
         advance(1, 1, accuracy=teacher_metrics[job.task.main_metric])
     with stages("importance") as advance:
         orders = Orders(*rank_units(job, teacher, checkpoints, work, advance))
@@ -410,7 +426,15 @@ def learn(job: Job, checkpoints: Checkpoints, stages: Stages, group: Group, work
         tuned = fine_tune_subnetworks(job, supernet, subnetworks, around("final"), advance)
         if tuned is not None:
             trainings["final"] = tuned
-    return Learnt(teacher, teacher_metrics, supernet, reorder_max_abs, subnetworks, trainings)
+    return Learnt(
+        teacher,
+        teacher_metrics,
+        teacher_outcomes,
+        supernet,
+        reorder_max_abs,
+        subnetworks,
+        trainings,
+    )
 
 
 def follow(
@@ -785,20 +809,62 @@ def with_latency(
     )
 
 
-def test_accuracy(job: Job, encoder: Encoder, subnetwork: Subnetwork | None) -> float | None:
-    """The metric on test, which never chooses anything; None without a test split."""
-    rows = job.splits.get("test")
-    if rows is None:
+def outcomes_of(
+    job: Job, encoder: Encoder, subnetwork: Subnetwork | None, split: str
+) -> np.ndarray:
+    """What the metrics read of each row of a split, [rows, ...]."""
+    rows = job.splits[split]
+    logits = predict(encoder, rows, subnetwork=subnetwork, threads=job.replicas)
+    return job.task.outcomes(logits, rows)
+
+
+def test_accuracy(job: Job, teacher: Encoder) -> float | None:
+    """The teacher's main metric on test, which never chooses anything; None without that split."""
+    if "test" not in job.splits:
         return None
-    return job.task.score(predict(encoder, rows, subnetwork=subnetwork, threads=job.replicas), rows)
+    return job.task.metrics_of(outcomes_of(job, teacher, None, "test"))[job.task.main_metric]
 
 
-def with_test_accuracy(report: SubnetworkReport, job: Job, supernet: Encoder) -> SubnetworkReport:
-    """Only the selected sub-network is judged on test."""
-    if not report.selected:
-        return report
-    subnetwork = subnetwork_of(supernet.config, report.width_mult)
-    return report.model_copy(update={"test_accuracy": test_accuracy(job, supernet, subnetwork)})
+def with_test(
+    reports: Sequence[SubnetworkReport],
+    job: Job,
+    teacher: Encoder,
+    teacher_accuracy: float,
+    supernet: Encoder,
+) -> list[SubnetworkReport]:
+    """The selected sub-network is judged on test, and what it is held against; no other is.
+
+    `teacher_accuracy`: on dev, which also says what to hold it against: test chooses nothing.
+    """
+    selected = next((report for report in reports if report.selected), None)
+    if selected is None or "test" not in job.splits:
+        return list(reports)
+    full = next((r for r in reports if r.width_mult == 1 and r is not selected), None)
+    if full is not None and full.accuracy > teacher_accuracy:
+        name, network, part = full.name, supernet, subnetwork_of(supernet.config, full.width_mult)
+    else:
+        name, network, part = TEACHER, teacher, None
+    other = outcomes_of(job, network, part, "test")
+    own = outcomes_of(job, supernet, subnetwork_of(supernet.config, selected.width_mult), "test")
+    accuracy, reference_accuracy = (
+        job.task.metrics_of(outcomes)[job.task.main_metric] for outcomes in (own, other)
+    )
+    judged = selected.model_copy(
+        update={
+            "test_accuracy": accuracy,
+            "test": ComparisonOnTest(
+                reference=name,
+                reference_accuracy=reference_accuracy,
+                accuracy=accuracy,
+                accuracy_drop=100 * (reference_accuracy - accuracy),
+                accuracy_drop_intervals=drop_intervals(
+                    reference=resampled_metric(job.task, other),
+                    own=resampled_metric(job.task, own),
+                ),
+            ),
+        }
+    )
+    return [judged if report is selected else report for report in reports]
 
 
 def cut_notes(job: Job) -> tuple[str, ...]:

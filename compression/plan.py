@@ -32,7 +32,16 @@ from compression.examples import (
     sequence_columns,
 )
 from compression.report import METRIC_NAMES
-from compression.spec import SERVED_FORMATS, Format, Frozen, Spec, TrainingSpec, WidthMult
+from compression.selection import check_latency_at
+from compression.spec import (
+    SERVED_FORMATS,
+    Format,
+    Frozen,
+    LatencySpec,
+    Spec,
+    TrainingSpec,
+    WidthMult,
+)
 from compression.supernet import subnetwork_name
 from compression.tables import (
     LABELLED_SPLITS,
@@ -549,6 +558,8 @@ def _check_lengths(spec: Spec, encoder: EncoderConfig, *, pair: bool) -> None:
                 f"{length} tokens are more than the model's {encoder.max_tokens} positions",
                 pointer=pointer,
             )
+    if spec.constraints.latency_at is not None:
+        check_latency_at(spec.constraints.latency_at, _measured_settings(spec.latency))
     if spec.task.kind == "question_answering":
         room = longest_overlap(spec.task.max_seq_len)
         if spec.task.overlap > room:
@@ -557,6 +568,15 @@ def _check_lengths(spec: Spec, encoder: EncoderConfig, *, pair: bool) -> None:
                 f"not {spec.task.overlap}",
                 pointer="/task/max_seq_len" if room < 0 else "/task/doc_stride",
             )
+
+
+def _measured_settings(latency: LatencySpec) -> dict[str, list[int]]:
+    """What a constraint may name: lengths alone that the spec does, not what dev will come to."""
+    return {
+        "batch_size": [latency.batch_size, *latency.batch_sizes],
+        "seq_len": [*filter(None, (latency.seq_len,)), *latency.seq_lens],
+        "threads": [latency.threads, *latency.thread_counts],
+    }
 
 
 def _narrowed(

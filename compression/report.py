@@ -132,6 +132,20 @@ class FormatReport(Frozen):
     )
 
 
+class ComparisonOnTest(Frozen):
+    """The selected sub-network on test, against the better (on dev) of the teacher and width 1.
+
+    Distillation may leave width 1 better than the teacher; then that is what a narrower one
+    is to be held against.
+    """
+
+    reference: str = Field(description='"teacher", or the name of the sub-network of width 1.')
+    reference_accuracy: float = Field(description="Its main metric on test.")
+    accuracy: float = Field(description="The selected one's.")
+    accuracy_drop: float = Field(description="Points lost against the reference.")
+    accuracy_drop_intervals: Intervals
+
+
 class SubnetworkReport(Frozen):
     """`name` is the folder-safe name, for example "w3_4" for width 3/4."""
 
@@ -146,7 +160,11 @@ class SubnetworkReport(Frozen):
         description="Points (hundredths) of the main metric lost against the teacher on dev; "
         "negative is a gain."
     )
+    accuracy_drop_intervals: Intervals = Field(
+        (), description="Over dev's rows, the teacher's and this one's resampled alike."
+    )
     test_accuracy: float | None = Field(None, description="The main metric on test.")
+    test: ComparisonOnTest | None = Field(None, description="Of the selected one alone.")
     metrics: Mapping[str, float] = Field({}, description=METRICS)
     formats: tuple[FormatReport, ...] = ()
     pareto: bool = False
@@ -164,7 +182,11 @@ class TeacherReport(Frozen):
 
 
 class Candidate(Frozen):
-    """A sub-network in a served format, with what the constraints look at."""
+    """A sub-network in a served format, with what the constraints look at.
+
+    Latency and speed-up are those of the setting that the constraints mean; intervals have the
+    confidence that they ask for, else 0.95.
+    """
 
     subnetwork: str
     format: Format
@@ -172,7 +194,47 @@ class Candidate(Frozen):
     latency_ms: float
     speedup: float
     size_mb: float
+    accuracy_drop_interval: Interval | None = None
+    latency_interval: Interval | None = None
+    speedup_interval: Interval | None = None
     misses: tuple[str, ...] = Field((), description="Constraints it does not hold, in words.")
+
+
+class NearestMiss(Frozen):
+    """The candidate that one constraint cut away by the least."""
+
+    subnetwork: str
+    format: Format
+    by: float = Field(description="Beyond the bound: points, ms, times as fast, or MB.")
+
+
+class ConstraintEffect(Frozen):
+    """What one constraint did to the choice."""
+
+    constraint: str
+    limit: float
+    cut: int = Field(description="Candidates that miss it.")
+    cut_alone: int = Field(description="Of these, how many hold all the other constraints.")
+    nearest_miss: NearestMiss | None = Field(
+        description="Of those that it alone cut, if there are any; null where it cut nothing."
+    )
+    relaxed_by: float = Field(
+        description="What the bound is moved by for `relaxed`: 1 point, ms or MB, or a speed-up "
+        "of 0.1."
+    )
+    relaxed: Candidate | None = Field(
+        description="What would be chosen then; null where that changes nothing."
+    )
+    words: str = Field(description="The same as a sentence.")
+
+
+class Explanation(Frozen):
+    """How the candidates became one, or none."""
+
+    candidates: int = Field(description="With every figure measured.")
+    holding: int = Field(description="Of these, how many hold every constraint.")
+    latency: str = Field(description="Which latency was meant: percentile and setting, in words.")
+    effects: tuple[ConstraintEffect, ...] = Field(description="Of each constraint.")
 
 
 class Selection(Frozen):
@@ -182,6 +244,7 @@ class Selection(Frozen):
     nearest: tuple[Candidate, ...] = Field(
         (), description="The three nearest, where nothing holds."
     )
+    explanation: Explanation | None = None
 
 
 class DatasetReport(Frozen):

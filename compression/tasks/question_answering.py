@@ -70,8 +70,8 @@ class QuestionAnswering(Task):
         entropies = -(targets * _log_softmax(logits, batch)).sum(axis=1)  # [B, T, 2] -> [B, 2]
         return entropies.sum() / 2 / (self.count(batch) if total is None else total)
 
-    def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
-        """Over the questions, each with the best answer of all its windows."""
+    def outcomes(self, predictions: Predictions, data: Encoded) -> np.ndarray:
+        """F1 and exact match of each question, by its windows' best answer, [questions, 2]."""
         assert data.references is not None
         best: dict[int, tuple[float, str]] = {}
         answers: dict[int, tuple[str, ...]] = {}
@@ -82,7 +82,12 @@ class QuestionAnswering(Task):
             answers[row] = asked.answers
         exact = [max(exact_match(best[row][1], gold) for gold in answers[row]) for row in best]
         overlap = [max(token_f1(best[row][1], gold) for gold in answers[row]) for row in best]
-        return {"f1": float(np.mean(overlap)), "exact_match": float(np.mean(exact))}
+        return np.stack([overlap, exact], axis=1)
+
+    def metrics_of(self, outcomes: np.ndarray) -> dict[str, float]:
+        """Means over the questions."""
+        f1, exact = outcomes.mean(axis=0).tolist()
+        return {"f1": f1, "exact_match": exact}
 
     def encode(self, tokenizer: Tokenizer, examples: AskedExamples, max_seq_len: int) -> Encoded:
         """Every window of every question is a row."""

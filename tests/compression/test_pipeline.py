@@ -25,7 +25,15 @@ from compression.errors import CheckpointRefused, DeviceUnavailable, Interrupted
 from compression.export import Parity, verify
 from compression.pipeline import compress, learning_config
 from compression.report import STAGES, CompressionReport, Progress
-from compression.spec import DistillationSpec, Format, Spec
+from compression.selection import reselect
+from compression.spec import (
+    CONFIDENCES,
+    SERVED_FORMATS,
+    ConstraintSpec,
+    DistillationSpec,
+    Format,
+    Spec,
+)
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer
 from tests.builders import WORDS, tiny_bert, tiny_dataset, tiny_family
@@ -42,7 +50,7 @@ def small_spec(**changes: Any) -> Spec:
         "distillation": {"epochs": 1, "learning_rate": 1e-3},
         "supernet": {"width_mults": ["1", "1/2"]},
         "importance": {"rows": 64},
-        "latency": {"rounds": 5},
+        "latency": {"rounds": 5, "batch_sizes": [3]},
     }
     return Spec.model_validate({**values, **changes})
 
@@ -131,6 +139,59 @@ def test_exactly_one_subnetwork_is_selected_and_judged_on_test(finished: dict[st
     assert chosen[0].test_accuracy is not None
     assert all(n.test_accuracy is None for n in report.subnetworks if not n.selected)
     assert report.selection.reason
+
+
+def test_what_was_measured_has_intervals_and_a_machine(finished: dict[str, Any]) -> None:
+    report: CompressionReport = finished["report"]
+    assert report.device is not None and report.device.cores >= 1
+    for fmt in report.teacher.formats:
+        assert fmt.size_bytes > 0
+        assert [latency.batch_size for latency in fmt.latencies] == [1, 3]
+        assert [latency.speedup for latency in fmt.latencies] == [None, None]
+    for network in report.subnetworks:
+        assert 0 < len(network.accuracy_drop_intervals) == len(CONFIDENCES)
+        for within in network.accuracy_drop_intervals:
+            assert within.low <= network.accuracy_drop <= within.high
+        for fmt in network.formats:
+            if fmt.format not in SERVED_FORMATS:
+                assert fmt.latencies == ()
+                continue
+            assert fmt.latency == fmt.latencies[0]
+            assert [latency.batch_size for latency in fmt.latencies] == [1, 3]
+            for latency in fmt.latencies:
+                assert latency.speedup is not None and len(latency.speedup_intervals) == 3
+            assert fmt.speedup == fmt.latencies[0].speedup
+
+
+def test_the_selected_one_is_held_on_test_against_the_better_of_teacher_and_width_1(
+    finished: dict[str, Any],
+) -> None:
+    report: CompressionReport = finished["report"]
+    (chosen,) = [network for network in report.subnetworks if network.selected]
+    assert chosen.test is not None
+    assert chosen.test.accuracy == chosen.test_accuracy
+    full = report.subnetworks[0]
+    better = full.name if full.accuracy > report.teacher.accuracy and full is not chosen else None
+    assert chosen.test.reference == (better or "teacher")
+    if better is None:
+        assert chosen.test.reference_accuracy == report.teacher.test_accuracy
+    assert chosen.test.accuracy_drop == pytest.approx(
+        100 * (chosen.test.reference_accuracy - chosen.test.accuracy)
+    )
+    for within in chosen.test.accuracy_drop_intervals:
+        assert within.low <= chosen.test.accuracy_drop <= within.high
+
+
+def test_a_finished_report_answers_other_constraints(finished: dict[str, Any]) -> None:
+    text = (finished["root"] / "run" / "report.json").read_text()
+    report = CompressionReport.model_validate_json(text)
+    asked = ConstraintSpec.model_validate(
+        {"objective": "size", "latency_at": {"batch_size": 3, "percentile": 95}}
+    )
+    selection = reselect(report.subnetworks, asked, main_metric=report.main_metric)
+    assert selection.subnetwork == "w1_2"
+    unmoved = reselect(report.subnetworks, ConstraintSpec(), main_metric=report.main_metric)
+    assert unmoved == report.selection
 
 
 def test_constraints_that_nothing_meets_end_without_a_selection(tmp_path: Path) -> None:
