@@ -1,4 +1,7 @@
-"""The same job without the service: python -m compression --model DIR --dataset DIR --out DIR."""
+"""The same job without the service: python -m compression --model DIR --dataset DIR --out DIR.
+
+`python -m compression profile` measures this device instead (compression/profile.py).
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,11 @@ import yaml
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from compression import profile
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import resumed_variables
 from compression.errors import CompressionError, Interrupted, InvalidDataset
-from compression.report import CompressionReport, Progress
+from compression.report import CompressionReport, Intervals, Progress, SubnetworkReport
 from compression.runtime_env import cpu_vendor, training_environment
 from compression.spec import Spec
 
@@ -55,24 +59,38 @@ class ProgressBar:
 
 
 def table(report: CompressionReport) -> str:
-    """The sub-networks as text, a line for each served format."""
+    """The teacher (the baselines) and the sub-networks as text, a line for each served format."""
     lines = [
-        f"{'width':>6} {'format':>7} {'params':>8} {'size MB':>8} {report.main_metric:>11} "
-        f"{'drop':>6} {'p50 ms':>7} {'p95 ms':>7} {'speedup':>8}  pareto selected"
+        f"{'width':>7} {'format':>7} {'params':>8} {'size MB':>8} {report.main_metric:>11} "
+        f"{'drop':>6} {'p50 ms':>7} {'95 %':>15} {'p95 ms':>7} {'speedup':>8} {'95 %':>12}  "
+        "pareto selected"
     ]
-    for network in report.subnetworks:
+    for name, network, drop in (
+        ("teacher", report.teacher, 0.0),
+        *((str(each.width_mult), each, each.accuracy_drop) for each in report.subnetworks),
+    ):
         for fmt in network.formats:
-            if fmt.latency is None:
+            if (latency := fmt.latency) is None:
                 continue
-            chosen = network.selected and fmt.format == report.selection.format
+            candidate = isinstance(network, SubnetworkReport)
+            on_front = candidate and network.pareto
+            chosen = candidate and network.selected and fmt.format == report.selection.format
             lines.append(
-                f"{network.width_mult!s:>6} {fmt.format:>7} {network.parameters / 1e6:>7.1f}M "
+                f"{name:>7} {fmt.format:>7} {network.parameters / 1e6:>7.1f}M "
                 f"{fmt.size_bytes / 1e6:>8.1f} {network.accuracy:>11.4f} "
-                f"{network.accuracy_drop:>6.2f} {fmt.latency.p50_ms:>7.2f} "
-                f"{fmt.latency.p95_ms:>7.2f} {fmt.speedup or float('nan'):>8.2f}  "
-                f"{'yes' if network.pareto else 'no':>6} {'yes' if chosen else 'no':>8}"
+                f"{drop:>6.2f} {latency.p50_ms:>7.2f} "
+                f"{within(latency.p50_intervals):>15} {latency.p95_ms:>7.2f} "
+                f"{fmt.speedup or 1.0:>8.2f} {within(latency.speedup_intervals):>12}  "
+                f"{'yes' if on_front else 'no':>6} {'yes' if chosen else 'no':>8}"
             )
     return "\n".join(lines)
+
+
+def within(intervals: Intervals) -> str:
+    """ "3.91-4.10", with 95 % confidence; nothing where no interval was kept."""
+    return "".join(
+        f"{each.low:.2f}-{each.high:.2f}" for each in intervals if each.confidence == 0.95
+    )
 
 
 @contextmanager
@@ -100,6 +118,9 @@ def read_spec(path: Path | None) -> Spec:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["profile"]:
+        return profile.main(words[1:])
     parser = argparse.ArgumentParser(prog="python -m compression", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the fine-tuned model")
     parser.add_argument(
@@ -152,6 +173,9 @@ def main(arguments: list[str] | None = None) -> int:
     bar.close()
     print(table(report))
     print(report.selection.reason)
+    if report.selection.explanation is not None:
+        for effect in report.selection.explanation.effects:
+            print(effect.words)
     for warning in (*report.dataset.notes, *report.warnings):
         print(f"warning: {warning}")
     print(f"report: {args.out / 'report.json'}")
