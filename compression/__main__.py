@@ -26,6 +26,7 @@ from compression.checkpoint import resumed_variables
 from compression.errors import CompressionError, Interrupted, InvalidDataset
 from compression.report import CompressionReport, Intervals, Progress, SubnetworkReport
 from compression.runtime_env import cpu_vendor, training_environment
+from compression.selection import SHOWN_CONFIDENCE
 from compression.spec import Spec
 
 INTERRUPTED = 3  # exit status
@@ -89,7 +90,9 @@ def table(report: CompressionReport) -> str:
 def within(intervals: Intervals) -> str:
     """ "3.91-4.10", with 95 % confidence; nothing where no interval was kept."""
     return "".join(
-        f"{each.low:.2f}-{each.high:.2f}" for each in intervals if each.confidence == 0.95
+        f"{each.low:.2f}-{each.high:.2f}"
+        for each in intervals
+        if each.confidence == SHOWN_CONFIDENCE
     )
 
 

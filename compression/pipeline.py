@@ -207,9 +207,18 @@ def compress(
             spec.constraints,
             main_metric=job.task.main_metric,
         )
-        reports = with_test(
-            selection.with_decisions(reports, chosen), job, teacher, teacher_accuracy, supernet
-        )
+        reports = list(selection.with_decisions(reports, chosen))
+        test_accuracy = None
+        if "test" in job.splits:
+            teacher_on_test = outcomes_of(job, teacher, None, "test")
+            test_accuracy = main_metric(job, teacher_on_test)
+            reports = with_test(
+                reports,
+                job,
+                supernet,
+                teacher_accuracy=teacher_accuracy,
+                teacher_on_test=teacher_on_test,
+            )
         advance(1, 1, chosen.reason, subnetwork=chosen.subnetwork, format=chosen.format)
         report = CompressionReport(
             spec=spec,
@@ -231,7 +240,7 @@ def compress(
                 parameters=cost.parameters(teacher.config),
                 accuracy=teacher_accuracy,
                 metrics=learnt.teacher_metrics,
-                test_accuracy=test_accuracy(job, teacher),
+                test_accuracy=test_accuracy,
                 formats=with_latency(
                     TEACHER,
                     [
@@ -818,52 +827,45 @@ def outcomes_of(
     return job.task.outcomes(logits, rows)
 
 
-def test_accuracy(job: Job, teacher: Encoder) -> float | None:
-    """The teacher's main metric on test, which never chooses anything; None without that split."""
-    if "test" not in job.splits:
-        return None
-    return job.task.metrics_of(outcomes_of(job, teacher, None, "test"))[job.task.main_metric]
+def main_metric(job: Job, outcomes: np.ndarray) -> float:
+    return job.task.metrics_of(outcomes)[job.task.main_metric]
 
 
 def with_test(
     reports: Sequence[SubnetworkReport],
     job: Job,
-    teacher: Encoder,
-    teacher_accuracy: float,
     supernet: Encoder,
+    *,
+    teacher_accuracy: float,
+    teacher_on_test: np.ndarray,
 ) -> list[SubnetworkReport]:
-    """The selected sub-network is judged on test, and what it is held against; no other is.
+    """The selected sub-network is judged on test, as is what it is held against; no other is.
 
-    `teacher_accuracy`: on dev, which also says what to hold it against: test chooses nothing.
+    `teacher_accuracy` is on dev, which says what to hold it against: test chooses nothing.
+    `teacher_on_test`: outcomes of that split.
     """
     selected = next((report for report in reports if report.selected), None)
-    if selected is None or "test" not in job.splits:
+    if selected is None:
         return list(reports)
+
+    def on_test(report: SubnetworkReport) -> np.ndarray:
+        return outcomes_of(job, supernet, subnetwork_of(supernet.config, report.width_mult), "test")
+
+    name, other = TEACHER, teacher_on_test
     full = next((r for r in reports if r.width_mult == 1 and r is not selected), None)
     if full is not None and full.accuracy > teacher_accuracy:
-        name, network, part = full.name, supernet, subnetwork_of(supernet.config, full.width_mult)
-    else:
-        name, network, part = TEACHER, teacher, None
-    other = outcomes_of(job, network, part, "test")
-    own = outcomes_of(job, supernet, subnetwork_of(supernet.config, selected.width_mult), "test")
-    accuracy, reference_accuracy = (
-        job.task.metrics_of(outcomes)[job.task.main_metric] for outcomes in (own, other)
+        name, other = full.name, on_test(full)
+    own = on_test(selected)
+    comparison = ComparisonOnTest(
+        reference=name,
+        reference_accuracy=main_metric(job, other),
+        accuracy=main_metric(job, own),
+        accuracy_drop=100 * (main_metric(job, other) - main_metric(job, own)),
+        accuracy_drop_intervals=drop_intervals(
+            reference=resampled_metric(job.task, other), own=resampled_metric(job.task, own)
+        ),
     )
-    judged = selected.model_copy(
-        update={
-            "test_accuracy": accuracy,
-            "test": ComparisonOnTest(
-                reference=name,
-                reference_accuracy=reference_accuracy,
-                accuracy=accuracy,
-                accuracy_drop=100 * (reference_accuracy - accuracy),
-                accuracy_drop_intervals=drop_intervals(
-                    reference=resampled_metric(job.task, other),
-                    own=resampled_metric(job.task, own),
-                ),
-            ),
-        }
-    )
+    judged = selected.model_copy(update={"test_accuracy": comparison.accuracy, "test": comparison})
     return [judged if report is selected else report for report in reports]
 
 

@@ -24,7 +24,7 @@ from compression.encoder import Encoder, build_encoder
 from compression.errors import CheckpointRefused, DeviceUnavailable, Interrupted, InvalidSpec
 from compression.export import Parity, verify
 from compression.pipeline import compress, learning_config
-from compression.report import STAGES, CompressionReport, Progress
+from compression.report import STAGES, CompressionReport, Progress, SubnetworkReport
 from compression.selection import reselect
 from compression.spec import (
     CONFIDENCES,
@@ -180,6 +180,45 @@ def test_the_selected_one_is_held_on_test_against_the_better_of_teacher_and_widt
     )
     for within in chosen.test.accuracy_drop_intervals:
         assert within.low <= chosen.test.accuracy_drop <= within.high
+
+
+@pytest.mark.parametrize(
+    ("selected", "teacher_accuracy", "reference"),
+    [("w1_2", 0.8, "w1"), ("w1_2", 0.9, "teacher"), ("w1", 0.8, "teacher")],
+)
+def test_dev_says_what_the_selected_one_is_held_against_on_test(
+    tmp_path: Path, selected: str, teacher_accuracy: float, reference: str
+) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
+    job = pipeline.load(small_spec(), model, dataset, 1)
+    network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
+    wrong = np.array([[0, 1], [1, 0]] * 15)  # outcomes of a teacher that gets no row right
+    reports = [
+        SubnetworkReport(
+            name=planned.name,
+            width_mult=planned.width_mult,
+            heads=planned.heads,
+            ffn=planned.ffn,
+            parameters=planned.parameters,
+            flops=planned.flops,
+            accuracy=0.85,
+            accuracy_drop=0,
+            selected=planned.name == selected,
+        )
+        for planned in job.plan.subnetworks
+    ]
+    judged = pipeline.with_test(
+        reports, job, network, teacher_accuracy=teacher_accuracy, teacher_on_test=wrong
+    )
+    found = {report.name: report.test for report in judged}
+    comparison = found.pop(selected)
+    assert list(found.values()) == [None]
+    assert comparison is not None and comparison.reference == reference
+    full = job.task.score(evaluate.predict(network, job.splits["test"]), job.splits["test"])
+    assert comparison.reference_accuracy == (full if reference == "w1" else 0.0)
+    if selected == "w1":
+        assert comparison.accuracy == full
 
 
 def test_a_finished_report_answers_other_constraints(finished: dict[str, Any]) -> None:
