@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import statistics
@@ -29,6 +28,7 @@ import numpy as np
 
 from compression import blocks
 from compression.blocks import Shape
+from compression.runtime_env import core_count, cpu_name
 
 VERSION = 1
 WARM_UP_CALLS = 5
@@ -195,8 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     profile = {
         "widthwise_profile": VERSION,
-        "machine": platform.platform(),
-        "processors": os.cpu_count(),
+        "cpu": cpu_name(),
+        "cores": core_count(),
+        "platform": platform.platform(),
         "onnxruntime": version("onnxruntime"),
         "shape": vars(shape),
         "layers": options.layers,
