@@ -131,6 +131,8 @@ def _statuses(path: str, method: str) -> list[str]:
         statuses += ["415", "507"]
     if path == "/v1/jobs" and method == "post":
         statuses.append("415")
+    if path.endswith("/selection"):
+        statuses += ["400", "413", "415"]
     if path.endswith("/content"):
         statuses.append("416")
     return sorted(statuses)

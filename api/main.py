@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from api import artifacts, datasets, docs, events, health, models
+from api import artifacts, datasets, docs, events, health, models, selection
 from api import jobs as jobs_routes
 from api.auth import Authentication
 from api.deps import Services
@@ -44,7 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
             services.database.close()
 
     app = docs.Application(lifespan=lifespan)
-    for module in (models, datasets, jobs_routes, events, artifacts, health, docs):
+    for module in (models, datasets, jobs_routes, selection, events, artifacts, health, docs):
         app.include_router(module.router)
     install_error_handlers(app)
     # The last one added is the outermost.

@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema
 
 from compression.plan import ModelInfo, Plan
 from compression.report import CompressionReport, Selection, SubnetworkReport, TeacherReport
-from compression.spec import Spec
+from compression.spec import ConstraintSpec, Spec
 from compression.tables import DatasetProfile
 from jobs import records
 from jobs.states import JobState
@@ -253,6 +253,23 @@ class ArtifactOut(Out):
             created_at=record.created_at,
             content_url=f"/v1/artifacts/{record.id}/content",
         )
+
+
+class SelectionIn(BaseModel):
+    """Constraints to select under. Unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    constraints: ConstraintSpec = Field(description="In place of the job's own, all of them.")
+
+
+class SelectionOut(Out):
+    job: str
+    constraints: ConstraintSpec
+    selection: Selection
+    artifacts: list[ArtifactOut] = Field(
+        description="The files of the selected sub-network; empty where none was."
+    )
 
 
 class Fault(Out):

@@ -1,6 +1,7 @@
 """The same job without the service: python -m compression --model DIR --dataset DIR --out DIR.
 
 Other commands, each with its own --help:
+  python -m compression profile         measure this device (compression/profile.py)
   python -m compression verify BUNDLE   compare a bundle with its manifest and its signature
   python -m compression keygen FILE     make a key to sign bundles with
   python -m compression schema          print the JSON Schema of a bundle's manifest
@@ -23,6 +24,7 @@ import yaml
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from compression import profile
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import resumed_variables
 from compression.errors import (
@@ -32,8 +34,9 @@ from compression.errors import (
     SigningKeyRefused,
 )
 from compression.manifest import schema_bytes
-from compression.report import CompressionReport, Progress
+from compression.report import CompressionReport, Intervals, Progress, SubnetworkReport
 from compression.runtime_env import cpu_vendor, training_environment
+from compression.selection import SHOWN_CONFIDENCE
 from compression.signing import key_id, new_key, read_private_key, read_public_key
 from compression.spec import Spec
 from compression.verify import NoBundle, verify_bundle
@@ -70,24 +73,40 @@ class ProgressBar:
 
 
 def table(report: CompressionReport) -> str:
-    """The sub-networks as text, a line for each served format."""
+    """The teacher (the baselines) and the sub-networks as text, a line for each served format."""
     lines = [
-        f"{'width':>6} {'format':>7} {'params':>8} {'size MB':>8} {report.main_metric:>11} "
-        f"{'drop':>6} {'p50 ms':>7} {'p95 ms':>7} {'speedup':>8}  pareto selected"
+        f"{'width':>7} {'format':>7} {'params':>8} {'size MB':>8} {report.main_metric:>11} "
+        f"{'drop':>6} {'p50 ms':>7} {'95 %':>15} {'p95 ms':>7} {'speedup':>8} {'95 %':>12}  "
+        "pareto selected"
     ]
-    for network in report.subnetworks:
+    for name, network, drop in (
+        ("teacher", report.teacher, 0.0),
+        *((str(each.width_mult), each, each.accuracy_drop) for each in report.subnetworks),
+    ):
         for fmt in network.formats:
-            if fmt.latency is None:
+            if (latency := fmt.latency) is None:
                 continue
-            chosen = network.selected and fmt.format == report.selection.format
+            candidate = isinstance(network, SubnetworkReport)
+            on_front = candidate and network.pareto
+            chosen = candidate and network.selected and fmt.format == report.selection.format
             lines.append(
-                f"{network.width_mult!s:>6} {fmt.format:>7} {network.parameters / 1e6:>7.1f}M "
+                f"{name:>7} {fmt.format:>7} {network.parameters / 1e6:>7.1f}M "
                 f"{fmt.size_bytes / 1e6:>8.1f} {network.accuracy:>11.4f} "
-                f"{network.accuracy_drop:>6.2f} {fmt.latency.p50_ms:>7.2f} "
-                f"{fmt.latency.p95_ms:>7.2f} {fmt.speedup or float('nan'):>8.2f}  "
-                f"{'yes' if network.pareto else 'no':>6} {'yes' if chosen else 'no':>8}"
+                f"{drop:>6.2f} {latency.p50_ms:>7.2f} "
+                f"{within(latency.p50_intervals):>15} {latency.p95_ms:>7.2f} "
+                f"{fmt.speedup or 1.0:>8.2f} {within(latency.speedup_intervals):>12}  "
+                f"{'yes' if on_front else 'no':>6} {'yes' if chosen else 'no':>8}"
             )
     return "\n".join(lines)
+
+
+def within(intervals: Intervals) -> str:
+    """ "3.91-4.10", with 95 % confidence; nothing where no interval was kept."""
+    return "".join(
+        f"{each.low:.2f}-{each.high:.2f}"
+        for each in intervals
+        if each.confidence == SHOWN_CONFIDENCE
+    )
 
 
 @contextmanager
@@ -188,6 +207,7 @@ def verify_command(arguments: list[str]) -> int:
 
 COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
     "keygen": keygen_command,
+    "profile": profile.main,
     "schema": schema_command,
     "verify": verify_command,
 }
@@ -274,6 +294,9 @@ def compress_command(arguments: list[str]) -> int:
     bar.close()
     print(table(report))
     print(report.selection.reason)
+    if report.selection.explanation is not None:
+        for effect in report.selection.explanation.effects:
+            print(effect.words)
     for warning in (*report.dataset.notes, *report.warnings):
         print(f"warning: {warning}")
     print(f"report: {args.out / 'report.json'}")

@@ -10,7 +10,10 @@ import paddle
 
 from compression.batches import Encoded, make_batch, sorted_rows
 from compression.encoder import Encoder
+from compression.intervals import intervals, row_resamples
+from compression.report import Intervals
 from compression.supernet import Subnetwork
+from compression.tasks.base import Task
 
 
 def predict(
@@ -42,6 +45,21 @@ def predict(
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, batches))  # a list, so that an error is raised here
     return logits if encoder.config.head == "token" else np.stack(logits)
+
+
+def resampled_metric(task: Task, outcomes: np.ndarray) -> np.ndarray:
+    """The main metric on each resample of the rows, [RESAMPLES]; the same rows for all networks."""
+    return np.array(
+        [task.metrics_of(outcomes[rows])[task.main_metric] for rows in row_resamples(len(outcomes))]
+    )
+
+
+def drop_intervals(*, reference: np.ndarray, own: np.ndarray) -> Intervals:
+    """Where the points lie that `own` loses against `reference`, both a `resampled_metric`.
+
+    Paired: rows that both get right, or both wrong, add nothing to the width.
+    """
+    return intervals(100 * (reference - own))
 
 
 def largest_difference(

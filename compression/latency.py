@@ -7,6 +7,10 @@ once, in a shuffled order, while all other processes wait. So a slow minute of t
 machine is spread over all of them. Each timed call follows an untimed one of the
 same model: without it the small models looked up to 12 % slower than they serve,
 for want of the caches that a neighbour had filled. Measured on the CPU.
+
+Settings are measured one after the other, and a number of threads has processes of
+its own, because a runtime takes it when it starts: so what is loaded at once does
+not grow with the settings.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -33,6 +38,7 @@ from numpy.typing import NDArray
 
 from compression.errors import ExportFailed
 from compression.export import EXPORTERS, INPUTS
+from compression.export.base import Run
 from compression.export.fresh import (
     IMPORT_ROOT,
     fresh_command,
@@ -40,12 +46,15 @@ from compression.export.fresh import (
     last_lines,
     runtime_libraries,
 )
-from compression.report import LatencyReport
-from compression.spec import Format, LatencySpec
+from compression.intervals import intervals, round_resamples
+from compression.report import Intervals, LatencyReport
+from compression.spec import Format, LatencySetting, LatencySpec
 
-WARM_UP_CALLS = 5  # untimed; oneDNN and ONNX Runtime settle their buffers within the first two
+# Untimed, in each setting; oneDNN and ONNX Runtime settle their buffers within the first two.
+WARM_UP_CALLS = 5
 TIMEOUT_S = 900.0  # for each answer: how long a whole measurement takes is the spec's choice
 EXIT_S = 10.0
+SHARES = (0.50, 0.95, 0.99)  # the percentiles that are reported
 OnRound = Callable[[int, int], None]
 
 
@@ -63,10 +72,14 @@ def measure(
     *,
     seq_len: int,
     vocab_size: int,
+    references: Mapping[str, str] | None = None,
     timeout_s: float = TIMEOUT_S,
     on_round: OnRound | None = None,
-) -> dict[str, LatencyReport]:
-    """Percentiles of `spec.rounds` timed calls of each candidate, in milliseconds.
+) -> dict[str, tuple[LatencyReport, ...]]:
+    """Percentiles of `spec.rounds` timed calls of each candidate in each of the spec's settings.
+
+    In milliseconds, the setting that stands for the latency first. `references` names for a
+    candidate the one that its speed-up is against, both measured in the same rounds.
 
     Every call gets the same random token ids, [batch_size, seq_len], under a full
     attention mask; copying them in and the logits out counts. Percentiles are
@@ -74,49 +87,117 @@ def measure(
     ExportFailed, with its process's last lines, when one cannot be loaded or run, or
     when a round (or the loading) of one format takes more than `timeout_s`.
     """
-    formats = sorted({item.format for item in served.values()})
-    seconds: dict[str, list[float]] = {name: [] for name in served}
+    settings = spec.settings(seq_len)
+    found: dict[str, list[LatencyReport]] = {name: [] for name in served}
+    rounds_done = 0
+
+    def on_timed() -> None:
+        nonlocal rounds_done
+        rounds_done += 1
+        if on_round is not None:
+            on_round(rounds_done, len(settings) * spec.rounds)
+
+    for threads, own in groupby(settings, key=lambda setting: setting.threads):
+        with _loaded(
+            served, threads=threads, vocab_size=vocab_size, timeout_s=timeout_s
+        ) as drivers:
+            for setting in own:
+                seconds = _timed(drivers, setting, spec.rounds, on_timed)
+                for name, report in summaries(seconds, setting, references or {}).items():
+                    found[name].append(report)
+    return {name: tuple(reports) for name, reports in found.items()}
+
+
+@contextmanager
+def _loaded(
+    served: Mapping[str, Served], *, threads: int, vocab_size: int, timeout_s: float
+) -> Iterator[list[_Driver]]:
+    """A process a format, each with all of its candidates loaded."""
     with ExitStack() as stack:
         drivers = [
             stack.enter_context(
                 _Driver(
                     fmt,
                     {name: item.folder for name, item in served.items() if item.format == fmt},
-                    spec,
-                    seq_len=seq_len,
+                    threads=threads,
                     vocab_size=vocab_size,
                     timeout_s=timeout_s,
                 )
             )
-            for fmt in formats
+            for fmt in sorted({item.format for item in served.values()})
         ]
         for driver in drivers:  # loaded one after the other: a load next to it slows nothing down
             driver.start()
-        for number in range(spec.rounds):
-            for driver in drivers:
-                for name, value in driver.ask({"round": number}).items():
-                    seconds[name].append(value)
-            if on_round is not None:
-                on_round(number + 1, spec.rounds)
-    return {
-        name: LatencyReport(
-            p50_ms=percentile(values, 0.50) * 1e3,
-            p95_ms=percentile(values, 0.95) * 1e3,
-            p99_ms=percentile(values, 0.99) * 1e3,
-            rounds=spec.rounds,
-            batch_size=spec.batch_size,
-            seq_len=seq_len,
-            threads=spec.threads,
+        yield drivers
+
+
+def _timed(
+    drivers: Sequence[_Driver], setting: LatencySetting, rounds: int, on_timed: Callable[[], None]
+) -> dict[str, NDArray[np.float64]]:
+    """Seconds of each candidate's timed call in each round, [rounds]."""
+    for driver in drivers:
+        driver.ask({"batch_size": setting.batch_size, "seq_len": setting.seq_len})
+    seconds: dict[str, list[float]] = {}
+    for number in range(rounds):
+        for driver in drivers:
+            for name, value in driver.ask({"round": number}).items():
+                seconds.setdefault(name, []).append(value)
+        on_timed()
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def summaries(
+    seconds: Mapping[str, NDArray[np.float64]],
+    setting: LatencySetting,
+    references: Mapping[str, str],
+) -> dict[str, LatencyReport]:
+    """One setting's reports, from the seconds [rounds] of each candidate.
+
+    All are resampled by the same rounds, so the interval of a speed-up is that of a ratio of
+    neighbours in time.
+    """
+    resampled = {name: resampled_percentiles(own) for name, own in seconds.items()}
+    found = {}
+    for name, own in seconds.items():
+        p50, p95, p99 = (percentile(own.tolist(), share) * 1e3 for share in SHARES)
+        within = [intervals(column * 1e3) for column in resampled[name].T]
+        reference = references.get(name)
+        speedup: float | None = None
+        speedup_within: Intervals = ()
+        if reference is not None and reference in seconds:
+            speedup = percentile(seconds[reference].tolist(), 0.50) * 1e3 / p50
+            speedup_within = intervals(resampled[reference][:, 0] / resampled[name][:, 0])
+        found[name] = LatencyReport(
+            p50_ms=p50,
+            p95_ms=p95,
+            p99_ms=p99,
+            rounds=len(own),
+            batch_size=setting.batch_size,
+            seq_len=setting.seq_len,
+            threads=setting.threads,
+            p50_intervals=within[0],
+            p95_intervals=within[1],
+            p99_intervals=within[2],
+            speedup=speedup,
+            speedup_intervals=speedup_within,
         )
-        for name, values in seconds.items()
-    }
+    return found
+
+
+def resampled_percentiles(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The percentiles of SHARES on each resample of the rounds, [resamples, 3]."""
+    ranks = [nearest_rank(share, len(seconds)) - 1 for share in SHARES]
+    return np.array([np.sort(seconds[rounds])[ranks] for rounds in round_resamples(len(seconds))])
+
+
+def nearest_rank(share: float, count: int) -> int:
+    """From 1: how many of `count` values, in order, are at least `share` of them."""
+    return max(math.ceil(share * count - 1e-9), 1)  # 0.55 * 100 is a little more than 55
 
 
 def percentile(values: Sequence[float], share: float) -> float:
     """Nearest-rank: the smallest value that at least `share` of all values do not exceed."""
-    ordered = sorted(values)
-    rank = math.ceil(share * len(ordered) - 1e-9)  # 0.55 * 100 is a little more than 55
-    return ordered[max(rank, 1) - 1]
+    return sorted(values)[nearest_rank(share, len(values)) - 1]
 
 
 def p95_length(lengths: Sequence[int]) -> int:
@@ -131,22 +212,19 @@ class _Driver:
         self,
         fmt: Format,
         folders: Mapping[str, Path],
-        spec: LatencySpec,
         *,
-        seq_len: int,
+        threads: int,
         vocab_size: int,
         timeout_s: float,
     ) -> None:
         self._format = fmt
-        self._threads = spec.threads
+        self._threads = threads
         self._timeout_s = timeout_s
         self._timed_out = False
         self._request = {
             "format": fmt,
             "folders": {name: str(folder.resolve()) for name, folder in folders.items()},
-            "batch_size": spec.batch_size,
-            "seq_len": seq_len,
-            "threads": spec.threads,
+            "threads": threads,
             "vocab_size": vocab_size,
         }
 
@@ -221,7 +299,11 @@ def token_ids(*, batch_size: int, seq_len: int, vocab_size: int) -> dict[str, ND
 
 
 def main() -> None:
-    """The measuring process: one JSON line in, one out, until standard input ends."""
+    """The measuring process: one JSON line in, one out, until standard input ends.
+
+    The first says what to load and with how many threads; then either a setting to prepare
+    for, or a round to time in it.
+    """
     # Runtimes print; what they print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -232,31 +314,41 @@ def main() -> None:
 
     request = json.loads(sys.stdin.readline())
     exporter = EXPORTERS[request["format"]]
-    batch = token_ids(
-        batch_size=request["batch_size"],
-        seq_len=request["seq_len"],
-        vocab_size=request["vocab_size"],
-    )
-    runs = {}
-    for name, folder in request["folders"].items():
-        runs[name] = exporter.load(Path(folder), threads=request["threads"])
-        for _ in range(WARM_UP_CALLS):
-            runs[name](batch)
-    gc.collect()
+    runs = {
+        name: exporter.load(Path(folder), threads=request["threads"])
+        for name, folder in request["folders"].items()
+    }
     gc.disable()
     answer({"ready": sorted(runs), "libraries": runtime_libraries()})
+    batch: dict[str, NDArray[np.int64]] = {}
     for line in sys.stdin:
-        # A fixed order would give each candidate the same neighbour's caches every time.
-        order = sorted(runs)
-        random.Random(json.loads(line)["round"]).shuffle(order)
-        seconds = {}
-        for name in order:
-            run = runs[name]
-            run(batch)  # brings this model's weights back into the caches, as a server has them
-            started = time.perf_counter()
-            run(batch)
-            seconds[name] = time.perf_counter() - started
-        answer(seconds)
+        asked = json.loads(line)
+        if "round" in asked:
+            answer(_round(runs, batch, number=asked["round"]))
+            continue
+        batch = token_ids(**asked, vocab_size=request["vocab_size"])
+        for run in runs.values():
+            for _ in range(WARM_UP_CALLS):
+                run(batch)
+        gc.collect()
+        answer({"warm": sorted(runs)})
+
+
+def _round(
+    runs: Mapping[str, Run], batch: Mapping[str, NDArray[np.int64]], *, number: int
+) -> dict[str, float]:
+    """Seconds of one call of each."""
+    # A fixed order would give each candidate the same neighbour's caches every time.
+    order = sorted(runs)
+    random.Random(number).shuffle(order)
+    seconds = {}
+    for name in order:
+        run = runs[name]
+        run(batch)  # brings this model's weights back into the caches, as a server has them
+        started = time.perf_counter()
+        run(batch)
+        seconds[name] = time.perf_counter() - started
+    return seconds
 
 
 if __name__ == "__main__":

@@ -6,13 +6,11 @@ import dataclasses
 import json
 import math
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +39,22 @@ from compression.encoder import (
     with_new_head,
 )
 from compression.errors import DeviceUnavailable, Interrupted, OutOfMemory
-from compression.evaluate import largest_difference, padded_logits, predict
-from compression.export import Exported, export_formats, format_report, graph_inputs, verify
+from compression.evaluate import (
+    drop_intervals,
+    largest_difference,
+    padded_logits,
+    predict,
+    resampled_metric,
+)
+from compression.export import (
+    Exported,
+    export_formats,
+    format_report,
+    graph_inputs,
+    served_bytes,
+    verify,
+)
+from compression.fingerprint import fingerprint
 from compression.importance import measure_importance
 from compression.manifest import Provenance, code_digest
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
@@ -53,8 +65,10 @@ from compression.regression import Judged, RegressionReport, RowFacts, compare, 
 from compression.reorder import descending, reorder
 from compression.report import (
     STAGES,
+    ComparisonOnTest,
     CompressionReport,
     DatasetReport,
+    DeviceFingerprint,
     FormatReport,
     LatencyReport,
     OnProgress,
@@ -63,7 +77,7 @@ from compression.report import (
     TeacherReport,
     TrainingReport,
 )
-from compression.runtime_env import core_count, cpu_name, paddle_version, replica_count
+from compression.runtime_env import core_count, replica_count
 from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.tables import Columns, profile, read_splits, shared_rows
@@ -140,14 +154,17 @@ def compress(
     teacher, supernet, subnetworks = learnt.teacher, learnt.supernet, learnt.subnetworks
     trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
     with stages("evaluate") as advance:
-        metrics, regressions = [], []
-        judged = job.task.judged(learnt.teacher_dev, job.splits["dev"])
+        dev = job.splits["dev"]
+        judged = job.task.judged(learnt.teacher_dev, dev)
+        teacher_resampled = resampled_metric(job.task, job.task.outcomes(learnt.teacher_dev, dev))
+        metrics, drops_within, regressions = [], [], []
         for i, subnetwork in enumerate(subnetworks, start=1):
-            logits = predict(
-                supernet, job.splits["dev"], subnetwork=subnetwork, threads=job.replicas
-            )
-            metrics.append(job.task.metrics(logits, job.splits["dev"]))
-            regressions.append(regression(job, "dev", judged, logits))
+            predictions = predict(supernet, dev, subnetwork=subnetwork, threads=job.replicas)
+            outcomes = job.task.outcomes(predictions, dev)
+            metrics.append(job.task.metrics_of(outcomes))
+            own = resampled_metric(job.task, outcomes)
+            drops_within.append(drop_intervals(reference=teacher_resampled, own=own))
+            regressions.append(regression(job, "dev", judged, predictions))
             accuracy = metrics[-1][job.task.main_metric]
             advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
     with stages("export") as advance:
@@ -162,7 +179,8 @@ def compress(
                 labels=job.plan.label_names,
             )
             advance(i, len(subnetworks) + 1, subnetwork=subnetwork.name)
-        served = [fmt for fmt in SERVED_FORMATS if fmt in spec.export.formats]
+        asked = {*spec.export.formats, *spec.latency.baselines}
+        served = [fmt for fmt in SERVED_FORMATS if fmt in asked]
         teacher_dir = run_dir / "work" / TEACHER
         teacher_files = export_formats(served, teacher, teacher_dir, labels=job.plan.label_names)
         advance(len(subnetworks) + 1, len(subnetworks) + 1, subnetwork=TEACHER)
@@ -174,6 +192,7 @@ def compress(
             )
             advance(i, len(subnetworks), subnetwork=subnetwork.name)
     with stages("measure") as advance:
+        device = fingerprint(libraries(spec))
         measured = measure_latency(job, formats, artifacts, teacher_files, advance)
     with stages("select") as advance:
         reports = [
@@ -186,21 +205,33 @@ def compress(
                 flops=cost.flops(config, job.seq_len),
                 accuracy=own_metrics[job.task.main_metric],
                 accuracy_drop=100 * (teacher_accuracy - own_metrics[job.task.main_metric]),
+                accuracy_drop_intervals=own_drops,
                 metrics=own_metrics,
                 regression=flips,
                 formats=with_latency(subnetwork.name, formats[subnetwork.name], measured),
             )
-            for subnetwork, own_metrics, flips in zip(
-                subnetworks, metrics, regressions, strict=True
+            for subnetwork, own_metrics, own_drops, flips in zip(
+                subnetworks, metrics, drops_within, regressions, strict=True
             )
             for config in [supernet.config.narrowed(subnetwork.width_mult)]
         ]
-        chosen = selection.select(selection.candidates(reports), spec.constraints)
-        teacher_test = predictions_on_test(job, teacher, None)
-        reports = [
-            with_test_figures(report, job, supernet, teacher_test)
-            for report in selection.with_decisions(reports, chosen)
-        ]
+        chosen = selection.select(
+            selection.candidates(reports, spec.constraints),
+            spec.constraints,
+            main_metric=job.task.main_metric,
+        )
+        reports = list(selection.with_decisions(reports, chosen))
+        test_accuracy = None
+        if "test" in job.splits:
+            teacher_on_test = predict(teacher, job.splits["test"], threads=job.replicas)
+            test_accuracy = job.task.score(teacher_on_test, job.splits["test"])
+            reports = with_test(
+                reports,
+                job,
+                supernet,
+                teacher_accuracy=teacher_accuracy,
+                teacher_on_test=teacher_on_test,
+            )
         advance(1, 1, chosen.reason, subnetwork=chosen.subnetwork, format=chosen.format)
         report = CompressionReport(
             spec=spec,
@@ -222,15 +253,19 @@ def compress(
                 parameters=cost.parameters(teacher.config),
                 accuracy=teacher_accuracy,
                 metrics=learnt.teacher_metrics,
-                test_accuracy=test_accuracy(job, teacher_test),
-                formats=tuple(
-                    FormatReport(
-                        format=fmt,
-                        published=False,
-                        error=files.error,
-                        latency=measured.get(f"{TEACHER}/{fmt}"),
-                    )
-                    for fmt, files in teacher_files.items()
+                test_accuracy=test_accuracy,
+                formats=with_latency(
+                    TEACHER,
+                    [
+                        FormatReport(
+                            format=fmt,
+                            published=False,
+                            error=files.error,
+                            size_bytes=0 if files.error else served_bytes(fmt, files.folder),
+                        )
+                        for fmt, files in teacher_files.items()
+                    ],
+                    measured,
                 ),
             ),
             reorder_max_abs=learnt.reorder_max_abs,
@@ -241,7 +276,8 @@ def compress(
             step_seconds=trainings["distil"].step_seconds,
             stage_seconds=stages.seconds,
             trainings=trainings,
-            environment=environment(spec, job.replicas),
+            environment=environment(spec, job.replicas, device),
+            device=device,
             warnings=(
                 *export_warnings(reports, teacher_files),
                 *checkpoints.warnings,
@@ -792,8 +828,11 @@ def measure_latency(
     artifacts: Path,
     teacher_files: Mapping[Format, Exported],
     advance: Advance,
-) -> dict[str, LatencyReport]:
-    """Latency of every published served file and of the teacher, by "sub-network/format"."""
+) -> dict[str, tuple[LatencyReport, ...]]:
+    """Latency of every published served file and of the teacher, by "sub-network/format".
+
+    In every setting of the spec; speed-ups are against the teacher in the same format.
+    """
     served = {
         f"{TEACHER}/{fmt}": latency.Served(fmt, files.folder)
         for fmt, files in teacher_files.items()
@@ -809,21 +848,27 @@ def measure_latency(
         job.spec.latency,
         seq_len=job.seq_len,
         vocab_size=job.checkpoint.config.vocab_size,
+        references={
+            name: f"{TEACHER}/{item.format}"
+            for name, item in served.items()
+            if not name.startswith(f"{TEACHER}/")
+        },
         on_round=lambda done, total: advance(done, total),
     )
 
 
 def with_latency(
-    name: str, formats: Sequence[FormatReport], measured: Mapping[str, LatencyReport]
+    name: str,
+    formats: Sequence[FormatReport],
+    measured: Mapping[str, tuple[LatencyReport, ...]],
 ) -> tuple[FormatReport, ...]:
-    """The formats' reports with latency, and speed-up against the teacher in the same runtime."""
-    done = []
-    for report in formats:
-        own = measured.get(f"{name}/{report.format}")
-        teacher = measured.get(f"{TEACHER}/{report.format}")
-        speedup = teacher.p50_ms / own.p50_ms if own and teacher else None
-        done.append(report.model_copy(update={"latency": own, "speedup": speedup}))
-    return tuple(done)
+    """The formats' reports with latency in every setting; the first is what they stand for."""
+    return tuple(
+        report.model_copy(update={"latency": own[0], "speedup": own[0].speedup, "latencies": own})
+        if (own := measured.get(f"{name}/{report.format}"))
+        else report
+        for report in formats
+    )
 
 
 def regression(
@@ -840,37 +885,51 @@ def regression(
     )
 
 
-def predictions_on_test(
-    job: Job, encoder: Encoder, subnetwork: Subnetwork | None
-) -> Predictions | None:
-    """Logits on test, which never chooses anything; None without a test split."""
-    rows = job.splits.get("test")
-    if rows is None:
-        return None
-    return predict(encoder, rows, subnetwork=subnetwork, threads=job.replicas)
+def with_test(
+    reports: Sequence[SubnetworkReport],
+    job: Job,
+    supernet: Encoder,
+    *,
+    teacher_accuracy: float,
+    teacher_on_test: Predictions,
+) -> list[SubnetworkReport]:
+    """The selected sub-network is judged on test, as is what it is held against; no other is.
 
+    `teacher_accuracy` is on dev, which says what to hold it against: test chooses nothing.
+    """
+    selected = next((report for report in reports if report.selected), None)
+    if selected is None:
+        return list(reports)
+    rows, task = job.splits["test"], job.task
 
-def test_accuracy(job: Job, predictions: Predictions | None) -> float | None:
-    """The main metric of predictions on test."""
-    return None if predictions is None else job.task.score(predictions, job.splits["test"])
+    def on_test(report: SubnetworkReport) -> Predictions:
+        subnetwork = subnetwork_of(supernet.config, report.width_mult)
+        return predict(supernet, rows, subnetwork=subnetwork, threads=job.replicas)
 
-
-def with_test_figures(
-    report: SubnetworkReport, job: Job, supernet: Encoder, teacher: Predictions | None
-) -> SubnetworkReport:
-    """Only the selected sub-network is judged on test, and held against the teacher's answers."""
-    if not report.selected or teacher is None:
-        return report
-    subnetwork = subnetwork_of(supernet.config, report.width_mult)
-    own = predictions_on_test(job, supernet, subnetwork)
-    assert own is not None
-    judged = job.task.judged(teacher, job.splits["test"])
-    return report.model_copy(
+    name, other = TEACHER, teacher_on_test
+    full = next((r for r in reports if r.width_mult == 1 and r is not selected), None)
+    if full is not None and full.accuracy > teacher_accuracy:
+        name, other = full.name, on_test(full)
+    own = on_test(selected)
+    reference_accuracy, accuracy = task.score(other, rows), task.score(own, rows)
+    comparison = ComparisonOnTest(
+        reference=name,
+        reference_accuracy=reference_accuracy,
+        accuracy=accuracy,
+        accuracy_drop=100 * (reference_accuracy - accuracy),
+        accuracy_drop_intervals=drop_intervals(
+            reference=resampled_metric(task, task.outcomes(other, rows)),
+            own=resampled_metric(task, task.outcomes(own, rows)),
+        ),
+    )
+    judged = selected.model_copy(
         update={
-            "test_accuracy": test_accuracy(job, own),
-            "test_regression": regression(job, "test", judged, own),
+            "test_accuracy": accuracy,
+            "test": comparison,
+            "test_regression": regression(job, "test", task.judged(teacher_on_test, rows), own),
         }
     )
+    return [judged if report is selected else report for report in reports]
 
 
 def cut_notes(job: Job) -> tuple[str, ...]:
@@ -944,20 +1003,26 @@ def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> It
             )
 
 
-def environment(spec: Spec, replicas: int) -> dict[str, str]:
+def environment(spec: Spec, replicas: int, device: DeviceFingerprint) -> dict[str, str]:
     """The device, the libraries and the threads that the figures were measured with."""
-    names = ["onnxruntime", "paddle2onnx", "numpy", "tokenizers", "safetensors"]
-    if spec.engine == "paddleslim":
-        names += ["paddleslim", "paddlenlp"]
+    gpus = [f"{gpu.name} (driver {gpu.driver})" for gpu in device.gpus]
     return {
         "device": spec.device,
-        "cpu": cpu_name(),
+        "cpu": device.cpu,
+        "cores": str(device.cores),
+        "instruction_sets": " ".join(device.instruction_sets),
+        **({"gpus": ", ".join(gpus)} if gpus else {}),
         "replicas": str(replicas),
         "processes": str(spec.processes),
         "precision": spec.precision,
         "kernel_threads": os.environ.get("OMP_NUM_THREADS", "1"),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "paddlepaddle": paddle_version(),
-        **{name: version(name) for name in names},
+        "platform": device.platform,
+        "python": device.python,
+        **device.libraries,
     }
+
+
+def libraries(spec: Spec) -> list[str]:
+    """Distributions whose version a figure may depend on, beside paddle."""
+    names = ["onnxruntime", "paddle2onnx", "numpy", "tokenizers", "safetensors"]
+    return names + (["paddleslim", "paddlenlp"] if spec.engine == "paddleslim" else [])

@@ -32,7 +32,16 @@ from compression.examples import (
     sequence_columns,
 )
 from compression.report import METRIC_NAMES
-from compression.spec import Format, Frozen, Spec, TrainingSpec, WidthMult
+from compression.selection import check_latency_at
+from compression.spec import (
+    SERVED_FORMATS,
+    Format,
+    Frozen,
+    LatencySpec,
+    Spec,
+    TrainingSpec,
+    WidthMult,
+)
 from compression.supernet import subnetwork_name
 from compression.tables import (
     LABELLED_SPLITS,
@@ -563,6 +572,7 @@ def _check_lengths(spec: Spec, encoder: EncoderConfig, *, pair: bool) -> None:
     lengths = (
         ("/task/max_seq_len", spec.task.max_seq_len),
         ("/latency/seq_len", spec.latency.seq_len or 0),
+        *((f"/latency/seq_lens/{i}", length) for i, length in enumerate(spec.latency.seq_lens)),
     )
     for pointer, length in lengths:
         if length > encoder.max_tokens:
@@ -570,6 +580,8 @@ def _check_lengths(spec: Spec, encoder: EncoderConfig, *, pair: bool) -> None:
                 f"{length} tokens are more than the model's {encoder.max_tokens} positions",
                 pointer=pointer,
             )
+    if spec.constraints.latency_at is not None:
+        check_latency_at(spec.constraints.latency_at, _measured_settings(spec.latency))
     if spec.task.kind == "question_answering":
         room = longest_overlap(spec.task.max_seq_len)
         if spec.task.overlap > room:
@@ -578,6 +590,15 @@ def _check_lengths(spec: Spec, encoder: EncoderConfig, *, pair: bool) -> None:
                 f"not {spec.task.overlap}",
                 pointer="/task/max_seq_len" if room < 0 else "/task/doc_stride",
             )
+
+
+def _measured_settings(latency: LatencySpec) -> dict[str, list[int]]:
+    """What a constraint may name: lengths alone that the spec does, not what dev will come to."""
+    return {
+        "batch_size": [latency.batch_size, *latency.batch_sizes],
+        "seq_len": [*filter(None, (latency.seq_len,)), *latency.seq_lens],
+        "threads": [latency.threads, *latency.thread_counts],
+    }
 
 
 def _narrowed(
@@ -641,18 +662,26 @@ def _predicted_stage_seconds(
     fine_tuned = _trained_rows(spec.teacher, rows["train"]) if fine_tune else 0
     distilled = _trained_rows(spec.distillation, rows["train"] + rows.get("unlabelled", 0))
     tuned = _trained_rows(spec.final, rows["train"]) if spec.final.when == "always" else 0
-    served = len([fmt for fmt in spec.export.formats if fmt != "safetensors"])
-    timed = cost.flops(full, seq_len) + sum(cost.flops(config, seq_len) for config in subnetworks)
+    served = set(spec.export.formats) & set(SERVED_FORMATS)
+    baselines = served | set(spec.latency.baselines)
+    timed = sum(  # a round in each setting, each timed call after an untimed one
+        2
+        * setting.batch_size
+        * (
+            len(baselines) * cost.flops(full, setting.seq_len)
+            + len(served) * sum(cost.flops(config, setting.seq_len) for config in subnetworks)
+        )
+        for setting in spec.latency.settings(seq_len)
+    )
     flops = {
         "teacher": fine_tuned * BACKWARD_AND_FORWARD * teacher,
         "importance": min(spec.importance.rows, rows["train"]) * BACKWARD_AND_FORWARD * teacher,
         "distil": distilled * (teacher + BACKWARD_AND_FORWARD * students),
         "final": tuned * BACKWARD_AND_FORWARD * students,
-        # Each timed call follows an untimed one.
         "finish": (rows["dev"] + rows.get("test", 0)) * (teacher + students)
-        + 2 * spec.latency.rounds * spec.latency.batch_size * served * timed,
+        + spec.latency.rounds * timed,
     }
-    exports = (len(subnetworks) + 1) * len(spec.export.formats)
+    exports = len(subnetworks) * len(spec.export.formats) + len(baselines)
     seconds = {stage: count / FLOPS_PER_SECOND for stage, count in flops.items()}
     seconds["finish"] += exports * SECONDS_PER_EXPORT
     return seconds

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from compression.regression import RegressionReport
-from compression.spec import Format, Frozen, Spec, WidthMult
+from compression.spec import Format, Frozen, LatencySetting, Spec, WidthMult
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,21 @@ MAIN_METRIC = "The report's `main_metric` on dev, whatever it is; at most 1."
 METRICS = "Every metric of the task on dev, by name."
 
 
+class Interval(Frozen):
+    """Where a figure lies with this confidence (0.95: 95 %), by the bootstrap."""
+
+    confidence: float
+    low: float
+    high: float
+
+
+Intervals = tuple[Interval, ...]  # one of each of CONFIDENCES; none in reports that predate them
+
+
 class LatencyReport(Frozen):
     """Milliseconds a call on the CPU, with `threads` threads, whatever trained the model.
 
-    A call is one of `batch_size` rows of `seq_len` tokens.
+    A call is one of `batch_size` rows of `seq_len` tokens. Intervals are over rounds.
     """
 
     p50_ms: float
@@ -75,6 +86,17 @@ class LatencyReport(Frozen):
     batch_size: int
     seq_len: int
     threads: int
+    p50_intervals: Intervals = ()
+    p95_intervals: Intervals = ()
+    p99_intervals: Intervals = ()
+    speedup: float | None = Field(
+        None, description="Teacher's p50 over this p50, same runtime, setting and rounds."
+    )
+    speedup_intervals: Intervals = ()
+
+    @property
+    def setting(self) -> LatencySetting:
+        return LatencySetting(self.batch_size, self.seq_len, self.threads)
 
 
 class FileReport(Frozen):
@@ -100,10 +122,29 @@ class FormatReport(Frozen):
         0, description="Bytes of the served file(s): weights and graph, no tokenizer."
     )
     files: tuple[FileReport, ...] = ()
-    latency: LatencyReport | None = None
+    latency: LatencyReport | None = Field(
+        None, description="In the setting that stands for the latency."
+    )
     speedup: float | None = Field(
         None, description="Teacher's p50 over this p50, same runtime and settings."
     )
+    latencies: tuple[LatencyReport, ...] = Field(
+        (), description="In every setting of the spec; the first one is `latency`."
+    )
+
+
+class ComparisonOnTest(Frozen):
+    """The selected sub-network on test, against the better (on dev) of the teacher and width 1.
+
+    Distillation may leave width 1 better than the teacher; then that is what a narrower one
+    is to be held against.
+    """
+
+    reference: str = Field(description='"teacher", or the name of the sub-network of width 1.')
+    reference_accuracy: float = Field(description="Its main metric on test.")
+    accuracy: float = Field(description="The selected one's.")
+    accuracy_drop: float = Field(description="Points lost against the reference.")
+    accuracy_drop_intervals: Intervals
 
 
 class SubnetworkReport(Frozen):
@@ -120,7 +161,11 @@ class SubnetworkReport(Frozen):
         description="Points (hundredths) of the main metric lost against the teacher on dev; "
         "negative is a gain."
     )
+    accuracy_drop_intervals: Intervals = Field(
+        (), description="Over dev's rows, the teacher's and this one's resampled alike."
+    )
     test_accuracy: float | None = Field(None, description="The main metric on test.")
+    test: ComparisonOnTest | None = Field(None, description="Of the selected one alone.")
     metrics: Mapping[str, float] = Field({}, description=METRICS)
     formats: tuple[FormatReport, ...] = ()
     regression: RegressionReport | None = Field(None, description="Against the teacher on dev.")
@@ -142,7 +187,11 @@ class TeacherReport(Frozen):
 
 
 class Candidate(Frozen):
-    """A sub-network in a served format, with what the constraints look at."""
+    """A sub-network in a served format, with what the constraints look at.
+
+    Latency and speed-up are those of the setting that the constraints mean; intervals have the
+    confidence that they ask for, else 0.95.
+    """
 
     subnetwork: str
     format: Format
@@ -150,7 +199,47 @@ class Candidate(Frozen):
     latency_ms: float
     speedup: float
     size_mb: float
+    accuracy_drop_interval: Interval | None = None
+    latency_interval: Interval | None = None
+    speedup_interval: Interval | None = None
     misses: tuple[str, ...] = Field((), description="Constraints it does not hold, in words.")
+
+
+class NearestMiss(Frozen):
+    """The candidate that one constraint cut away by the least."""
+
+    subnetwork: str
+    format: Format
+    by: float = Field(description="Beyond the bound: points, ms, times as fast, or MB.")
+
+
+class ConstraintEffect(Frozen):
+    """What one constraint did to the choice."""
+
+    constraint: str
+    limit: float
+    cut: int = Field(description="Candidates that miss it.")
+    cut_alone: int = Field(description="Of these, how many hold all the other constraints.")
+    nearest_miss: NearestMiss | None = Field(
+        description="Of those that it alone cut, if there are any; null where it cut nothing."
+    )
+    relaxed_by: float = Field(
+        description="What the bound is moved by for `relaxed`: 1 point, ms or MB, or a speed-up "
+        "of 0.1."
+    )
+    relaxed: Candidate | None = Field(
+        description="What would be chosen then; null where that changes nothing."
+    )
+    words: str = Field(description="The same as a sentence.")
+
+
+class Explanation(Frozen):
+    """How the candidates became one, or none."""
+
+    candidates: int = Field(description="With every figure measured.")
+    holding: int = Field(description="Of these, how many hold every constraint.")
+    latency: str = Field(description="Which latency was meant: percentile and setting, in words.")
+    effects: tuple[ConstraintEffect, ...] = Field(description="Of each constraint.")
 
 
 class Selection(Frozen):
@@ -160,6 +249,7 @@ class Selection(Frozen):
     nearest: tuple[Candidate, ...] = Field(
         (), description="The three nearest, where nothing holds."
     )
+    explanation: Explanation | None = None
 
 
 class DatasetReport(Frozen):
@@ -196,6 +286,26 @@ class TrainingReport(Frozen):
     notes: tuple[str, ...] = ()
 
 
+class Gpu(Frozen):
+    name: str
+    driver: str
+    memory_bytes: int
+
+
+class DeviceFingerprint(Frozen):
+    """The machine that measured: latency figures are comparable where this is the same."""
+
+    cpu: str
+    cores: int = Field(description="Physical ones that the job may use.")
+    threads: int = Field(description="Processors that the job may use, hyper-threads counted.")
+    instruction_sets: tuple[str, ...] = Field(description="Those that matter, of the CPU.")
+    memory_bytes: int | None
+    gpus: tuple[Gpu, ...] = Field(description="In the machine, whether or not they were used.")
+    platform: str
+    python: str
+    libraries: Mapping[str, str] = Field(description="Versions of those that measure or serve.")
+
+
 class CompressionReport(Frozen):
     spec: Spec
     main_metric: str = Field(
@@ -216,4 +326,5 @@ class CompressionReport(Frozen):
         default_factory=dict, description='By stage: "teacher" where it was fine-tuned, "distil".'
     )
     environment: Mapping[str, str] = Field(description="Device and library versions measured on.")
+    device: DeviceFingerprint | None = Field(None, description="The machine that measured.")
     warnings: tuple[str, ...] = ()

@@ -7,16 +7,44 @@ again under other constraints.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from compression.constraints import (
+    Bound,
+    DropBound,
+    bounds_of,
+    in_digits,
+    in_mb,
+    in_ms,
+    in_points,
+)
+from compression.errors import InvalidSpec
 from compression.pareto import pareto_front
-from compression.report import Candidate, FormatReport, Selection, SubnetworkReport
-from compression.spec import SERVED_FORMATS, ConstraintSpec, Format
+from compression.report import (
+    METRIC_NAMES,
+    Candidate,
+    ConstraintEffect,
+    Explanation,
+    FormatReport,
+    Interval,
+    Intervals,
+    LatencyReport,
+    NearestMiss,
+    Selection,
+    SubnetworkReport,
+)
+from compression.spec import (
+    SERVED_FORMATS,
+    ConstraintSpec,
+    Format,
+    LatencyAt,
+    LatencySetting,
+)
 
 PREFERRED_DROP = 1.0  # points; what "about as good as the teacher" means where nothing is said
 NEAREST = 3
+SHOWN_CONFIDENCE = 0.95  # of a candidate's intervals, where no other is asked for
 FORMAT_NAMES: dict[Format, str] = {
     "onnx": "ONNX",
     "paddle": "Paddle Inference",
@@ -24,104 +52,114 @@ FORMAT_NAMES: dict[Format, str] = {
 }
 
 
-@dataclass(frozen=True)
-class _Bound:
-    """One constraint. `excess` is its violation in units of the bound; at most 0 where it holds."""
-
-    name: str
-    limit: float
-
-    def excess(self, candidate: Candidate) -> float:
-        limit = self.limit
-        match self.name:
-            case "max_accuracy_drop":
-                # 100 * (0.86 - 0.85) is a little more than 1, and must hold a bound of 1.
-                over = round(candidate.accuracy_drop - limit, 9)
-                # Bounds near 0 are common here, so a point is the smallest unit.
-                return over / max(abs(limit), 1.0)
-            case "max_latency_ms":
-                return candidate.latency_ms / limit - 1.0
-            case "min_speedup":
-                return limit / candidate.speedup - 1.0 if candidate.speedup > 0 else math.inf
-            case _:
-                return candidate.size_mb / limit - 1.0
-
-    def miss(self, candidate: Candidate) -> str:
-        limit = self.limit
-        match self.name:
-            case "max_accuracy_drop":
-                return f"loses {_points(candidate.accuracy_drop)}, at most {_points(limit)} allowed"
-            case "max_latency_ms":
-                return f"takes {_ms(candidate.latency_ms)}, at most {_ms(limit)} allowed"
-            case "min_speedup":
-                return (
-                    f"is {_short(candidate.speedup)} times as fast, at least {_short(limit)} asked"
-                )
-            case _:
-                return f"has {_mb(candidate.size_mb)}, at most {_mb(limit)} allowed"
-
-    def held(self, *, plural: bool) -> str:
-        limit = self.limit
-        match self.name:
-            case "max_accuracy_drop" if limit >= 0:
-                return f"{'lose' if plural else 'loses'} at most {_points(limit)}"
-            case "max_accuracy_drop":
-                return f"{'gain' if plural else 'gains'} at least {_points(-limit)}"
-            case "max_latency_ms":
-                return f"{'take' if plural else 'takes'} at most {_ms(limit)}"
-            case "min_speedup":
-                verb = "are" if plural else "is"
-                return f"{verb} at least {_short(limit)} times as fast as the teacher"
-            case _:
-                return f"{'have' if plural else 'has'} at most {_mb(limit)}"
-
-
-def candidates(subnetworks: Iterable[SubnetworkReport]) -> tuple[Candidate, ...]:
-    """Each published, measured pair of sub-network and served format, in the report's order."""
+def candidates(
+    subnetworks: Iterable[SubnetworkReport], constraints: ConstraintSpec | None = None
+) -> tuple[Candidate, ...]:
+    """Each published pair of sub-network and served format that was measured as `constraints`
+    mean latency, in the report's order."""
+    constraints = constraints or ConstraintSpec()
+    at = constraints.latency_at or LatencyAt()
+    confidence = constraints.confidence or SHOWN_CONFIDENCE
     return tuple(
         Candidate(
             subnetwork=subnetwork.name,
             format=report.format,
             accuracy_drop=subnetwork.accuracy_drop,
-            latency_ms=report.latency.p50_ms,
-            speedup=report.speedup if report.speedup is not None else math.nan,
+            latency_ms=getattr(latency, f"p{at.percentile}_ms"),
+            # Reports from before there were several settings keep it with the format alone.
+            speedup=_first_number(latency.speedup, report.speedup),
             size_mb=report.size_bytes / 1e6,
-            misses=(),
+            accuracy_drop_interval=_with(confidence, subnetwork.accuracy_drop_intervals),
+            latency_interval=_with(confidence, getattr(latency, f"p{at.percentile}_intervals")),
+            speedup_interval=_with(confidence, latency.speedup_intervals),
         )
         for subnetwork in subnetworks
         for report in subnetwork.formats
-        if _is_measured(report) and report.latency is not None
+        if (latency := _latency_at(report, at)) is not None
     )
 
 
-def select(choices: Sequence[Candidate], constraints: ConstraintSpec) -> Selection:
-    """The candidate to deploy, or none and the nearest three.
+def select(
+    choices: Sequence[Candidate], constraints: ConstraintSpec, *, main_metric: str = "accuracy"
+) -> Selection:
+    """The candidate to deploy, or none and the nearest three, and what each constraint did.
 
-    With a bound on the accuracy drop: the fastest of those that hold everything.
-    Without one: the fastest of those that hold the rest and lose at most 1 point,
-    and if all lose more, the most accurate. Ties go to the more accurate (faster)
-    one, then to the smaller, then to the name, so an answer can be repeated.
-    Candidates with a figure that is not finite are left out.
+    The best by `constraints.objective` of those that hold everything. Without an objective
+    the fastest: but where the accuracy drop has no bound, of those that lose at most 1 point,
+    and if all lose more, the most accurate. Ties go to the more accurate (faster) one, then
+    to the smaller, then to the name, so an answer can be repeated.
+    Candidates with a figure that is not finite are left out. `choices` are `candidates` of the
+    same constraints.
     """
-    usable = [c for c in choices if _is_finite(c)]
+    metric = METRIC_NAMES.get(main_metric, main_metric)
+    bounds = bounds_of(constraints, metric=metric)
+    usable = [c for c in choices if _is_finite(c) and _has_intervals(c, bounds)]
     left_out = len(choices) - len(usable)
     if not usable:
         return Selection(
-            subnetwork=None, format=None, reason=_nothing_to_choose(left_out), nearest=()
+            subnetwork=None, format=None, reason=_nothing_to_choose(left_out, metric), nearest=()
         )
-    bounds = _bounds(constraints)
-    holding = [c for c in usable if all(bound.excess(c) <= 0 for bound in bounds)]
-    if not holding:
-        return _nothing_holds(usable, bounds)
-    if constraints.max_accuracy_drop is not None:
-        return _chosen("fastest", holding, bounds, total=len(usable))
-    preferred = _Bound("max_accuracy_drop", PREFERRED_DROP)
-    close = [c for c in holding if preferred.excess(c) <= 0]
-    if close:
-        note = f"; {_points(PREFERRED_DROP)} because no bound on the accuracy was set"
-        return _chosen("fastest", close, (*bounds, preferred), total=len(usable), note=note)
-    note = f"; no bound on the accuracy was set, and all lose more than {_points(PREFERRED_DROP)}"
-    return _chosen("most accurate", holding, bounds, total=len(usable), note=note)
+    found = _decide(usable, bounds, constraints, metric)
+    explanation = Explanation(
+        candidates=len(usable),
+        holding=sum(_holds_all(c, bounds) for c in usable),
+        latency=_latency_words(constraints.latency_at),
+        effects=tuple(
+            _effect(i, usable, bounds, constraints, metric, found) for i in range(len(bounds))
+        ),
+    )
+    if found is None:
+        return _nothing_holds(usable, bounds, explanation)
+    return Selection(
+        subnetwork=found.best.subnetwork,
+        format=found.best.format,
+        reason=_reason(found, total=len(usable), metric=metric) + _meant(constraints) + ".",
+        nearest=(),
+        explanation=explanation,
+    )
+
+
+def reselect(
+    subnetworks: Sequence[SubnetworkReport], constraints: ConstraintSpec, *, main_metric: str
+) -> Selection:
+    """A finished job's measurements, asked again under other constraints.
+
+    InvalidSpec where they mean a latency or a confidence that the job has not measured.
+    """
+    measured = [
+        latency.setting
+        for subnetwork in subnetworks
+        for report in subnetwork.formats
+        for latency in (report.latencies or filter(None, (report.latency,)))
+    ]
+    if constraints.latency_at is not None and measured:
+        check_latency_at(
+            constraints.latency_at,
+            {
+                name: sorted({getattr(setting, name) for setting in measured})
+                for name in LatencySetting._fields
+            },
+        )
+    choices = candidates(subnetworks, constraints)
+    bounds = bounds_of(constraints, metric=main_metric)
+    if choices and not any(_has_intervals(c, bounds) for c in choices):
+        raise InvalidSpec(
+            "this job kept no intervals: ask for constraints without a confidence",
+            pointer="/constraints/confidence",
+        )
+    return select(choices, constraints, main_metric=main_metric)
+
+
+def check_latency_at(at: LatencyAt, measured: Mapping[str, Sequence[int]]) -> None:
+    """InvalidSpec where latency is not measured as `at` says; `measured`: values by field."""
+    for name, values in measured.items():
+        asked = getattr(at, name)
+        if asked is not None and asked not in values:
+            known = ", ".join(map(str, values)) or "none named in the spec"
+            raise InvalidSpec(
+                f"latency is measured with {name} {known}, not {asked}",
+                pointer=f"/constraints/latency_at/{name}",
+            )
 
 
 def with_decisions(
@@ -140,8 +178,29 @@ def with_decisions(
     )
 
 
+# --- what a candidate is ------------------------------------------------------------------------
+
+
 def _is_measured(report: FormatReport) -> bool:
     return report.published and report.format in SERVED_FORMATS and report.latency is not None
+
+
+def _latency_at(report: FormatReport, at: LatencyAt) -> LatencyReport | None:
+    """What was measured in that setting; None where nothing was, or nothing is served."""
+    if not _is_measured(report) or report.latency is None:
+        return None
+    own = report.latency.setting
+    wanted = LatencySetting(*(getattr(at, name) or getattr(own, name) for name in own._fields))
+    measured = report.latencies or (report.latency,)
+    return next((latency for latency in measured if latency.setting == wanted), None)
+
+
+def _with(confidence: float, intervals: Intervals) -> Interval | None:
+    return next((each for each in intervals if each.confidence == confidence), None)
+
+
+def _first_number(*values: float | None) -> float:
+    return next((value for value in values if value is not None), math.nan)
 
 
 def _fastest_ms(subnetwork: SubnetworkReport) -> float:
@@ -158,76 +217,198 @@ def _is_finite(candidate: Candidate) -> bool:
     return all(math.isfinite(figure) for figure in figures)
 
 
-def _bounds(constraints: ConstraintSpec) -> tuple[_Bound, ...]:
-    return tuple(
-        _Bound(name, limit)
-        for name in ("max_accuracy_drop", "max_latency_ms", "min_speedup", "max_size_mb")
-        if (limit := getattr(constraints, name)) is not None
-    )
+def _has_intervals(candidate: Candidate, bounds: Sequence[Bound]) -> bool:
+    return all(math.isfinite(bound.value(candidate)) for bound in bounds)
 
 
-def _by_latency(c: Candidate) -> tuple[float, float, float, str, str]:
+def _holds_all(candidate: Candidate, bounds: Iterable[Bound]) -> bool:
+    return all(bound.holds(candidate) for bound in bounds)
+
+
+# --- the choice ---------------------------------------------------------------------------------
+
+Key = tuple[float, float, float, str, str]
+
+
+def _by_latency(c: Candidate) -> Key:
     return c.latency_ms, c.accuracy_drop, c.size_mb, c.subnetwork, c.format
 
 
-def _by_accuracy(c: Candidate) -> tuple[float, float, float, str, str]:
+def _by_accuracy(c: Candidate) -> Key:
     return c.accuracy_drop, c.latency_ms, c.size_mb, c.subnetwork, c.format
 
 
-def _chosen(
-    superlative: Literal["fastest", "most accurate"],
-    among: Sequence[Candidate],
-    bounds: Sequence[_Bound],
-    *,
+def _by_size(c: Candidate) -> Key:
+    return c.size_mb, c.accuracy_drop, c.latency_ms, c.subnetwork, c.format
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The best of those `among` which hold the `bounds`, and what it is called."""
+
+    best: Candidate
+    superlative: str
+    among: Sequence[Candidate]
+    bounds: Sequence[Bound]
+    note: str = ""
+
+
+def _decide(
+    usable: Sequence[Candidate],
+    bounds: Sequence[Bound],
+    constraints: ConstraintSpec,
+    metric: str,
+) -> _Choice | None:
+    """The choice among those that hold every bound; None where none does."""
+    holding = [c for c in usable if _holds_all(c, bounds)]
+    if not holding:
+        return None
+    most_accurate = "most accurate" if metric == "accuracy" else f"best in {metric}"
+    orders: dict[str, tuple[str, Callable[[Candidate], Key]]] = {
+        "latency": ("fastest", _by_latency),
+        "size": ("smallest", _by_size),
+        "accuracy": (most_accurate, _by_accuracy),
+    }
+    if constraints.objective is not None or constraints.max_accuracy_drop is not None:
+        superlative, key = orders[constraints.objective or "latency"]
+        return _Choice(min(holding, key=key), superlative, holding, bounds)
+    preferred = DropBound(PREFERRED_DROP, metric=metric)
+    close = [c for c in holding if preferred.holds(c)]
+    points = in_points(PREFERRED_DROP)
+    if close:
+        note = f"; {points} because no bound on {metric} was set"
+        best = min(close, key=_by_latency)
+        return _Choice(best, "fastest", close, (*bounds, preferred), note)
+    note = f"; no bound on {metric} was set, and all lose more than {points}"
+    return _Choice(min(holding, key=_by_accuracy), most_accurate, holding, bounds, note)
+
+
+def _effect(
+    index: int,
+    usable: Sequence[Candidate],
+    bounds: Sequence[Bound],
+    constraints: ConstraintSpec,
+    metric: str,
+    found: _Choice | None,
+) -> ConstraintEffect:
+    """What one of the bounds cut away, and what a wider one would change."""
+    bound, others = bounds[index], [*bounds[:index], *bounds[index + 1 :]]
+    cut = [c for c in usable if not bound.holds(c)]
+    alone = [c for c in cut if _holds_all(c, others)]
+    nearest = min(alone or cut, key=lambda c: (bound.over(c), *_by_latency(c)), default=None)
+    wider = [*bounds[:index], bound.relaxed(), *bounds[index + 1 :]]
+    then = _decide(usable, wider, constraints, metric)
+    relaxed = None
+    if then is not None and (found is None or then.best != found.best):
+        relaxed = then.best
+    miss = None
+    if nearest is not None:
+        miss = NearestMiss(
+            subnetwork=nearest.subnetwork, format=nearest.format, by=bound.over(nearest)
+        )
+    return ConstraintEffect(
+        constraint=bound.name,
+        limit=bound.limit,
+        cut=len(cut),
+        cut_alone=len(alone),
+        nearest_miss=miss,
+        relaxed_by=bound.step,
+        relaxed=relaxed,
+        words=_effect_words(bound, len(usable), cut, alone, nearest, relaxed, metric),
+    )
+
+
+# --- in words -----------------------------------------------------------------------------------
+
+
+def _effect_words(
+    bound: Bound,
     total: int,
-    note: str = "",
-) -> Selection:
-    best = min(among, key=_by_latency if superlative == "fastest" else _by_accuracy)
-    plural = len(among) > 1
+    cut: Sequence[Candidate],
+    alone: Sequence[Candidate],
+    nearest: Candidate | None,
+    relaxed: Candidate | None,
+    metric: str,
+) -> str:
+    name = f"{bound.name} {bound.limit:g}"
+    if nearest is None:
+        return f"{name} rules out none of {_number(total)}."
+    which = f" ({len(alone)} for this alone)" if len(alone) < len(cut) else ""
+    if relaxed is None:
+        change = "nothing else would be chosen"
+    else:
+        change = f"{_label(relaxed)} would be chosen: {_figures(relaxed, metric)}"
+    return (
+        f"{name} rules out {len(cut)} of {_number(total)}{which}; the nearest miss is "
+        f"{_label(nearest)}, by {bound.amount(bound.over(nearest))}; {bound.widened()} {change}."
+    )
+
+
+def _reason(found: _Choice, *, total: int, metric: str) -> str:
+    plural = len(found.among) > 1
+    bounds, superlative = found.bounds, found.superlative
     held = f" that {_join([bound.held(plural=plural) for bound in bounds])}" if bounds else ""
     if plural:
-        why = f"the {superlative} of {len(among)} candidates{held}"
+        why = f"the {superlative} of {len(found.among)} candidates{held}"
     elif total > 1:
         why = f"the only one of {total} candidates{held}"
     else:
         why = f"the only candidate{',' if held else ''}{held.replace(' that', ' and it', 1)}"
-    return Selection(
-        subnetwork=best.subnetwork,
-        format=best.format,
-        reason=f"{_label(best)} is {why}: {_figures(best)}{note}.",
-        nearest=(),
-    )
+    return f"{_label(found.best)} is {why}: {_figures(found.best, metric)}{found.note}"
 
 
-def _nothing_holds(usable: Sequence[Candidate], bounds: Sequence[_Bound]) -> Selection:
+def _meant(constraints: ConstraintSpec) -> str:
+    """What latency and bounds mean where that is not the usual."""
+    parts = []
+    if constraints.latency_at is not None:
+        parts.append(f"; latency is {_latency_words(constraints.latency_at)}")
+    if constraints.confidence is not None:
+        parts.append(f"; bounds hold with {100 * constraints.confidence:g} % confidence")
+    return "".join(parts)
+
+
+def _latency_words(at: LatencyAt | None) -> str:
+    """ "p95 with batch_size 16"; what is not named is as in the latency spec."""
+    at = at or LatencyAt()
+    asked = [f"{name} {value}" for name in LatencySetting._fields if (value := getattr(at, name))]
+    return f"p{at.percentile}" + (f" with {_join(asked)}" if asked else "")
+
+
+def _nothing_holds(
+    usable: Sequence[Candidate], bounds: Sequence[Bound], explanation: Explanation
+) -> Selection:
     def violation(c: Candidate) -> float:
         return sum(max(0.0, bound.excess(c)) for bound in bounds)
 
     nearest = sorted(usable, key=lambda c: (violation(c), *_by_latency(c)))[:NEAREST]
-    cuts = []
-    for bound in bounds:
-        cut = sum(bound.excess(c) > 0 for c in usable)
-        if cut:
-            cuts.append(f"{bound.name} {bound.limit:g} rules out {cut}")
+    cuts = [
+        f"{effect.constraint} {effect.limit:g} rules out {effect.cut}"
+        for effect in explanation.effects
+        if effect.cut
+    ]
     marked = tuple(
-        c.model_copy(update={"misses": tuple(b.miss(c) for b in bounds if b.excess(c) > 0)})
+        c.model_copy(update={"misses": tuple(b.miss(c) for b in bounds if not b.holds(c))})
         for c in nearest
     )
+    apart = ""
+    if all(effect.cut < len(usable) for effect in explanation.effects):
+        apart = ", though each is held by some"
     return Selection(
         subnetwork=None,
         format=None,
         reason=(
-            f"None of {_number(len(usable))} holds every constraint: {_join(cuts)}; the nearest is "
-            f"{_label(marked[0])}, which {_join(marked[0].misses)}."
+            f"None of {_number(len(usable))} holds every constraint{apart}: {_join(cuts)}; the "
+            f"nearest is {_label(marked[0])}, which {_join(marked[0].misses)}."
         ),
         nearest=marked,
+        explanation=explanation,
     )
 
 
-def _nothing_to_choose(left_out: int) -> str:
+def _nothing_to_choose(left_out: int, metric: str) -> str:
     if left_out:
         return (
-            f"Nothing was selected: of {_number(left_out)}, none has a finite accuracy, latency, "
+            f"Nothing was selected: of {_number(left_out)}, none has a finite {metric}, latency, "
             "speed-up and size."
         )
     return "Nothing was selected: no served format of any sub-network was published and measured."
@@ -245,30 +426,14 @@ def _label(c: Candidate) -> str:
     return f"{c.subnetwork} in {FORMAT_NAMES[c.format]}"
 
 
-def _figures(c: Candidate) -> str:
+def _figures(c: Candidate, metric: str) -> str:
     if c.accuracy_drop > 0:
-        against = f"{_points(c.accuracy_drop)} below the teacher"
+        against = f"{in_points(c.accuracy_drop)} of {metric} below the teacher"
     elif c.accuracy_drop < 0:
-        against = f"{_points(-c.accuracy_drop)} above the teacher"
+        against = f"{in_points(-c.accuracy_drop)} of {metric} above the teacher"
     else:
-        against = "as accurate as the teacher"
-    return f"{_ms(c.latency_ms)}, {against}, {_short(c.speedup)} times as fast, {_mb(c.size_mb)}"
-
-
-def _points(value: float) -> str:
-    # Two decimals only where the second says something: 0.4, 1.0, 0.25.
-    text = f"{value:.2f}"
-    return (text[:-1] if text.endswith("0") else text) + " points"
-
-
-def _ms(value: float) -> str:
-    return f"{_short(value)} ms"
-
-
-def _mb(value: float) -> str:
-    return f"{_short(value)} MB"
-
-
-def _short(value: float) -> str:
-    """Three digits, never an exponent: 3.72, 12.1, 131, 1204."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+        against = f"with the teacher's {metric}"
+    return (
+        f"{in_ms(c.latency_ms)}, {against}, {in_digits(c.speedup)} times as fast, "
+        f"{in_mb(c.size_mb)}"
+    )

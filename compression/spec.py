@@ -69,6 +69,8 @@ Text = Annotated[str, AfterValidator(_unicode)]
 Format = Literal["safetensors", "paddle", "onnx"]
 Head = Literal["sequence", "token"]  # classifies the pooled first token, or every token
 SERVED_FORMATS: tuple[Format, ...] = ("paddle", "onnx")  # those that a runtime serves
+Percentile = Literal[50, 95, 99]  # of latency
+CONFIDENCES = (0.9, 0.95, 0.99)  # of the intervals that a report keeps
 
 
 class Frozen(BaseModel):
@@ -280,15 +282,86 @@ class FinalSpec(TrainingSpec):
     learning_rate: float = Field(2e-5, gt=0, lt=1)
 
 
-class LatencySpec(_Asked):
-    """How latency is measured on the worker's own device."""
+BatchSize = Annotated[int, Field(ge=1, le=256)]
+SeqLen = Annotated[int, Field(ge=2, le=512)]
+Threads = Annotated[int, Field(ge=1, le=256)]
+MAX_SETTINGS = 32  # of one latency measurement: each is timed for all candidates and rounds
 
-    batch_size: int = Field(1, ge=1, le=256)
-    seq_len: int | None = Field(
-        None, ge=2, le=512, description="Tokens; by default the 95th percentile of dev."
+
+class LatencySetting(NamedTuple):
+    """What latency depends on beside the file: rows of a call, tokens of a row, threads."""
+
+    batch_size: int
+    seq_len: int
+    threads: int
+
+    def __str__(self) -> str:
+        threads = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
+        return f"batch {self.batch_size}, {self.seq_len} tokens, {threads}"
+
+
+class LatencySpec(_Asked):
+    """How latency is measured on the worker's own device.
+
+    `batch_size`, `seq_len` and `threads` are the setting that a candidate's latency stands for;
+    the lists add to it, and every combination of all is measured.
+    """
+
+    batch_size: BatchSize = 1
+    seq_len: SeqLen | None = Field(
+        None, description="Tokens; by default the 95th percentile of dev."
     )
-    threads: int = Field(1, ge=1, le=256)
-    rounds: int = Field(50, ge=5, le=10000, description="Timed calls of each candidate.")
+    threads: Threads = 1
+    batch_sizes: tuple[BatchSize, ...] = Field((), description="Measured beside batch_size.")
+    seq_lens: tuple[SeqLen, ...] = Field((), description="Measured beside seq_len.")
+    thread_counts: tuple[Threads, ...] = Field((), description="Measured beside threads.")
+    baselines: tuple[Format, ...] = Field(
+        (),
+        description="Served formats that the teacher is measured in, beside those that the "
+        "sub-networks are exported in: what one would do instead of compressing.",
+    )
+    rounds: int = Field(
+        50, ge=5, le=10000, description="Timed calls of each candidate in each setting."
+    )
+
+    def settings(self, seq_len: int) -> tuple[LatencySetting, ...]:
+        """Every setting once, the one that stands for the latency first, by threads.
+
+        `seq_len`: what the spec's own, or its absence, comes to.
+        """
+        return tuple(
+            LatencySetting(batch_size, length, threads)
+            for threads in dict.fromkeys((self.threads, *self.thread_counts))
+            for length in dict.fromkeys((seq_len, *self.seq_lens))
+            for batch_size in dict.fromkeys((self.batch_size, *self.batch_sizes))
+        )
+
+    @field_validator("baselines")
+    @classmethod
+    def _served(cls, value: tuple[Format, ...]) -> tuple[Format, ...]:
+        unserved = sorted(set(value) - set(SERVED_FORMATS))
+        if unserved:
+            raise ValueError(f"no runtime serves {', '.join(unserved)}: nothing can be measured")
+        return value
+
+    @model_validator(mode="after")
+    def _few_settings(self) -> LatencySpec:
+        count = len(self.settings(self.seq_len or 0))
+        if count > MAX_SETTINGS:
+            raise ValueError(
+                f"these are {count} combinations of batch size, length and threads; name at most "
+                f"{MAX_SETTINGS}"
+            )
+        return self
+
+
+class LatencyAt(_Asked):
+    """Which measured latency a constraint means; what is absent is as in the latency spec."""
+
+    percentile: Percentile = 50
+    batch_size: BatchSize | None = None
+    seq_len: SeqLen | None = None
+    threads: Threads | None = None
 
 
 class ConstraintSpec(_Asked):
@@ -300,11 +373,41 @@ class ConstraintSpec(_Asked):
         le=100,
         description="Points (1.0 = 0.01) of the main metric on dev against the teacher.",
     )
-    max_latency_ms: float | None = Field(None, gt=0, description="p50 of the served file.")
+    max_latency_ms: float | None = Field(
+        None,
+        gt=0,
+        description="Of the served file: p50 in the latency spec's own setting, or "
+        "what latency_at says.",
+    )
     min_speedup: float | None = Field(
-        None, gt=0, description="Against the teacher in the same runtime and settings."
+        None,
+        gt=0,
+        description="Of p50 against the teacher's in the same runtime and setting, that of "
+        "latency_at where it is given.",
     )
     max_size_mb: float | None = Field(None, gt=0, description="10^6 bytes of the served file.")
+    latency_at: LatencyAt | None = Field(
+        None, description="The percentile and the measured setting that latency means here."
+    )
+    objective: Literal["latency", "size", "accuracy"] | None = Field(
+        None,
+        description="What is best among those that hold everything: the smallest latency, the "
+        "smallest file, the best main metric on dev. null: the smallest latency, but where "
+        "max_accuracy_drop is absent of those alone that lose at most 1 point.",
+    )
+    confidence: float | None = Field(
+        None,
+        description="0.9, 0.95 or 0.99: accuracy drop, latency and speed-up must hold their bound "
+        "up to the worse end of the interval that has this confidence. null: as measured.",
+        json_schema_extra={"enum": [*CONFIDENCES, None]},
+    )
+
+    @field_validator("confidence")
+    @classmethod
+    def _kept_confidence(cls, value: float | None) -> float | None:
+        if value is not None and value not in CONFIDENCES:
+            raise ValueError(f"name one of {', '.join(map(str, CONFIDENCES))}")
+        return value
 
 
 class ExportSpec(_Asked):

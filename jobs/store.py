@@ -250,6 +250,17 @@ def get_job(session: Session, id: str, *, project_id: str) -> Job:
     return _get(session, Job, "job", id, project_id)
 
 
+def get_report(session: Session, job_id: str, *, project_id: str) -> dict[str, Any]:
+    """What a job measured. Conflict ("job-not-succeeded") where it has not come to that."""
+    job = get_job(session, job_id, project_id=project_id)
+    if job.state != JobState.SUCCEEDED or job.report is None:
+        raise Conflict(
+            f"The job is {job.state}; what it measured can be asked once it has succeeded.",
+            code="job-not-succeeded",
+        )
+    return dict(job.report)
+
+
 def list_jobs(
     session: Session,
     *,

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,9 @@ with contextlib.redirect_stdout(output):
 paddle = sorted(name for name in sys.modules if name.split(".")[0].startswith("paddle"))
 print(json.dumps({"output": output.getvalue(), "paddle": paddle, "modules": len(sys.modules)}))
 """
+
+
+CONFIDENCE = 0.95  # of the intervals that the table shows
 
 
 class DemoFailed(Exception):
@@ -131,7 +134,10 @@ class ProgressView:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report's measurements: one line for each served format of each network."""
+    """The report's measurements: one line for each served format of each network.
+
+    The teacher's are the baselines. In brackets: where the figure lies with 95 % confidence.
+    """
     head = (
         *("width", "format", "parameters", "MB", "dev acc", "drop", "p50 ms", "p95 ms"),
         *("speed-up", "Pareto", "selected"),
@@ -158,13 +164,35 @@ def _rows(name: str, network: dict[str, Any], chosen: str | None) -> Iterator[tu
             f"{network['parameters']:,}",
             f"{built['size_bytes'] / 1e6:.1f}" if built["size_bytes"] else "",
             f"{network['accuracy']:.4f}",
-            f"{network['accuracy_drop']:+.2f}",
-            f"{latency['p50_ms']:.2f}",
+            f"{network['accuracy_drop']:+.2f}"
+            + _within(network.get("accuracy_drop_intervals", ()), "+.1f"),
+            f"{latency['p50_ms']:.2f}" + _within(latency["p50_intervals"], ".2f"),
             f"{latency['p95_ms']:.2f}",
-            f"{built['speedup']:.2f}x" if built["speedup"] else "",
+            f"{built['speedup']:.2f}x" + _within(latency["speedup_intervals"], ".2f")
+            if built["speedup"]
+            else "",
             "yes" if network.get("pareto") else "",
             "<--" if chosen == built["format"] else "",
         )
+
+
+def _within(intervals: Sequence[dict[str, float]], digits: str) -> str:
+    """ " [3.91, 4.10]": the interval of CONFIDENCE, if there is one."""
+    return "".join(
+        f" [{each['low']:{digits}}, {each['high']:{digits}}]"
+        for each in intervals
+        if each["confidence"] == CONFIDENCE
+    )
+
+
+def held_on_test(network: dict[str, Any], metric: str) -> str:
+    """How the selected sub-network did on rows that chose nothing."""
+    test = network["test"]
+    return (
+        f"on test: {metric} {test['accuracy']:.4f}, {test['accuracy_drop']:+.2f} points lost"
+        f"{_within(test['accuracy_drop_intervals'], '+.1f')} against {test['reference']} "
+        f"({test['reference_accuracy']:.4f})"
+    )
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -257,8 +285,12 @@ def run(options: argparse.Namespace, supervisor: Supervisor, folder: Path) -> di
         f"{report['distillation_steps']} of distillation at {report['step_seconds']:.2f} s"
     )
     say(selection["reason"])
+    for effect in (selection["explanation"] or {"effects": ()})["effects"]:
+        say(f"  {effect['words']}")
     name = selection["subnetwork"] or selection["nearest"][0]["subnetwork"]
     network = next(n for n in report["subnetworks"] if n["name"] == name)
+    if network["test"]:
+        say(held_on_test(network, report["main_metric"]))
     onnx = next(built for built in network["formats"] if built["format"] == "onnx")
     if not onnx["published"]:
         raise DemoFailed(f"the ONNX file was not published: {onnx['error']}")

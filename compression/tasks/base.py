@@ -59,8 +59,19 @@ class Task(ABC):
         """The loss of the student's logits against the teacher's; reads no labels."""
 
     @abstractmethod
-    def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
+    def outcomes(self, predictions: Predictions, data: Encoded) -> np.ndarray:
+        """All that the metrics read of each row (of several windows: of each question) [rows, ...].
+
+        Rows can be drawn from it, again and again, without looking at the predictions again.
+        """
+
+    @abstractmethod
+    def metrics_of(self, outcomes: np.ndarray) -> dict[str, float]:
         """Every metric of the task by name, each in [-1, 1], with `main_metric` among them."""
+
+    def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
+        """The metrics of all rows of `data`."""
+        return self.metrics_of(self.outcomes(predictions, data))
 
     @abstractmethod
     def judged(self, predictions: Predictions, data: Encoded) -> Judged:

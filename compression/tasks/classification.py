@@ -30,13 +30,16 @@ class Classification(Task):
         entropies = -(F.softmax(teacher) * F.log_softmax(student)).sum()
         return entropies / (self.count(batch) if total is None else total)
 
-    def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
+    def outcomes(self, predictions: Predictions, data: Encoded) -> np.ndarray:
+        """The label found and the row's own, [rows, 2]."""
+        return np.stack([np.asarray(predictions).argmax(axis=-1), np.asarray(data.labels)], axis=1)
+
+    def metrics_of(self, outcomes: np.ndarray) -> dict[str, float]:
         """Accuracy, Matthews correlation and F1: of the second of two labels, as GLUE does it.
 
         Of more labels, the mean F1 of those that occur in data or predictions.
         """
-        labels = np.asarray(data.labels)
-        found = np.asarray(predictions).argmax(axis=-1)
+        found, labels = outcomes.T
         classes = np.arange(len(self.labels))
         counts = marked_counts(found[:, None] == classes, labels[:, None] == classes)
         each = f1(*counts)

@@ -40,12 +40,16 @@ class MultiLabel(Task):
         rows = self.count(batch) if total is None else total
         return entropies.sum() / (rows * logits.shape[-1])
 
-    def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
+    def outcomes(self, predictions: Predictions, data: Encoded) -> np.ndarray:
+        """Which labels were found and which apply, bool [rows, 2, C]."""
+        return np.stack([np.asarray(predictions) > 0, np.asarray(data.labels) > 0.5], axis=1)
+
+    def metrics_of(self, outcomes: np.ndarray) -> dict[str, float]:
         """F1 of all marks together, the mean F1 of the labels, and rows with every mark right.
 
         A label that is neither wanted nor given is left out of the mean.
         """
-        found, wanted = np.asarray(predictions) > 0, np.asarray(data.labels) > 0.5
+        found, wanted = outcomes[:, 0], outcomes[:, 1]
         counts = marked_counts(found, wanted)
         occurs = counts[1] + counts[2] > 0
         return {

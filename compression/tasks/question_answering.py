@@ -71,12 +71,17 @@ class QuestionAnswering(Task):
         entropies = -(targets * _log_softmax(logits, batch)).sum(axis=1)  # [B, T, 2] -> [B, 2]
         return entropies.sum() / 2 / (self.count(batch) if total is None else total)
 
-    def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
-        """Over the questions, each with the best answer of all its windows."""
+    def outcomes(self, predictions: Predictions, data: Encoded) -> np.ndarray:
+        """F1 and exact match of each question, by its windows' best answer, [questions, 2]."""
         found = list(self._answers(predictions, data).values())
         exact = [max(exact_match(text, gold) for gold in golds) for text, golds in found]
         overlap = [max(token_f1(text, gold) for gold in golds) for text, golds in found]
-        return {"f1": float(np.mean(overlap)), "exact_match": float(np.mean(exact))}
+        return np.stack([overlap, exact], axis=1)
+
+    def metrics_of(self, outcomes: np.ndarray) -> dict[str, float]:
+        """Means over the questions."""
+        f1, exact = outcomes.mean(axis=0).tolist()
+        return {"f1": f1, "exact_match": exact}
 
     def _answers(
         self, predictions: Predictions, data: Encoded

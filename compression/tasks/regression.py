@@ -30,8 +30,12 @@ class Regression(Task):
     def _squares(self, one: Tensor, other: Tensor, batch: Batch, total: Count | None) -> Tensor:
         return (one - other).square().sum() / (self.count(batch) if total is None else total)
 
-    def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
-        scores, labels = np.asarray(predictions)[:, 0], np.asarray(data.labels)
+    def outcomes(self, predictions: Predictions, data: Encoded) -> np.ndarray:
+        """The score given and the row's own, [rows, 2]."""
+        return np.stack([np.asarray(predictions)[:, 0], np.asarray(data.labels)], axis=1)
+
+    def metrics_of(self, outcomes: np.ndarray) -> dict[str, float]:
+        scores, labels = outcomes.T
         return {"pearson": pearson(scores, labels), "spearman": spearman(scores, labels)}
 
     def judged(self, predictions: Predictions, data: Encoded) -> Judged:

@@ -56,20 +56,24 @@ class TokenClassification(Task):
         divisor = self.count(batch) if total is None else total
         return (entropies * batch.label_mask).sum() / divisor
 
-    def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
-        """Over all words of the rows; one that was cut off counts as tagged "O".
-
-        Entities are counted where the labels are tags of them.
-        """
+    def outcomes(self, predictions: Predictions, data: Encoded) -> np.ndarray:
+        """The `tag_counts` of each row, [rows, 5]; a word that was cut off counts as tagged "O"."""
         assert data.references is not None
-        gold = [[self.labels[tag] for tag in row.tags] for row in data.references]
-        found = [
-            predicted_tags(logits, row.words, self.labels, words=len(row.tags))
-            for logits, row in zip(predictions, data.references, strict=True)
-        ]
-        figures = {"accuracy": word_accuracy(gold, found)}
+        return np.array(
+            [
+                tag_counts(
+                    [self.labels[tag] for tag in row.tags],
+                    predicted_tags(logits, row.words, self.labels, words=len(row.tags)),
+                )
+                for logits, row in zip(predictions, data.references, strict=True)
+            ]
+        )
+
+    def metrics_of(self, outcomes: np.ndarray) -> dict[str, float]:
+        """Over all words of the rows; entities are counted where the labels are tags of them."""
+        figures = {"accuracy": word_accuracy(outcomes)}
         if mark_entities(self.labels):
-            precision, recall, f1 = entity_scores(gold, found)
+            precision, recall, f1 = entity_scores(outcomes)
             figures |= {"entity_f1": f1, "entity_precision": precision, "entity_recall": recall}
         return figures
 
@@ -152,24 +156,28 @@ def entities(tags: Iterable[str]) -> Iterator[Entity]:
         yield kind, first, position
 
 
-def entity_scores(
-    gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]]
-) -> tuple[float, float, float]:
+def tag_counts(gold: Sequence[str], found: Sequence[str]) -> tuple[int, int, int, int, int]:
+    """Of one row: words with the right tag, words; entities hit, given and wanted.
+
+    An entity is hit where type, first and last word agree.
+    """
+    wanted, given = set(entities(gold)), set(entities(found))
+    right = sum(one == other for one, other in zip(gold, found, strict=True))
+    return right, len(gold), len(wanted & given), len(given), len(wanted)
+
+
+def entity_scores(counts: np.ndarray) -> tuple[float, float, float]:
     """Precision, recall and F1 over the entities of all rows (micro average), 0..1.
 
-    An entity is found where type, first and last word agree. 0 where nothing can be counted.
+    From the `tag_counts` of each row, [rows, 5]. 0 where nothing can be counted.
     """
-    wanted = {(row, *entity) for row, tags in enumerate(gold) for entity in entities(tags)}
-    given = {(row, *entity) for row, tags in enumerate(found) for entity in entities(tags)}
-    right = len(wanted & given)
-    precision = right / len(given) if given else 0.0
-    recall = right / len(wanted) if wanted else 0.0
-    return precision, recall, 2 * right / (len(wanted) + len(given)) if right else 0.0
+    _, _, hit, given, wanted = counts.sum(axis=0).tolist()
+    precision = hit / given if given else 0.0
+    recall = hit / wanted if wanted else 0.0
+    return precision, recall, 2 * hit / (wanted + given) if hit else 0.0
 
 
-def word_accuracy(gold: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> float:
-    """Share of words with the right tag, 0..1."""
-    pairs = [
-        pair for tags, own in zip(gold, found, strict=True) for pair in zip(tags, own, strict=True)
-    ]
-    return sum(one == other for one, other in pairs) / len(pairs)
+def word_accuracy(counts: np.ndarray) -> float:
+    """Share of words with the right tag, 0..1, from the `tag_counts` of each row, [rows, 5]."""
+    right, words, *_ = counts.sum(axis=0).tolist()
+    return right / words

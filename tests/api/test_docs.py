@@ -17,6 +17,7 @@ ROUTES = {
     ("post", "/v1/jobs"), ("get", "/v1/jobs"), ("get", "/v1/jobs/{job_id}"),
     ("post", "/v1/jobs/{job_id}/cancel"), ("get", "/v1/jobs/{job_id}/events"),
     ("get", "/v1/jobs/{job_id}/subnetworks"), ("get", "/v1/jobs/{job_id}/artifacts"),
+    ("post", "/v1/jobs/{job_id}/selection"),
     ("get", "/v1/artifacts/{artifact_id}"), ("get", "/v1/artifacts/{artifact_id}/content"),
     ("get", "/healthz"), ("get", "/readyz"),
 }  # fmt: skip

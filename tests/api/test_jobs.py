@@ -93,6 +93,11 @@ def test_a_job_is_stored_queued_and_nudged(service: Service) -> None:
             "invalid-request",
             "/spec/constraints/max_latency_ms",
         ),
+        (
+            {"constraints": {"max_latency_ms": 8, "latency_at": {"threads": 8}}},
+            "invalid-spec",
+            "/spec/constraints/latency_at/threads",
+        ),
         ({"distillation": {"epochs": "three"}}, "invalid-request", "/spec/distillation/epochs"),
         ({"export": {"formats": ["safetensors"]}}, "invalid-request", "/spec/export/formats"),
         ([], "invalid-request", "/spec"),

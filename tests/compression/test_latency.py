@@ -17,8 +17,18 @@ from compression.encoder import build_encoder, numpy_weights
 from compression.errors import ExportFailed
 from compression.export import INPUTS, export_formats
 from compression.export.fresh import IMPORT_ROOT, fresh_command, fresh_environment
-from compression.latency import Served, measure, p95_length, percentile, token_ids
-from compression.spec import Format, LatencySpec
+from compression.intervals import RESAMPLES, round_resamples
+from compression.latency import (
+    Served,
+    measure,
+    p95_length,
+    percentile,
+    resampled_percentiles,
+    summaries,
+    token_ids,
+)
+from compression.report import Interval
+from compression.spec import CONFIDENCES, Format, LatencySetting, LatencySpec
 from compression.supernet import extract_weights, subnetwork_of
 from tests.encoders import tiny_encoder
 
@@ -79,21 +89,88 @@ def test_every_call_gets_the_same_tokens_under_a_full_mask() -> None:
     assert 0 <= first["input_ids"].min() <= first["input_ids"].max() < 50
 
 
-def test_all_candidates_of_both_runtimes_are_measured(served: dict[str, Served]) -> None:
+def test_all_candidates_of_both_runtimes_are_measured_in_every_setting(
+    served: dict[str, Served],
+) -> None:
     rounds: list[tuple[int, int]] = []
+    spec = LatencySpec(
+        rounds=5, batch_size=2, batch_sizes=(1,), seq_lens=(5, 9), thread_counts=(2,)
+    )
     found = measure(
         served,
-        SPEC,
+        spec,
         seq_len=9,
         vocab_size=50,
+        references={"w1_2/onnx": "w1/onnx"},
         on_round=lambda done, total: rounds.append((done, total)),
     )
     assert found.keys() == served.keys()
-    assert rounds == [(i, 5) for i in range(1, 6)]
-    for report in found.values():
-        assert (report.rounds, report.batch_size, report.seq_len, report.threads) == (5, 2, 9, 1)
-        assert 0 < report.p50_ms <= report.p95_ms <= report.p99_ms < 10_000
-    assert len({report.p50_ms for report in found.values()}) == 4
+    assert rounds == [(i, 8 * 5) for i in range(1, 8 * 5 + 1)]
+    for reports in found.values():
+        assert [report.setting for report in reports] == [
+            (2, 9, 1), (1, 9, 1), (2, 5, 1), (1, 5, 1), (2, 9, 2), (1, 9, 2), (2, 5, 2), (1, 5, 2),
+        ]  # fmt: skip
+        for report in reports:
+            assert report.rounds == 5
+            assert 0 < report.p50_ms <= report.p95_ms <= report.p99_ms < 10_000
+    firsts = {reports[0].p50_ms for reports in found.values()}
+    assert len(firsts) == 4
+    for half, full in zip(found["w1_2/onnx"], found["w1/onnx"], strict=True):
+        assert half.speedup == pytest.approx(full.p50_ms / half.p50_ms)
+        assert (full.speedup, full.speedup_intervals) == (None, ())
+
+
+def interval(intervals: tuple[Interval, ...], confidence: float) -> tuple[float, float]:
+    (found,) = [each for each in intervals if each.confidence == confidence]
+    return found.low, found.high
+
+
+def test_a_ratio_survives_a_machine_that_slows_down() -> None:
+    """Both take 1.5 times as long in the second half: the ratio's interval is as narrow as ever."""
+    generator = np.random.default_rng(0)
+    mood = np.where(np.arange(60) < 30, 1.0, 1.5) * generator.uniform(0.99, 1.01, 60)
+    seconds = {"teacher": 0.010 * mood, "w1_2": 0.004 * mood * generator.uniform(0.99, 1.01, 60)}
+    setting = LatencySetting(batch_size=1, seq_len=8, threads=2)
+    found = summaries(seconds, setting, {"w1_2": "teacher"})["w1_2"]
+    assert found.setting == setting
+    low, high = interval(found.speedup_intervals, 0.95)
+    assert 2.4 < low < 2.5 < high < 2.6
+    assert found.speedup is not None and low <= found.speedup <= high
+    slow, fast = interval(found.p50_intervals, 0.95)
+    assert fast / slow > 1.3  # the times themselves are as uncertain as they were
+
+
+def test_intervals_hold_the_percentile_and_widen_with_the_confidence() -> None:
+    seconds = {"w1": np.random.default_rng(1).gamma(50.0, 1e-4, 200)}
+    report = summaries(seconds, LatencySetting(1, 8, 1), {})["w1"]
+    for value, intervals in (
+        (report.p50_ms, report.p50_intervals),
+        (report.p95_ms, report.p95_intervals),
+        (report.p99_ms, report.p99_intervals),
+    ):
+        ends = [interval(intervals, confidence) for confidence in CONFIDENCES]
+        assert all(low <= value <= high for low, high in ends)
+        assert ends[0][0] >= ends[1][0] >= ends[2][0]
+        assert ends[0][1] <= ends[1][1] <= ends[2][1]
+
+
+@pytest.mark.parametrize("rounds", [5, 27, 50, 101])
+def test_resamples_are_blocks_of_neighbouring_rounds_the_same_each_time(rounds: int) -> None:
+    first, second = (np.array(list(round_resamples(rounds))) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    assert first.shape == (RESAMPLES, rounds)
+    assert (np.bincount(first.ravel(), minlength=rounds) > 0).all()
+    follows = (np.diff(first, axis=1) % rounds) == 1
+    assert follows.mean() > 0.4
+
+
+def test_resampled_percentiles_are_those_of_the_resample() -> None:
+    seconds = np.random.default_rng(2).permutation(50) / 1000
+    resampled = resampled_percentiles(seconds)
+    rows = next(iter(round_resamples(50)))
+    expected = [percentile(seconds[rows].tolist(), share) for share in (0.50, 0.95, 0.99)]
+    assert resampled.shape == (RESAMPLES, 3)
+    assert resampled[0].tolist() == expected
 
 
 def test_a_file_that_does_not_load_is_named_and_nothing_keeps_running(
@@ -125,7 +202,7 @@ def test_the_time_limit_is_one_for_each_answer(
 
     monkeypatch.setattr(threading, "Timer", Recorded)
     measure({"w1": served["w1/onnx"]}, SPEC, seq_len=9, vocab_size=50, timeout_s=300)
-    assert [timer.interval for timer in started] == [300] * (1 + SPEC.rounds)
+    assert [timer.interval for timer in started] == [300] * (2 + SPEC.rounds)
     assert all(timer.finished.is_set() for timer in started)
 
 
@@ -133,8 +210,6 @@ def test_onnx_is_measured_without_paddle_in_the_process(served: dict[str, Served
     request = {
         "format": "onnx",
         "folders": {"w1": str(served["w1/onnx"].folder)},
-        "batch_size": 1,
-        "seq_len": 5,
         "threads": 1,
         "vocab_size": 50,
     }
@@ -142,14 +217,15 @@ def test_onnx_is_measured_without_paddle_in_the_process(served: dict[str, Served
         fresh_command("compression.latency"),
         cwd=IMPORT_ROOT,
         env=fresh_environment(),
-        input=json.dumps(request) + '\n{"round": 0}\n',
+        input=json.dumps(request) + '\n{"batch_size": 1, "seq_len": 5}\n{"round": 0}\n',
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
-    ready, seconds = map(json.loads, done.stdout.splitlines())
+    ready, warm, seconds = map(json.loads, done.stdout.splitlines())
     assert ready == {"ready": ["w1"], "libraries": ["onnxruntime"]}
+    assert warm == {"warm": ["w1"]}
     assert seconds["w1"] > 0
 
 

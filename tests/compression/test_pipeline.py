@@ -25,8 +25,16 @@ from compression.encoder import Encoder, build_encoder
 from compression.errors import CheckpointRefused, DeviceUnavailable, Interrupted, InvalidSpec
 from compression.export import Parity, verify
 from compression.pipeline import compress, learning_config
-from compression.report import STAGES, CompressionReport, Progress
-from compression.spec import DistillationSpec, Format, Spec
+from compression.report import STAGES, CompressionReport, Progress, SubnetworkReport
+from compression.selection import reselect
+from compression.spec import (
+    CONFIDENCES,
+    SERVED_FORMATS,
+    ConstraintSpec,
+    DistillationSpec,
+    Format,
+    Spec,
+)
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer
 from compression.verify import verify_bundle
@@ -44,7 +52,7 @@ def small_spec(**changes: Any) -> Spec:
         "distillation": {"epochs": 1, "learning_rate": 1e-3},
         "supernet": {"width_mults": ["1", "1/2"]},
         "importance": {"rows": 64},
-        "latency": {"rounds": 5},
+        "latency": {"rounds": 5, "batch_sizes": [3]},
     }
     return Spec.model_validate({**values, **changes})
 
@@ -133,6 +141,98 @@ def test_exactly_one_subnetwork_is_selected_and_judged_on_test(finished: dict[st
     assert chosen[0].test_accuracy is not None
     assert all(n.test_accuracy is None for n in report.subnetworks if not n.selected)
     assert report.selection.reason
+
+
+def test_what_was_measured_has_intervals_and_a_machine(finished: dict[str, Any]) -> None:
+    report: CompressionReport = finished["report"]
+    assert report.device is not None and report.device.cores >= 1
+    for fmt in report.teacher.formats:
+        assert fmt.size_bytes > 0
+        assert [latency.batch_size for latency in fmt.latencies] == [1, 3]
+        assert [latency.speedup for latency in fmt.latencies] == [None, None]
+    for network in report.subnetworks:
+        assert 0 < len(network.accuracy_drop_intervals) == len(CONFIDENCES)
+        for within in network.accuracy_drop_intervals:
+            assert within.low <= network.accuracy_drop <= within.high
+        for fmt in network.formats:
+            if fmt.format not in SERVED_FORMATS:
+                assert fmt.latencies == ()
+                continue
+            assert fmt.latency == fmt.latencies[0]
+            assert [latency.batch_size for latency in fmt.latencies] == [1, 3]
+            for latency in fmt.latencies:
+                assert latency.speedup is not None and len(latency.speedup_intervals) == 3
+            assert fmt.speedup == fmt.latencies[0].speedup
+
+
+def test_the_selected_one_is_held_on_test_against_the_better_of_teacher_and_width_1(
+    finished: dict[str, Any],
+) -> None:
+    report: CompressionReport = finished["report"]
+    (chosen,) = [network for network in report.subnetworks if network.selected]
+    assert chosen.test is not None
+    assert chosen.test.accuracy == chosen.test_accuracy
+    full = report.subnetworks[0]
+    better = full.name if full.accuracy > report.teacher.accuracy and full is not chosen else None
+    assert chosen.test.reference == (better or "teacher")
+    if better is None:
+        assert chosen.test.reference_accuracy == report.teacher.test_accuracy
+    assert chosen.test.accuracy_drop == pytest.approx(
+        100 * (chosen.test.reference_accuracy - chosen.test.accuracy)
+    )
+    for within in chosen.test.accuracy_drop_intervals:
+        assert within.low <= chosen.test.accuracy_drop <= within.high
+
+
+@pytest.mark.parametrize(
+    ("selected", "teacher_accuracy", "reference"),
+    [("w1_2", 0.8, "w1"), ("w1_2", 0.9, "teacher"), ("w1", 0.8, "teacher")],
+)
+def test_dev_says_what_the_selected_one_is_held_against_on_test(
+    tmp_path: Path, selected: str, teacher_accuracy: float, reference: str
+) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
+    job = pipeline.load(small_spec(), model, dataset, 1)
+    network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
+    wrong = np.array([[0, 1], [1, 0]] * 15)  # outcomes of a teacher that gets no row right
+    reports = [
+        SubnetworkReport(
+            name=planned.name,
+            width_mult=planned.width_mult,
+            heads=planned.heads,
+            ffn=planned.ffn,
+            parameters=planned.parameters,
+            flops=planned.flops,
+            accuracy=0.85,
+            accuracy_drop=0,
+            selected=planned.name == selected,
+        )
+        for planned in job.plan.subnetworks
+    ]
+    judged = pipeline.with_test(
+        reports, job, network, teacher_accuracy=teacher_accuracy, teacher_on_test=wrong
+    )
+    found = {report.name: report.test for report in judged}
+    comparison = found.pop(selected)
+    assert list(found.values()) == [None]
+    assert comparison is not None and comparison.reference == reference
+    full = job.task.score(evaluate.predict(network, job.splits["test"]), job.splits["test"])
+    assert comparison.reference_accuracy == (full if reference == "w1" else 0.0)
+    if selected == "w1":
+        assert comparison.accuracy == full
+
+
+def test_a_finished_report_answers_other_constraints(finished: dict[str, Any]) -> None:
+    text = (finished["root"] / "run" / "report.json").read_text()
+    report = CompressionReport.model_validate_json(text)
+    asked = ConstraintSpec.model_validate(
+        {"objective": "size", "latency_at": {"batch_size": 3, "percentile": 95}}
+    )
+    selection = reselect(report.subnetworks, asked, main_metric=report.main_metric)
+    assert selection.subnetwork == "w1_2"
+    unmoved = reselect(report.subnetworks, ConstraintSpec(), main_metric=report.main_metric)
+    assert unmoved == report.selection
 
 
 def test_constraints_that_nothing_meets_end_without_a_selection(tmp_path: Path) -> None:

@@ -185,7 +185,24 @@ def test_lengths_are_held_against_the_positions() -> None:
     refused_spec(
         "/latency/seq_len", {"task": {"max_seq_len": 64}, "latency": {"seq_len": 65}}, info
     )
+    refused_spec(
+        "/latency/seq_lens/1",
+        {"task": {"max_seq_len": 64}, "latency": {"seq_lens": [64, 65]}},
+        info,
+    )
     assert plan_of({"task": {"max_seq_len": 64}}, info, train=TRAIN, dev=DEV).seq_len <= 64
+
+
+def test_a_constraint_on_a_latency_that_is_not_measured_is_refused() -> None:
+    for name, listed in (
+        ("batch_size", "batch_sizes"),
+        ("seq_len", "seq_lens"),
+        ("threads", "thread_counts"),
+    ):
+        constraints = {"max_latency_ms": 9, "latency_at": {name: 16}}
+        refused_spec(f"/constraints/latency_at/{name}", {"constraints": constraints}, model())
+        spec = {"constraints": constraints, "latency": {listed: [16]}}
+        assert plan_of(spec, model(), train=TRAIN, dev=DEV).subnetworks
 
 
 def test_more_work_is_predicted_to_take_longer() -> None:

@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 
-from compression.report import Candidate, FormatReport, LatencyReport, SubnetworkReport
-from compression.selection import candidates, select, with_decisions
-from compression.spec import ConstraintSpec, Format
+from compression.errors import InvalidSpec
+from compression.report import (
+    Candidate,
+    FormatReport,
+    Interval,
+    LatencyReport,
+    Selection,
+    SubnetworkReport,
+)
+from compression.selection import candidates, reselect, select, with_decisions
+from compression.spec import CONFIDENCES, ConstraintSpec, Format
 
 
 def candidate(
@@ -44,8 +52,8 @@ def test_the_fastest_within_the_accuracy_bound_and_why() -> None:
     selection = select(FOUR, ConstraintSpec(max_accuracy_drop=1.0))
     assert (selection.subnetwork, selection.format) == ("w1_2", "onnx")
     assert selection.reason == (
-        "w1_2 in ONNX is the fastest of 3 candidates that lose at most 1.0 points: 4.00 ms, "
-        "0.4 points below the teacher, 2.50 times as fast, 70.0 MB."
+        "w1_2 in ONNX is the fastest of 3 candidates that lose at most 1.0 points of accuracy: "
+        "4.00 ms, 0.4 points of accuracy below the teacher, 2.50 times as fast, 70.0 MB."
     )
     assert selection.nearest == ()
 
@@ -76,7 +84,7 @@ def test_a_drop_of_exactly_the_bound_holds_it(right: int) -> None:
 def test_without_constraints_the_fastest_that_loses_at_most_a_point() -> None:
     selection = select(FOUR, ConstraintSpec())
     assert selection.subnetwork == "w1_2"
-    assert "because no bound on the accuracy was set" in selection.reason
+    assert "because no bound on accuracy was set" in selection.reason
 
 
 def test_without_a_bound_on_accuracy_it_is_not_thrown_away_for_speed() -> None:
@@ -97,9 +105,9 @@ def test_nothing_holds_names_what_ruled_out_how_many_and_the_nearest_three() -> 
     selection = select(FOUR, ConstraintSpec(max_accuracy_drop=0.0, max_latency_ms=5.0))
     assert (selection.subnetwork, selection.format) == (None, None)
     assert selection.reason == (
-        "None of 4 candidates holds every constraint: max_accuracy_drop 0 rules out 3 and "
-        "max_latency_ms 5 rules out 2; the nearest is w1_2 in ONNX, which loses 0.4 points, "
-        "at most 0.0 points allowed."
+        "None of 4 candidates holds every constraint, though each is held by some: "
+        "max_accuracy_drop 0 rules out 3 and max_latency_ms 5 rules out 2; the nearest is w1_2 in "
+        "ONNX, which loses 0.4 points of accuracy, at most 0.0 points allowed."
     )
     # Violations: w1_2 0.4 points; w3_4 0.1 + 0.5 of the latency; w1 0.98; w1_4 2.5.
     assert [c.subnetwork for c in selection.nearest] == ["w1_2", "w3_4", "w1"]
@@ -148,9 +156,128 @@ def test_no_candidates_are_said_to_be_none() -> None:
 def test_one_of_many_is_called_the_only_one() -> None:
     reason = select(FOUR, ConstraintSpec(max_accuracy_drop=0.0)).reason
     assert reason == (
-        "w1 in ONNX is the only one of 4 candidates that loses at most 0.0 points: 9.90 ms, "
-        "0.2 points above the teacher, 1.01 times as fast, 90.0 MB."
+        "w1 in ONNX is the only one of 4 candidates that loses at most 0.0 points of accuracy: "
+        "9.90 ms, 0.2 points of accuracy above the teacher, 1.01 times as fast, 90.0 MB."
     )
+
+
+def test_sentences_name_the_metric() -> None:
+    selection = select(FOUR, ConstraintSpec(objective="accuracy"), main_metric="entity_f1")
+    assert selection.reason == (
+        "w1 in ONNX is the best in entity F1 of 4 candidates: 9.90 ms, 0.2 points of entity F1 "
+        "above the teacher, 1.01 times as fast, 90.0 MB."
+    )
+    none = select(FOUR, ConstraintSpec(max_accuracy_drop=-1), main_metric="f1").nearest[0]
+    assert none.misses == ("loses -0.2 points of F1, at most -1.0 points allowed",)
+
+
+@pytest.mark.parametrize(
+    ("objective", "constraints", "name"),
+    [
+        ("latency", {}, "w1_4"),
+        ("latency", {"max_size_mb": 75, "max_accuracy_drop": 1}, "w1_2"),
+        ("size", {"max_accuracy_drop": 0.3}, "w3_4"),
+        ("size", {}, "w1_4"),
+        ("accuracy", {}, "w1"),
+        ("accuracy", {"max_latency_ms": 5}, "w1_2"),
+    ],
+)
+def test_the_objective_orders_those_that_hold_everything(
+    objective: str, constraints: dict[str, float], name: str
+) -> None:
+    asked = ConstraintSpec.model_validate({"objective": objective, **constraints})
+    assert select(FOUR, asked).subnetwork == name
+
+
+def test_the_explanation_says_what_each_constraint_cut_and_what_more_would_buy() -> None:
+    asked = ConstraintSpec(max_accuracy_drop=1.5, max_latency_ms=8.0, max_size_mb=100)
+    explanation = select(FOUR, asked).explanation
+    assert explanation is not None
+    assert (explanation.candidates, explanation.holding) == (4, 2)
+    drop, latency, size = explanation.effects
+    assert (drop.constraint, drop.cut, drop.cut_alone) == ("max_accuracy_drop", 1, 1)
+    assert drop.nearest_miss is not None
+    assert (drop.nearest_miss.subnetwork, drop.nearest_miss.by) == ("w1_4", 1.0)
+    assert drop.relaxed is not None and drop.relaxed.subnetwork == "w1_4"  # 2.5 points hold then
+    assert drop.words == (
+        "max_accuracy_drop 1.5 rules out 1 of 4 candidates; the nearest miss is w1_4 in ONNX, by "
+        "1.0 points of accuracy; with 1.0 points of accuracy more w1_4 in ONNX would be chosen: "
+        "2.00 ms, 2.5 points of accuracy below the teacher, 5.00 times as fast, 60.0 MB."
+    )
+    assert latency.nearest_miss is not None and latency.nearest_miss.by == pytest.approx(1.9)
+    assert latency.relaxed is None
+    assert latency.words.endswith("with 1.00 ms more nothing else would be chosen.")
+    assert (size.cut, size.nearest_miss, size.relaxed) == (0, None, None)
+    assert size.words == "max_size_mb 100 rules out none of 4 candidates."
+
+
+def test_a_relaxed_bound_is_what_would_be_chosen_with_it() -> None:
+    """Whatever the constraints: asking again with the wider bound gives the promised answer."""
+    for drop, ms, speedup in itertools.product((0.0, 1.6), (1.5, 3.5, 6.6), (None, 2.55, 5.05)):
+        asked = ConstraintSpec(max_accuracy_drop=drop, max_latency_ms=ms, min_speedup=speedup)
+        selection = select(FOUR, asked)
+        assert selection.explanation is not None
+        for effect in selection.explanation.effects:
+            sign = -1 if effect.constraint == "min_speedup" else 1
+            limit = effect.limit + sign * effect.relaxed_by
+            again = select(FOUR, asked.model_copy(update={effect.constraint: limit}))
+            expected = effect.relaxed.subnetwork if effect.relaxed else selection.subnetwork
+            assert again.subnetwork == expected
+
+
+def test_where_nothing_holds_the_explanation_says_what_one_unit_more_would() -> None:
+    selection = select(FOUR, ConstraintSpec(max_accuracy_drop=0.0, max_latency_ms=5.0))
+    assert selection.explanation is not None and selection.explanation.holding == 0
+    drop, latency = selection.explanation.effects
+    assert (drop.cut, drop.cut_alone) == (3, 2)
+    assert drop.relaxed is not None and drop.relaxed.subnetwork == "w1_2"
+    assert (latency.cut, latency.cut_alone, latency.relaxed) == (2, 1, None)
+    assert "(1 for this alone)" in latency.words
+
+
+def spread(candidate: Candidate, points: float, ms: float) -> Candidate:
+    """With intervals so far to both sides."""
+    drop, taken = candidate.accuracy_drop, candidate.latency_ms
+    return candidate.model_copy(
+        update={
+            "accuracy_drop_interval": Interval(
+                confidence=0.95, low=drop - points, high=drop + points
+            ),
+            "latency_interval": Interval(confidence=0.95, low=taken - ms, high=taken + ms),
+            "speedup_interval": Interval(
+                confidence=0.95, low=10 / (taken + ms), high=10 / (taken - ms)
+            ),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("constraints", "point", "sure"),
+    [
+        ({"max_accuracy_drop": 1.0}, "w1_2", "w3_4"),  # 0.4 + 0.7 points
+        ({"max_accuracy_drop": 1.2}, "w1_2", "w1_2"),
+        ({"max_accuracy_drop": 5.0, "max_latency_ms": 2.2}, "w1_4", None),  # 2.0 + 0.3 ms
+        ({"max_accuracy_drop": 5.0, "min_speedup": 4.5}, "w1_4", None),  # 10 / 2.3 times
+        ({"max_accuracy_drop": 5.0, "max_size_mb": 60}, "w1_4", "w1_4"),
+    ],
+)
+def test_with_a_confidence_the_worse_end_of_the_interval_holds(
+    constraints: dict[str, float], point: str, sure: str | None
+) -> None:
+    choices = [spread(c, points=0.7, ms=0.3) for c in FOUR]
+    assert chosen(*choices, **constraints) == point
+    assert chosen(*choices, **constraints, confidence=0.95) == sure
+
+
+def test_a_miss_with_a_confidence_says_which_end_counted() -> None:
+    asked = ConstraintSpec(max_accuracy_drop=0.1, confidence=0.95)
+    selection = select([spread(FOUR[2], points=0.7, ms=0.3)], asked)
+    assert selection.nearest[0].misses == (
+        "loses 0.4 points of accuracy (up to 1.1 points of accuracy with 95 % confidence), at "
+        "most 0.1 points allowed",
+    )
+    held = select([spread(FOUR[2], points=0.7, ms=0.3)], ConstraintSpec(confidence=0.95))
+    assert held.reason.endswith("; bounds hold with 95 % confidence.")
 
 
 def format_report(
@@ -194,6 +321,100 @@ def test_candidates_are_the_published_measured_served_formats() -> None:
     found = candidates(reports)
     assert [(c.subnetwork, c.format) for c in found] == [("w1", "paddle"), ("w1", "onnx")]
     assert (found[1].speedup, found[1].size_mb) == (2.0, 70.0)
+
+
+def latency_report(batch_size: int, seq_len: int, *, p50: float, p95: float) -> LatencyReport:
+    def within(value: float) -> tuple[Interval, ...]:
+        return tuple(
+            Interval(confidence=each, low=value * (1 - each / 10), high=value * (1 + each / 10))
+            for each in CONFIDENCES
+        )
+
+    return LatencyReport(
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p95,
+        rounds=5,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        threads=1,
+        p50_intervals=within(p50),
+        p95_intervals=within(p95),
+        p99_intervals=within(p95),
+        speedup=10 / p50,
+        speedup_intervals=within(10 / p50),
+    )
+
+
+def measured_twice(name: str, *, drop: float, small: float, large: float) -> SubnetworkReport:
+    """p50 at batch 1 and 16; p95 is twice as long."""
+    latencies = (
+        latency_report(1, 20, p50=small, p95=2 * small),
+        latency_report(16, 20, p50=large, p95=2 * large),
+    )
+    report = format_report("onnx", p50=small).model_copy(
+        update={"latency": latencies[0], "latencies": latencies, "speedup": 10 / small}
+    )
+    within = tuple(Interval(confidence=c, low=drop - c, high=drop + c) for c in CONFIDENCES)
+    return subnetwork(name, drop, report).model_copy(update={"accuracy_drop_intervals": within})
+
+
+TWICE = (
+    measured_twice("w1", drop=0.0, small=8.0, large=60.0),
+    measured_twice("w1_2", drop=0.5, small=4.0, large=50.0),
+    measured_twice("w1_4", drop=0.9, small=2.0, large=40.0),
+)
+
+
+def asked_again(**constraints: Any) -> Selection:
+    asked = ConstraintSpec.model_validate(constraints)
+    return reselect(TWICE, asked, main_metric="accuracy")
+
+
+def test_a_stored_report_is_asked_again_under_other_constraints() -> None:
+    assert asked_again(max_latency_ms=5).subnetwork == "w1_4"
+    assert asked_again(max_latency_ms=5, objective="accuracy").subnetwork == "w1_2"
+    assert asked_again(max_accuracy_drop=1, confidence=0.95).subnetwork == "w1"
+    assert asked_again(max_accuracy_drop=1.92, confidence=0.99).subnetwork == "w1_4"
+
+
+def test_latency_is_that_of_the_percentile_and_setting_asked_for() -> None:
+    batch = {"max_latency_ms": 55, "objective": "accuracy"}
+    assert asked_again(**batch).subnetwork == "w1"  # batch 1, where nothing else is said
+    at = asked_again(**batch, latency_at={"batch_size": 16})
+    assert at.subnetwork == "w1_2"
+    assert at.reason.endswith("; latency is p50 with batch_size 16.")
+    assert asked_again(**batch, latency_at={"batch_size": 16, "percentile": 95}).subnetwork is None
+    slow = asked_again(max_latency_ms=9, objective="accuracy", latency_at={"percentile": 95})
+    assert slow.subnetwork == "w1_2"
+    assert slow.explanation is not None and slow.explanation.latency == "p95"
+    found = candidates(TWICE, ConstraintSpec(latency_at={"batch_size": 16}, confidence=0.9))
+    assert [(c.latency_ms, c.speedup) for c in found] == [(60, 10 / 60), (50, 0.2), (40, 0.25)]
+    assert found[0].latency_interval is not None
+    assert found[0].latency_interval.high == pytest.approx(60 * 1.09)
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        ({"batch_size": 8}, "latency is measured with batch_size 1, 16, not 8"),
+        ({"seq_len": 128}, "latency is measured with seq_len 20, not 128"),
+        ({"threads": 2, "percentile": 99}, "latency is measured with threads 1, not 2"),
+    ],
+)
+def test_a_latency_that_was_not_measured_is_refused(at: dict[str, int], message: str) -> None:
+    with pytest.raises(InvalidSpec) as caught:
+        asked_again(max_latency_ms=5, latency_at=at)
+    assert caught.value.message == message
+    assert caught.value.pointer == f"/constraints/latency_at/{next(iter(at))}"
+
+
+def test_a_report_without_intervals_is_not_asked_for_confidence() -> None:
+    old = (subnetwork("w1", 0.0, format_report("onnx", p50=5.0)),)
+    with pytest.raises(InvalidSpec) as caught:
+        reselect(old, ConstraintSpec(max_latency_ms=9, confidence=0.95), main_metric="accuracy")
+    assert caught.value.pointer == "/constraints/confidence"
+    assert reselect(old, ConstraintSpec(max_latency_ms=9), main_metric="f1").subnetwork == "w1"
 
 
 def test_the_front_and_the_choice_are_marked() -> None:

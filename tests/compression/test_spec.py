@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from compression.spec import Spec, SupernetSpec, parse_width_mult
+from compression.spec import MAX_SETTINGS, LatencySpec, Spec, SupernetSpec, parse_width_mult
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,13 @@ def test_unknown_fields_are_refused_everywhere(section: str | None) -> None:
         {"export": {"formats": ["onnx", "onnx"]}},
         {"export": {"formats": ["torchscript"]}},
         {"constraints": {"max_latency_ms": 0}},
+        {"constraints": {"confidence": 0.8}},
+        {"constraints": {"objective": "price"}},
+        {"constraints": {"latency_at": {"percentile": 90}}},
+        {"latency": {"baselines": ["safetensors"]}},
+        {"latency": {"batch_sizes": [0]}},
+        {"latency": {"seq_lens": [1, 8]}},
+        {"latency": {"batch_sizes": list(range(2, 34))}},
         {"constraints": {"max_accuracy_drop": float("nan")}},
         {"seed": -1},
         {"seed": 2**31},
@@ -249,3 +256,18 @@ def test_the_json_schema_describes_widths_for_readers() -> None:
     items = schema["$defs"]["SupernetSpec"]["properties"]["width_mults"]["items"]
     assert {each["type"] for each in items["anyOf"]} == {"string", "number"}
     assert schema["additionalProperties"] is False
+
+
+def test_every_combination_is_a_setting_once_and_the_specs_own_comes_first() -> None:
+    spec = LatencySpec(batch_size=4, threads=2, batch_sizes=(1, 4), seq_lens=(30, 9))
+    assert spec.settings(9) == ((4, 9, 2), (1, 9, 2), (4, 30, 2), (1, 30, 2))
+    assert LatencySpec().settings(9) == ((1, 9, 1),)
+    many = LatencySpec(batch_sizes=tuple(range(2, MAX_SETTINGS + 1)))
+    assert len(many.settings(9)) == MAX_SETTINGS
+
+
+def test_a_job_from_before_the_new_fields_keeps_its_identity() -> None:
+    old = {"latency": {"rounds": 7}, "constraints": {"max_latency_ms": 8}}
+    assert Spec.model_validate(old).model_dump(mode="json", exclude_defaults=True) == {
+        "latency": {"rounds": 7}, "constraints": {"max_latency_ms": 8.0},
+    }  # fmt: skip

@@ -14,7 +14,12 @@ from compression.batches import Batch, Encoded, make_batch
 from compression.examples import TaggedExamples
 from compression.spec import TaskSpec
 from compression.tasks import make_task
-from compression.tasks.token_classification import entities, entity_scores, word_accuracy
+from compression.tasks.token_classification import (
+    entities,
+    entity_scores,
+    tag_counts,
+    word_accuracy,
+)
 from compression.tokenization import load_tokenizer
 from tests.builders import tiny_bert
 
@@ -155,12 +160,16 @@ def test_entities_by_hand(tags: str, expected: list[tuple[str, int, int]]) -> No
     assert list(entities(tags.split())) == expected
 
 
+def counts(gold: list[list[str]], found: list[list[str]]) -> np.ndarray:
+    return np.array([tag_counts(*row) for row in zip(gold, found, strict=True)])
+
+
 def test_scores_by_hand() -> None:
     gold = [["B-A", "I-A", "O"], ["B-B", "O"]]
     found = [["B-A", "I-A", "B-A"], ["B-A", "O"]]
-    assert entity_scores(gold, found) == pytest.approx((1 / 3, 1 / 2, 2 / 5))
-    assert word_accuracy(gold, found) == pytest.approx(3 / 5)
-    assert entity_scores([["O"]], [["O"]]) == (0, 0, 0)
+    assert entity_scores(counts(gold, found)) == pytest.approx((1 / 3, 1 / 2, 2 / 5))
+    assert word_accuracy(counts(gold, found)) == pytest.approx(3 / 5)
+    assert entity_scores(counts([["O"]], [["O"]])) == (0, 0, 0)
 
 
 def test_scores_are_those_of_seqeval() -> None:
@@ -175,7 +184,7 @@ def test_scores_are_those_of_seqeval() -> None:
         gold[0][0] = "B-PER"  # seqeval warns where there is no entity at all
         found = [[chooser.choice((tag, *tags)) for tag in row] for row in gold]
         found[0][0] = "B-LOC"
-        assert entity_scores(gold, found) == pytest.approx(
+        assert entity_scores(counts(gold, found)) == pytest.approx(
             (precision_score(gold, found), recall_score(gold, found), f1_score(gold, found))
         )
-        assert word_accuracy(gold, found) == pytest.approx(accuracy_score(gold, found))
+        assert word_accuracy(counts(gold, found)) == pytest.approx(accuracy_score(gold, found))

@@ -140,6 +140,25 @@ def test_the_report_is_of_a_real_compression(finished: dict[str, Any]) -> None:
     assert selection["reason"]
 
 
+def test_a_finished_job_answers_its_own_and_other_constraints(
+    client: Client, finished: dict[str, Any]
+) -> None:
+    path = f"/v1/jobs/{finished['job']['id']}/selection"
+    own = client.post(path, {"constraints": finished["job"]["spec"]["constraints"]})
+    assert own["selection"] == finished["job"]["report"]["selection"]
+    assert {artifact["id"] for artifact in own["artifacts"]} <= {
+        artifact["id"] for artifact in finished["artifacts"].values()
+    }
+    smallest = client.post(path, {"constraints": {"objective": "size"}})
+    assert smallest["selection"]["subnetwork"] == "w1_2"
+    assert "w1_2/bundle.tar.gz" in {artifact["path"] for artifact in smallest["artifacts"]}
+    none = client.post(path, {"constraints": {"min_speedup": 1000, "confidence": 0.95}})
+    assert none["selection"]["subnetwork"] is None
+    assert len(none["selection"]["nearest"]) == 3
+    (effect,) = none["selection"]["explanation"]["effects"]
+    assert effect["cut"] == none["selection"]["explanation"]["candidates"] == 4
+
+
 def test_every_published_file_is_downloadable_and_is_what_the_report_says(
     client: Client, finished: dict[str, Any], tmp_path: Path
 ) -> None:

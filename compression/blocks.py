@@ -1,0 +1,191 @@
+"""The building blocks of an encoder as ONNX files, written without the onnx package.
+
+A device that is to be profiled has ONNX Runtime and numpy; a model file is a protocol
+buffer of few kinds of fields (onnx.proto), so this module writes those itself. Weights are
+random: they change no time. Letters: B rows, T tokens, H hidden units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+OPSET = 17  # as the exported models have
+IR_VERSION = 8
+FLOAT, INT64 = 1, 7  # TensorProto.DataType
+ATTRIBUTE_FLOAT, ATTRIBUTE_INT, ATTRIBUTE_INTS = 1, 2, 7  # AttributeProto.AttributeType
+EPSILON = 1e-12
+End = tuple[str, int, Sequence[int]]  # name, type and shape of an input
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all sub-networks of an encoder share."""
+
+    hidden: int
+    head_dim: int
+    vocab_size: int
+    labels: int
+
+
+@dataclass
+class _Graph:
+    """Nodes and weights of one model, in an order of computation."""
+
+    nodes: list[bytes] = field(default_factory=list)
+    weights: list[bytes] = field(default_factory=list)
+    names: int = 0
+    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def add(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """One node; the name of its output."""
+        output = self._name()
+        parts = [_text(1, name) for name in inputs] + [_text(2, output), _text(4, op)]
+        parts += [_bytes(5, _attribute(name, value)) for name, value in attributes.items()]
+        self.nodes.append(b"".join(parts))
+        return output
+
+    def constant(self, values: npt.NDArray[Any]) -> str:
+        name = self._name()
+        kind = INT64 if values.dtype == np.int64 else FLOAT
+        parts = [_number(1, size) for size in values.shape]
+        parts += [_number(2, kind), _text(8, name), _bytes(9, values.tobytes())]
+        self.weights.append(b"".join(parts))
+        return name
+
+    def weight(self, *shape: int) -> str:
+        return self.constant(self.random.normal(0, 0.02, shape).astype(np.float32))
+
+    def linear(self, x: str, inputs: int, outputs: int) -> str:
+        product = self.add("MatMul", x, self.weight(inputs, outputs))
+        return self.add("Add", product, self.weight(outputs))
+
+    def norm(self, x: str, hidden: int) -> str:
+        scale = self.constant(np.ones(hidden, np.float32))
+        return self.add(
+            "LayerNormalization", x, scale, self.weight(hidden), axis=-1, epsilon=EPSILON
+        )
+
+    def model(self, inputs: Sequence[End], output: str, shape: Sequence[int]) -> bytes:
+        """The file, with these inputs and the one output, which is float."""
+        graph = [_bytes(1, node) for node in self.nodes] + [_text(2, "block")]
+        graph += [_bytes(5, weight) for weight in self.weights]
+        graph += [_bytes(11, _value(*each)) for each in inputs]
+        graph.append(_bytes(12, _value(output, FLOAT, shape)))
+        opset = _bytes(8, _text(1, "") + _number(2, OPSET))
+        return _number(1, IR_VERSION) + _bytes(7, b"".join(graph)) + opset
+
+    def _name(self) -> str:
+        self.names += 1
+        return f"v{self.names}"
+
+
+def call(batch_size: int, seq_len: int) -> bytes:
+    """Nothing but a call of the runtime: what each block costs beside its work."""
+    graph = _Graph()
+    ids = (batch_size, seq_len)
+    return graph.model([("ids", INT64, ids)], graph.add("Cast", "ids", to=FLOAT), ids)
+
+
+def embeddings(shape: Shape, batch_size: int, seq_len: int) -> bytes:
+    """Ids [B, T] to states [B, T, H]: words, positions, types and the norm."""
+    graph = _Graph()
+    words = graph.add("Gather", graph.weight(shape.vocab_size, shape.hidden), "ids")
+    types = graph.add("Gather", graph.weight(2, shape.hidden), "types")
+    states = graph.add("Add", graph.add("Add", words, types), graph.weight(seq_len, shape.hidden))
+    ids = (batch_size, seq_len)
+    inputs = [("ids", INT64, ids), ("types", INT64, ids)]
+    return graph.model(inputs, graph.norm(states, shape.hidden), (*ids, shape.hidden))
+
+
+def attention(shape: Shape, batch_size: int, seq_len: int, *, heads: int, layers: int) -> bytes:
+    """Self-attention of so many heads with residual and norm, `layers` times in a row."""
+    graph = _Graph()
+    units = heads * shape.head_dim
+    apart = graph.constant(np.array([0, 0, heads, shape.head_dim], np.int64))
+    together = graph.constant(np.array([0, 0, units], np.int64))
+    scale = graph.constant(np.array(shape.head_dim**-0.5, np.float32))
+    x = "x"
+    for _ in range(layers):
+        query, key, value = (
+            graph.add("Reshape", graph.linear(x, shape.hidden, units), apart) for _ in range(3)
+        )
+        query = graph.add("Mul", graph.add("Transpose", query, perm=[0, 2, 1, 3]), scale)
+        scores = graph.add("MatMul", query, graph.add("Transpose", key, perm=[0, 2, 3, 1]))
+        weights = graph.add("Softmax", graph.add("Add", scores, "mask"), axis=-1)
+        read = graph.add("MatMul", weights, graph.add("Transpose", value, perm=[0, 2, 1, 3]))
+        read = graph.add("Reshape", graph.add("Transpose", read, perm=[0, 2, 1, 3]), together)
+        x = graph.norm(graph.add("Add", x, graph.linear(read, units, shape.hidden)), shape.hidden)
+    states = (batch_size, seq_len, shape.hidden)
+    mask = (batch_size, 1, 1, seq_len)
+    return graph.model([("x", FLOAT, states), ("mask", FLOAT, mask)], x, states)
+
+
+def ffn(shape: Shape, batch_size: int, seq_len: int, *, neurons: int, layers: int) -> bytes:
+    """The feed-forward half of a layer with residual and norm, `layers` times in a row."""
+    graph = _Graph()
+    root, one, half = (graph.constant(np.array(value, np.float32)) for value in (2**0.5, 1.0, 0.5))
+    x = "x"
+    for _ in range(layers):
+        inner = graph.linear(x, shape.hidden, neurons)
+        gate = graph.add("Add", graph.add("Erf", graph.add("Div", inner, root)), one)
+        inner = graph.add("Mul", graph.add("Mul", inner, gate), half)
+        outer = graph.linear(inner, neurons, shape.hidden)
+        x = graph.norm(graph.add("Add", x, outer), shape.hidden)
+    states = (batch_size, seq_len, shape.hidden)
+    return graph.model([("x", FLOAT, states)], x, states)
+
+
+def head(shape: Shape, batch_size: int, seq_len: int) -> bytes:
+    """Pooler and classifier of the first token, [B, T, H] to [B, labels]."""
+    graph = _Graph()
+    first = graph.add("Gather", "x", graph.constant(np.array(0, np.int64)), axis=1)
+    pooled = graph.add("Tanh", graph.linear(first, shape.hidden, shape.hidden))
+    logits = graph.linear(pooled, shape.hidden, shape.labels)
+    states = (batch_size, seq_len, shape.hidden)
+    return graph.model([("x", FLOAT, states)], logits, (batch_size, shape.labels))
+
+
+# --- protocol buffers -----------------------------------------------------------------------
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # negative numbers as their two's complement
+    done = bytearray()
+    while value > 0x7F:
+        done.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*done, value])
+
+
+def _number(number: int, value: int) -> bytes:
+    return _varint(number << 3) + _varint(value)
+
+
+def _bytes(number: int, value: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _text(number: int, value: str) -> bytes:
+    return _bytes(number, value.encode())
+
+
+def _attribute(name: str, value: Any) -> bytes:
+    if isinstance(value, float):
+        number = np.array(value, "<f4").tobytes()
+        return _text(1, name) + _varint(2 << 3 | 5) + number + _number(20, ATTRIBUTE_FLOAT)
+    if isinstance(value, int):
+        return _text(1, name) + _number(3, value) + _number(20, ATTRIBUTE_INT)
+    numbers = b"".join(_number(8, each) for each in value)
+    return _text(1, name) + numbers + _number(20, ATTRIBUTE_INTS)
+
+
+def _value(name: str, kind: int, shape: Sequence[int]) -> bytes:
+    """An end of the graph."""
+    sizes = b"".join(_bytes(1, _number(1, size)) for size in shape)
+    tensor = _number(1, kind) + _bytes(2, sizes)
+    return _text(1, name) + _bytes(2, _bytes(1, tensor))
