@@ -41,8 +41,18 @@ from compression.encoder import (
 )
 from compression.errors import DeviceUnavailable, Interrupted, OutOfMemory
 from compression.evaluate import largest_difference, padded_logits, predict
-from compression.export import Exported, export_formats, format_report, graph_inputs, verify
+from compression.export import (
+    EXPORTERS,
+    Exported,
+    Int8Source,
+    export_formats,
+    format_report,
+    graph_inputs,
+    verify,
+)
+from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.importance import measure_importance
+from compression.int8 import Judge, Outcome, pass_gate
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.ranks import ALONE, Group, join, started
 from compression.reference import run as reference
@@ -61,10 +71,17 @@ from compression.report import (
     TrainingReport,
 )
 from compression.runtime_env import core_count, cpu_name, paddle_version, replica_count
-from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
+from compression.spec import (
+    INT8_FORMATS,
+    SERVED_FORMATS,
+    DistillationSpec,
+    Format,
+    Spec,
+    fp32_format,
+)
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.tables import Columns, profile, read_splits, shared_rows
-from compression.tasks import Task, make_task
+from compression.tasks import Predictions, Task, make_task
 from compression.teachers import Checkpoint, read_checkpoint
 from compression.teachers.config import EncoderConfig
 from compression.tokenization import load_tokenizer, save_tokenizer
@@ -76,6 +93,7 @@ SECTIONS = {"teacher": "teacher", "distil": "distillation", "final": "final"}  #
 UNITS = ("heads", "neurons")
 TEACHER = "teacher"
 REFERENCE = "reference"
+INT8 = "int8"
 RANKS = "ranks"
 BUNDLE = "bundle.tar.gz"
 
@@ -132,16 +150,18 @@ def compress(
     teacher, supernet, subnetworks = learnt.teacher, learnt.supernet, learnt.subnetworks
     trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
     with stages("evaluate") as advance:
-        metrics = []
+        metrics, dev_logits = [], {}
         for i, subnetwork in enumerate(subnetworks, start=1):
             logits = predict(
                 supernet, job.splits["dev"], subnetwork=subnetwork, threads=job.replicas
             )
+            dev_logits[subnetwork.name] = logits
             metrics.append(job.task.metrics(logits, job.splits["dev"]))
             accuracy = metrics[-1][job.task.main_metric]
             advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
     with stages("export") as advance:
         weights = numpy_weights(supernet)
+        int8 = int8_sources(job, subnetworks, run_dir / "work" / INT8)
         exported = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
             small = extract(teacher.config, weights, subnetwork)
@@ -150,17 +170,32 @@ def compress(
                 small,
                 artifacts / subnetwork.name,
                 labels=job.plan.label_names,
+                int8=int8.get(subnetwork.name),
             )
             advance(i, len(subnetworks) + 1, subnetwork=subnetwork.name)
-        served = [fmt for fmt in SERVED_FORMATS if fmt in spec.export.formats]
+        asked = {fp32_format(fmt) for fmt in spec.export.formats}
+        served = [fmt for fmt in SERVED_FORMATS if fmt in asked]
         teacher_dir = run_dir / "work" / TEACHER
         teacher_files = export_formats(served, teacher, teacher_dir, labels=job.plan.label_names)
         advance(len(subnetworks) + 1, len(subnetworks) + 1, subnetwork=TEACHER)
     with stages("verify") as advance:
         formats: dict[str, list[FormatReport]] = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
+            in_int8 = pass_int8_gate(
+                job,
+                exported[subnetwork.name],
+                int8.get(subnetwork.name),
+                expected=dev_logits[subnetwork.name],
+                teacher_accuracy=teacher_accuracy,
+            )
             formats[subnetwork.name] = pass_parity_gate(
-                job, supernet, subnetwork, exported[subnetwork.name], artifacts, run_dir / "work"
+                job,
+                supernet,
+                subnetwork,
+                exported[subnetwork.name],
+                in_int8,
+                artifacts,
+                run_dir / "work",
             )
             advance(i, len(subnetworks), subnetwork=subnetwork.name)
     with stages("measure") as advance:
@@ -693,10 +728,14 @@ def pass_parity_gate(
     supernet: Encoder,
     subnetwork: Subnetwork,
     exported: Mapping[Format, Exported],
+    in_int8: Mapping[Format, Outcome],
     artifacts: Path,
     work: Path,
 ) -> list[FormatReport]:
-    """Compares each format, reloaded in a fresh process, with the supernet on dev rows."""
+    """Compares each format, reloaded in a fresh process, with the supernet on dev rows.
+
+    Of int8 formats, whose own gate `in_int8` tells of, logits must only be finite and as many.
+    """
     rows = job.splits["dev"].take(range(min(PARITY_ROWS, len(job.splits["dev"]))))
     folder = work / "parity" / subnetwork.name
     folder.mkdir(parents=True)
@@ -705,21 +744,88 @@ def pass_parity_gate(
     np.savez(reference, logits=padded_logits(predict(supernet, rows, subnetwork=subnetwork)))
     reports = []
     for fmt, files in exported.items():
-        parity = None
+        parity, outcome = None, in_int8.get(fmt)
+        tolerance = PARITY_TOLERANCE if outcome is None else None
+        if outcome is not None and outcome.error is not None:
+            files = dataclasses.replace(files, error=outcome.error)
         if files.error is None:
             parity = verify(
-                fmt, files.folder, batch=batch, reference=reference, tolerance=PARITY_TOLERANCE
+                fmt,
+                files.folder,
+                batch=batch,
+                reference=reference,
+                tolerance=math.inf if tolerance is None else tolerance,
             )
-        reports.append(
-            format_report(
-                files,
-                parity,
-                root=artifacts / subnetwork.name,
-                rows=len(rows),
-                tolerance=PARITY_TOLERANCE,
-            )
+        report = format_report(
+            files,
+            parity,
+            root=artifacts / subnetwork.name,
+            rows=len(rows),
+            tolerance=tolerance,
         )
+        reports.append(report if outcome is None else outcome.told(report, job.spec.export.int8))
     return reports
+
+
+def int8_sources(
+    job: Job, subnetworks: Sequence[Subnetwork], folder: Path
+) -> dict[str, Int8Source]:
+    """What int8 formats are made from, by sub-network; calibration is a seeded sample of train.
+
+    Empty where the spec asks for no int8.
+    """
+    if not set(INT8_FORMATS) & set(job.spec.export.formats):
+        return {}
+    rows = job.splits["train"]
+    sample = np.random.default_rng([job.spec.seed, 4]).permutation(len(rows))
+    sample = sample[: job.spec.export.int8.calibration_rows]
+    folder.mkdir(parents=True)
+    calibration = folder / "calibration.npz"
+    np.savez(calibration, **pad(rows, sample, pad_id=job.checkpoint.config.pad_token_id))
+    sources = {}
+    for subnetwork in subnetworks:
+        (folder / subnetwork.name).mkdir()
+        sources[subnetwork.name] = Int8Source(calibration, folder / subnetwork.name)
+    return sources
+
+
+def pass_int8_gate(
+    job: Job,
+    exported: Mapping[Format, Exported],
+    source: Int8Source | None,
+    *,
+    expected: Predictions,
+    teacher_accuracy: float,
+) -> dict[Format, Outcome]:
+    """What became of each int8 format; a file may hold parts in fp32 afterwards.
+
+    `expected`: the sub-network's logits of dev.
+    """
+    if source is None:
+        return {}
+    dev, bound = job.splits["dev"], job.spec.constraints.max_accuracy_drop
+    own_drop = 100 * (teacher_accuracy - job.task.score(expected, dev))
+    judge = Judge(
+        task=job.task,
+        dev=dev,
+        expected=expected,
+        spec=job.spec.export.int8,
+        max_drop=bound if bound is not None and own_drop <= bound else None,
+        teacher_accuracy=teacher_accuracy,
+        batch_size=job.spec.latency.batch_size,
+        pad_token_id=job.checkpoint.config.pad_token_id,
+        folder=source.folder,
+    )
+    outcomes = {}
+    for fmt, files in exported.items():
+        exporter = EXPORTERS[fmt]
+        if isinstance(exporter, OnnxInt8Exporter):
+            outcomes[fmt] = (
+                pass_gate(exporter, files, judge, source)
+                if files.error is None
+                else Outcome(None, error=files.error)
+            )
+    return outcomes
 
 
 def measure_latency(
@@ -752,11 +858,14 @@ def measure_latency(
 def with_latency(
     name: str, formats: Sequence[FormatReport], measured: Mapping[str, LatencyReport]
 ) -> tuple[FormatReport, ...]:
-    """The formats' reports with latency, and speed-up against the teacher in the same runtime."""
+    """The formats' reports with latency, and speed-up against the teacher in the same runtime.
+
+    The teacher is in fp32 there: what int8 gains is part of the speed-up.
+    """
     done = []
     for report in formats:
         own = measured.get(f"{name}/{report.format}")
-        teacher = measured.get(f"{TEACHER}/{report.format}")
+        teacher = measured.get(f"{TEACHER}/{fp32_format(report.format)}")
         speedup = teacher.p50_ms / own.p50_ms if own and teacher else None
         done.append(report.model_copy(update={"latency": own, "speedup": speedup}))
     return tuple(done)

@@ -19,6 +19,8 @@ PREFERRED_DROP = 1.0  # points; what "about as good as the teacher" means where 
 NEAREST = 3
 FORMAT_NAMES: dict[Format, str] = {
     "onnx": "ONNX",
+    "onnx-int8-dynamic": "ONNX in dynamic INT8",
+    "onnx-int8-static": "ONNX in static INT8",
     "paddle": "Paddle Inference",
     "safetensors": "safetensors",
 }
@@ -82,7 +84,9 @@ def candidates(subnetworks: Iterable[SubnetworkReport]) -> tuple[Candidate, ...]
         Candidate(
             subnetwork=subnetwork.name,
             format=report.format,
-            accuracy_drop=subnetwork.accuracy_drop,
+            accuracy_drop=(
+                subnetwork.accuracy_drop if report.accuracy_drop is None else report.accuracy_drop
+            ),
             latency_ms=report.latency.p50_ms,
             speedup=report.speedup if report.speedup is not None else math.nan,
             size_mb=report.size_bytes / 1e6,

@@ -12,7 +12,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,6 +56,20 @@ class QuestionAnswering(Task):
     def of(cls, spec: TaskSpec, labels: Sequence[str]) -> QuestionAnswering:
         return cls(tuple(labels), spec.main_metric, spec.overlap, spec.max_answer_length)
 
+    def decisions(self, predictions: Predictions, data: Encoded) -> Sequence[Hashable]:
+        """Each question's answer, in the order of the dataset."""
+        return list(self._answers(predictions, data).values())
+
+    def _answers(self, predictions: Predictions, data: Encoded) -> dict[int, str]:
+        """The best answer in all windows of each question, by the number of its row."""
+        assert data.references is not None
+        best: dict[int, tuple[float, str]] = {}
+        for logits, asked in zip(predictions, data.references, strict=True):
+            row = asked.window.row
+            found = best_answer(logits, asked.window, asked.context, self.max_answer_length)
+            best[row] = max(best.get(row, (-np.inf, "")), found, key=lambda pair: pair[0])
+        return {row: text for row, (_, text) in best.items()}
+
     def label_loss(self, logits: Tensor, batch: Batch, *, total: Count | None = None) -> Tensor:
         """Cross-entropy of logits [B, T, 2] against labels [B, T, 2]: mean of start and end."""
         return self._mean(batch.labels.astype("float32"), logits, batch, total)
@@ -73,15 +87,10 @@ class QuestionAnswering(Task):
     def metrics(self, predictions: Predictions, data: Encoded) -> dict[str, float]:
         """Over the questions, each with the best answer of all its windows."""
         assert data.references is not None
-        best: dict[int, tuple[float, str]] = {}
-        answers: dict[int, tuple[str, ...]] = {}
-        for logits, asked in zip(predictions, data.references, strict=True):
-            row = asked.window.row
-            found = best_answer(logits, asked.window, asked.context, self.max_answer_length)
-            best[row] = max(best.get(row, (-np.inf, "")), found, key=lambda pair: pair[0])
-            answers[row] = asked.answers
-        exact = [max(exact_match(best[row][1], gold) for gold in answers[row]) for row in best]
-        overlap = [max(token_f1(best[row][1], gold) for gold in answers[row]) for row in best]
+        best = self._answers(predictions, data)
+        answers = {asked.window.row: asked.answers for asked in data.references}
+        exact = [max(exact_match(best[row], gold) for gold in answers[row]) for row in best]
+        overlap = [max(token_f1(best[row], gold) for gold in answers[row]) for row in best]
         return {"f1": float(np.mean(overlap)), "exact_match": float(np.mean(exact))}
 
     def encode(self, tokenizer: Tokenizer, examples: AskedExamples, max_seq_len: int) -> Encoded:
