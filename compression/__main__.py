@@ -1,4 +1,7 @@
-"""The same job without the service: python -m compression --model DIR --dataset DIR --out DIR."""
+"""The same job without the service: python -m compression --model DIR --dataset DIR --out DIR.
+
+`python -m compression schema` prints the JSON Schema of a bundle's manifest.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,6 +23,7 @@ from tqdm import tqdm
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import resumed_variables
 from compression.errors import CompressionError, Interrupted, InvalidDataset
+from compression.manifest import schema_bytes
 from compression.report import CompressionReport, Progress
 from compression.runtime_env import cpu_vendor, training_environment
 from compression.spec import Spec
@@ -99,8 +103,32 @@ def read_spec(path: Path | None) -> Spec:
     return Spec.model_validate(yaml.safe_load(path.read_text()) or {}) if path else Spec()
 
 
+def schema_command(arguments: list[str]) -> int:
+    """Prints the JSON Schema of a bundle's manifest."""
+    argparse.ArgumentParser(
+        prog="python -m compression schema", description=schema_command.__doc__
+    ).parse_args(arguments)
+    print(schema_bytes().decode(), end="")
+    return 0
+
+
+COMMANDS: Mapping[str, Callable[[list[str]], int]] = {"schema": schema_command}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m compression", description=__doc__)
+    """Runs a job, or the command that the first argument names; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
+    return compress_command(arguments)
+
+
+def compress_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m compression",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", type=Path, required=True, help="folder of the fine-tuned model")
     parser.add_argument(
         "--dataset", type=Path, required=True, help="folder of train/dev/test files"

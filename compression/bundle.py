@@ -1,6 +1,7 @@
 """The download of one sub-network: a .tar.gz that runs and explains itself.
 
     <name>/manifest.json     spec, provenance, metrics, SHA-256 and size of each file
+    <name>/manifest.schema.json    its JSON Schema
     <name>/MODEL_CARD.md     the same for people
     <name>/predict.py        runs it without this service
     <name>/onnx|paddle|safetensors/...
@@ -14,18 +15,31 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
 import os
 import tarfile
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from pydantic import Field
 
 from compression.export import EXPORTERS, INPUTS, OUTPUT, sha256_of
+from compression.manifest import (
+    MANIFEST,
+    SCHEMA,
+    VERSION,
+    AllMetrics,
+    Figures,
+    Manifest,
+    ManifestFormat,
+    ManifestMetrics,
+    ManifestProvenance,
+    ManifestSubnetwork,
+    ManifestTask,
+    Provenance,
+    Tensor,
+    fingerprint,
+    to_bytes,
+)
 from compression.report import (
     METRIC_NAMES,
     DatasetReport,
@@ -35,9 +49,8 @@ from compression.report import (
     TeacherReport,
 )
 from compression.selection import FORMAT_NAMES
-from compression.spec import Frozen, Spec, TaskSpec
+from compression.spec import Spec, TaskSpec
 
-MANIFEST_VERSION = 1
 GZIP_LEVEL = 1  # trained weights hardly compress: 8 % here, 9 % at level 6
 KIND_NAMES = {  # what the model of a task is called
     "classification": "classifier",
@@ -47,13 +60,6 @@ KIND_NAMES = {  # what the model of a task is called
     "question_answering": "model that finds answers",
 }
 PREDICT_SOURCE = Path(__file__).with_name("bundle_predict.py")
-
-
-class Provenance(Frozen):
-    """SHA-256 of every input file, by its path in its folder."""
-
-    model: Mapping[str, str] = Field(description="Files of the uploaded model.")
-    dataset: Mapping[str, str] = Field(description="Files of the uploaded dataset.")
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ def write_bundle(
     written = {
         "MODEL_CARD.md": model_card(facts).encode(),
         "predict.py": PREDICT_SOURCE.read_bytes(),
+        SCHEMA.name: SCHEMA.read_bytes(),
     }
     known = {file.path: file for file in _published_files(facts.subnetwork)}
     files = [known.get(name) or _file_report(name, path) for name, path in stored.items()]
@@ -101,80 +108,67 @@ def write_bundle(
         for name, data in written.items()
     ]
     manifest = build_manifest(facts, sorted(files, key=lambda file: file.path))
-    written["manifest.json"] = (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode()
+    written[MANIFEST] = to_bytes(manifest)
     _write_archive(out, facts.subnetwork.name, stored, written)
     return _file_report(out.name, out)
 
 
-def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> dict[str, Any]:
-    """The manifest as a JSON object. Key order is fixed, so equal facts give equal bytes."""
+def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> Manifest:
+    """The manifest of a bundle with these files."""
     subnetwork, teacher, dataset = facts.subnetwork, facts.teacher, facts.dataset
-    return {
-        "widthwise_bundle": MANIFEST_VERSION,
-        "name": subnetwork.name,
-        "task": {
-            "kind": facts.spec.task.kind,
-            "text": dataset.text,
-            "text_pair": dataset.text_pair,
-            "labels": list(dataset.label_names),
-            "max_seq_len": facts.spec.task.max_seq_len,
-            "pad_token_id": facts.pad_token_id,
-            **_windows(facts.spec.task),
-        },
-        "inputs": [
-            {"name": name, "dtype": "int64", "shape": ["batch", "length"]} for name in facts.inputs
-        ],
-        "output": {
-            "name": OUTPUT,  # in ONNX; Paddle Inference numbers its one output
-            "dtype": "float32",
-            "shape": [
-                "batch",
-                *(["length"] if facts.spec.task.head == "token" else []),
-                len(dataset.label_names),
-            ],
-        },
-        "formats": {
-            report.format: {
-                "files": [file.path for file in report.files],
-                "size_bytes": report.size_bytes,
-                "parity_max_abs": report.parity_max_abs,
-                "parity_rows": report.parity_rows,
-                "parity_tolerance": report.parity_tolerance,
-                "latency": report.latency.model_dump(mode="json") if report.latency else None,
-                "speedup": report.speedup,
-                "run_with": dict(EXPORTERS[report.format].describe()),
-            }
+    task = facts.spec.task
+    windows = task.kind == "question_answering"
+    length = ("length",) if task.head == "token" else ()
+    return Manifest(
+        widthwise_bundle=VERSION,
+        name=subnetwork.name,
+        task=ManifestTask(
+            kind=task.kind,
+            text=dataset.text,
+            text_pair=dataset.text_pair,
+            labels=dataset.label_names,
+            max_seq_len=task.max_seq_len,
+            pad_token_id=facts.pad_token_id,
+            overlap=task.overlap if windows else None,
+            max_answer_length=task.max_answer_length if windows else None,
+        ),
+        inputs=tuple(
+            Tensor(name=name, dtype="int64", shape=("batch", "length")) for name in facts.inputs
+        ),
+        output=Tensor(  # named so in ONNX; Paddle Inference numbers its one output
+            name=OUTPUT, dtype="float32", shape=("batch", *length, len(dataset.label_names))
+        ),
+        formats={
+            report.format: ManifestFormat(
+                **dict(report), run_with=dict(EXPORTERS[report.format].describe())
+            )
             for report in subnetwork.formats
             if report.published
         },
-        "metrics": {
-            "metric": facts.spec.task.main_metric,
-            "teacher": {"dev": teacher.accuracy, "test": teacher.test_accuracy},
-            "subnetwork": {"dev": subnetwork.accuracy, "test": subnetwork.test_accuracy},
-            "all_on_dev": {
-                "teacher": dict(teacher.metrics),
-                "subnetwork": dict(subnetwork.metrics),
-            },
-            "accuracy_drop_points": subnetwork.accuracy_drop,
-            "parameters": subnetwork.parameters,
-            "teacher_parameters": teacher.parameters,
-            "flops": subnetwork.flops,
-        },
-        "subnetwork": {
-            "width_mult": str(subnetwork.width_mult),
-            "heads": list(subnetwork.heads),
-            "ffn": list(subnetwork.ffn),
-        },
-        "provenance": {
-            **facts.provenance.model_dump(mode="json"),
-            "rows": dict(dataset.rows),
-            "notes": list(dataset.notes),
-            "seed": facts.spec.seed,
-            "environment": dict(facts.environment),
-        },
-        "spec": facts.spec.model_dump(mode="json"),
-        "files": [file.model_dump(mode="json") for file in files],
-    }
+        metrics=ManifestMetrics(
+            metric=task.main_metric,
+            teacher=Figures(dev=teacher.accuracy, test=teacher.test_accuracy),
+            subnetwork=Figures(dev=subnetwork.accuracy, test=subnetwork.test_accuracy),
+            all_on_dev=AllMetrics(teacher=teacher.metrics, subnetwork=subnetwork.metrics),
+            accuracy_drop_points=subnetwork.accuracy_drop,
+            parameters=subnetwork.parameters,
+            teacher_parameters=teacher.parameters,
+            flops=subnetwork.flops,
+        ),
+        subnetwork=ManifestSubnetwork(
+            width_mult=str(subnetwork.width_mult), heads=subnetwork.heads, ffn=subnetwork.ffn
+        ),
+        provenance=ManifestProvenance(
+            **dict(facts.provenance),
+            rows=dataset.rows,
+            notes=dataset.notes,
+            seed=facts.spec.seed,
+            environment=facts.environment,
+            device_fingerprint=fingerprint(facts.environment),
+        ),
+        spec=facts.spec.model_dump(mode="json"),
+        files=tuple(files),
+    )
 
 
 def model_card(facts: BundleFacts) -> str:
@@ -274,12 +268,6 @@ def _too_long(task: TaskSpec) -> str:
             f"half of one is cut. An answer has at most {task.max_answer_length} tokens."
         )
     return f"Inputs longer than {task.max_seq_len} tokens are cut."
-
-
-def _windows(task: TaskSpec) -> dict[str, int]:
-    if task.kind != "question_answering":
-        return {}
-    return {"overlap": task.overlap, "max_answer_length": task.max_answer_length}
 
 
 def _answer(facts: BundleFacts) -> str:
@@ -416,7 +404,6 @@ def _code(text: str) -> str:
 
 __all__ = [
     "BundleFacts",
-    "Provenance",
     "build_manifest",
     "input_digests",
     "model_card",

@@ -118,7 +118,7 @@ def load_paddle(files: dict[str, Path]) -> Callable[[dict[str, Any]], Any]:
 
 
 def load(manifest: dict[str, Any], fmt: str) -> Callable[[dict[str, Any]], Any]:
-    names = manifest["formats"][fmt]["files"]
+    names = [entry["path"] for entry in manifest["formats"][fmt]["files"]]
     files = {Path(name).name: need_file(name) for name in names}
     return load_onnx(files) if fmt == "onnx" else load_paddle(files)
 

@@ -21,7 +21,7 @@ import paddle
 
 from compression import cost, latency, selection
 from compression.batches import Encoded, pad, sorted_rows
-from compression.bundle import BundleFacts, Provenance, input_digests, write_bundle
+from compression.bundle import BundleFacts, input_digests, write_bundle
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import (
     Checkpoints,
@@ -53,6 +53,7 @@ from compression.export import (
 from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.importance import measure_importance
 from compression.int8 import Judge, Outcome, pass_gate
+from compression.manifest import Provenance, code_digest
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.ranks import ALONE, Group, join, started
 from compression.reference import run as reference
@@ -271,7 +272,11 @@ def compress(
         )
     with stages("bundle") as advance:
         tokenizer_files = save_tokenizer(model_dir, run_dir / "work" / "tokenizer")
-        provenance = Provenance(model=input_digests(model_dir), dataset=input_digests(dataset_dir))
+        provenance = Provenance(
+            model=input_digests(model_dir),
+            dataset=input_digests(dataset_dir),
+            code=code_digest(),
+        )
         for i, subnetwork_report in enumerate(reports, start=1):
             facts = BundleFacts(
                 spec=spec,

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,14 +16,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import paddle
 import pytest
 
 from compression.batches import Encoded, pad
-from compression.bundle import BundleFacts, Provenance, input_digests, model_card, write_bundle
+from compression.bundle import BundleFacts, input_digests, model_card, write_bundle
 from compression.encoder import Encoder, build_encoder
 from compression.export import Parity, export_formats, format_report
+from compression.manifest import SCHEMA, Manifest, Provenance, code_digest, schema_bytes
 from compression.report import (
     DatasetReport,
     FileReport,
@@ -41,6 +44,21 @@ TEXTS = ["a good film", "the story was dull , slow and very very very long", "mu
 LABELS = ("rotten", "fresh")
 MAX_SEQ_LEN = 8
 FORMATS: tuple[Format, ...] = ("safetensors", "paddle", "onnx")
+WRITE_AGAIN = """
+import dataclasses, pickle, sys
+from pathlib import Path
+from compression.bundle import write_bundle
+
+source, folder, tokenizer, out = map(Path, sys.argv[1:])
+facts = pickle.loads(source.read_bytes())
+environment = dict(reversed(facts.environment.items()))
+write_bundle(
+    out,
+    dataclasses.replace(facts, environment=environment),
+    subnetwork_dir=folder,
+    tokenizer_files=sorted(tokenizer.iterdir(), reverse=True),
+)
+"""
 
 
 @dataclass(frozen=True)
@@ -108,7 +126,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
             accuracy_drop=0.4,
             formats=tuple(served),
         ),
-        provenance=Provenance(model=input_digests(model), dataset={"train.csv": "ab" * 32}),
+        provenance=Provenance(
+            model=input_digests(model), dataset={"train.csv": "ab" * 32}, code=code_digest()
+        ),
         environment={"cpu": "a processor", "paddle": "3.3.1"},
         pad_token_id=checkpoint.config.pad_token_id,
     )
@@ -165,6 +185,30 @@ def test_equal_inputs_give_equal_bytes(case: Case, tmp_path: Path) -> None:
     ).read_bytes()
 
 
+def test_another_process_and_hour_give_equal_bytes(case: Case, tmp_path: Path) -> None:
+    """From copies elsewhere, with facts that were read back from JSON in another order."""
+    first = case.write(tmp_path / "bundle.tar.gz")
+    (tmp_path / "facts.pickle").write_bytes(pickle.dumps(case.facts))
+    folder = shutil.copytree(case.folder, tmp_path / "elsewhere" / "network")
+    tokenizer = shutil.copytree(case.tokenizer_files[0].parent, tmp_path / "elsewhere/tokenizer")
+    for path in (tmp_path / "elsewhere").rglob("*"):
+        os.utime(path, (86400, 86400))
+        path.chmod(0o700)
+    out = tmp_path / "elsewhere" / "other name.gz"
+    done = subprocess.run(
+        [sys.executable, "-c", WRITE_AGAIN, tmp_path / "facts.pickle", folder, tokenizer, out],
+        cwd=Path(__file__).resolve().parents[2],
+        env={**os.environ, "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7"},
+        umask=0o077,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert hashlib.sha256(out.read_bytes()).hexdigest() == first.sha256
+
+
 def test_the_archive_holds_what_it_should_in_one_folder(case: Case, tmp_path: Path) -> None:
     report = case.write(tmp_path / "bundle.tar.gz")
     data = (tmp_path / "bundle.tar.gz").read_bytes()
@@ -181,6 +225,7 @@ def test_the_archive_holds_what_it_should_in_one_folder(case: Case, tmp_path: Pa
         for name in (
             "MODEL_CARD.md",
             "manifest.json",
+            "manifest.schema.json",
             "onnx/model.onnx",
             "paddle/inference.json",
             "paddle/inference.pdiparams",
@@ -216,9 +261,43 @@ def test_the_manifest_tells_where_it_came_from(case: Case, unpacked: Path) -> No
     assert manifest["provenance"]["seed"] == 7
     assert manifest["provenance"]["environment"] == case.facts.environment
     assert manifest["task"]["labels"] == list(LABELS)
+    assert manifest["provenance"]["code"] == code_digest()
     assert manifest["metrics"]["teacher"] == {"dev": 0.8555, "test": None}
     assert manifest["formats"]["onnx"]["parity_max_abs"] == 3e-7
     assert manifest["formats"]["onnx"]["latency"]["p50_ms"] == 3.72
+
+
+def test_the_manifest_is_valid_by_the_schema_beside_it(unpacked: Path) -> None:
+    """Checked by the jsonschema library, which knows nothing of our models."""
+    schema = json.loads((unpacked / "manifest.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    text = (unpacked / "manifest.json").read_text()
+    manifest = json.loads(text)
+    assert [error.message for error in validator.iter_errors(manifest)] == []
+    assert Manifest.model_validate_json(text).name == "w1_2"
+    manifest["formats"]["onnx"]["files"][0].pop("sha256")  # it is one that can refuse
+    manifest["surprise"] = 1
+    assert len(list(validator.iter_errors(manifest))) == 2
+
+
+def test_the_schema_on_disk_is_the_models() -> None:
+    """After a change: python -m compression schema > compression/manifest.schema.json"""
+    assert SCHEMA.read_bytes() == schema_bytes()
+
+
+def test_the_code_digest_changes_with_any_source_and_with_nothing_else(tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    (package / "inner").mkdir(parents=True)
+    (package / "inner" / "a.py").write_text("a = 1\n")
+    (package / "notes.txt").write_text("one")
+    before = code_digest(package)
+    (package / "notes.txt").write_text("two")
+    assert code_digest(package) == before
+    (package / "inner" / "a.py").rename(package / "a.py")
+    moved = code_digest(package)
+    (package / "a.py").write_text("a = 2\n")
+    assert len({before, moved, code_digest(package)}) == 3
 
 
 @pytest.mark.parametrize("fmt", ["onnx", "paddle"])
@@ -277,7 +356,7 @@ def test_predict_falls_back_to_paddle_where_there_is_no_onnx(case: Case, tmp_pat
     np.testing.assert_allclose(probabilities(done.stdout), expected(case, TEXTS), atol=1e-5)
     refused = predict(folder, "--format", "onnx", "music")
     assert refused.returncode == 1
-    assert "this bundle has no onnx model; it has: safetensors, paddle" in refused.stderr
+    assert "this bundle has no onnx model; it has: paddle, safetensors" in refused.stderr
 
 
 @pytest.mark.parametrize(
