@@ -16,7 +16,7 @@ import numpy as np
 
 from compression.batches import Encoded, pad
 from compression.errors import ExportFailed
-from compression.export import Exported, Int8Source, answers
+from compression.export import Exported, Int8Source, served_logits
 from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.report import FormatReport
 from compression.spec import Int8Spec
@@ -48,7 +48,7 @@ class Judge:
         if not rows.exists():
             everything = range(len(self.dev))
             np.savez(rows, **pad(self.dev, everything, pad_id=self.pad_token_id))
-        logits = answers(
+        logits = served_logits(
             files.format,
             files.folder,
             rows=rows,

@@ -55,12 +55,12 @@ __all__ = [
     "Exported",
     "Int8Source",
     "Parity",
-    "answers",
     "export",
     "export_formats",
     "format_report",
     "graph_inputs",
     "served_bytes",
+    "served_logits",
     "sha256_of",
     "verify",
 ]
@@ -161,7 +161,7 @@ def verify(
     return Parity(max_abs, None)
 
 
-def answers(
+def served_logits(
     fmt: Format,
     folder: Path,
     *,
