@@ -19,8 +19,8 @@ PREFERRED_DROP = 1.0  # points; what "about as good as the teacher" means where 
 NEAREST = 3
 FORMAT_NAMES: dict[Format, str] = {
     "onnx": "ONNX",
-    "onnx-int8-dynamic": "ONNX in dynamic INT8",
-    "onnx-int8-static": "ONNX in static INT8",
+    "onnx-int8-dynamic": "ONNX (dynamic INT8)",
+    "onnx-int8-static": "ONNX (static INT8)",
     "paddle": "Paddle Inference",
     "safetensors": "safetensors",
 }
@@ -133,28 +133,25 @@ def with_decisions(
 ) -> tuple[SubnetworkReport, ...]:
     """The sub-networks with `pareto` and `selected` set.
 
-    The front is over the accuracy drop and the p50 of the fastest served format.
+    The front is that of the candidates, over accuracy drop and p50: a sub-network is on it with
+    any of its formats, because one in int8 has an accuracy of its own.
     """
-    front = pareto_front([(s.accuracy_drop, _fastest_ms(s)) for s in subnetworks])
+    choices = candidates(subnetworks)
+    front = pareto_front([(each.accuracy_drop, each.latency_ms) for each in choices])
+    best = {each.subnetwork for each, on_front in zip(choices, front, strict=True) if on_front}
     return tuple(
         subnetwork.model_copy(
-            update={"pareto": on_front, "selected": subnetwork.name == selection.subnetwork}
+            update={
+                "pareto": subnetwork.name in best,
+                "selected": subnetwork.name == selection.subnetwork,
+            }
         )
-        for subnetwork, on_front in zip(subnetworks, front, strict=True)
+        for subnetwork in subnetworks
     )
 
 
 def _is_measured(report: FormatReport) -> bool:
     return report.published and report.format in SERVED_FORMATS and report.latency is not None
-
-
-def _fastest_ms(subnetwork: SubnetworkReport) -> float:
-    times = [
-        report.latency.p50_ms
-        for report in subnetwork.formats
-        if _is_measured(report) and report.latency is not None
-    ]
-    return min(times, default=math.nan)
 
 
 def _is_finite(candidate: Candidate) -> bool:

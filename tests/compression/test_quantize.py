@@ -25,6 +25,7 @@ from compression.export import (
     verify,
 )
 from compression.export.answers import logits_of
+from compression.export.base import Arrays
 from compression.export.fresh import run_fresh
 from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.int8 import Judge, flipped_share, growing, pass_gate
@@ -280,6 +281,23 @@ def test_calibration_batches_hold_every_row_once_without_more_padding_than_neede
     assert sum(int(batch["attention_mask"].sum()) for batch in met) == rows["attention_mask"].sum()
     assert all(batch["attention_mask"].any(axis=0).all() for batch in met)
     assert sum(len(batch["input_ids"]) for batch in met) == 40
+
+
+def test_tokens_logits_come_back_at_their_rows_with_zeros_at_padding() -> None:
+    rows = pad(random_rows(7), range(7), pad_id=0)
+    seen: list[tuple[int, ...]] = []
+
+    def run(batch: Arrays) -> np.ndarray:
+        ids = batch["input_ids"]
+        seen.append(ids.shape)
+        return np.stack([ids + 1, -ids - 1], axis=-1).astype(np.float32)  # [B, T, 2]
+
+    found = logits_of(run, rows, batch_size=3)
+    ids, mask = rows["input_ids"], rows["attention_mask"]
+    np.testing.assert_array_equal(found[..., 0], (ids + 1) * mask)
+    np.testing.assert_array_equal(found[..., 1], -(ids + 1) * mask)
+    lengths = mask.sum(axis=1)
+    assert seen == [(3, lengths[:3].max()), (3, lengths[3:6].max()), (1, lengths[6])]
 
 
 def test_of_scores_the_metrics_loss_stands_for_flipped_answers() -> None:
