@@ -162,7 +162,8 @@ def compress(
             advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
     with stages("export") as advance:
         weights = numpy_weights(supernet)
-        int8 = int8_sources(job, subnetworks, run_dir / "work" / INT8)
+        names = [subnetwork.name for subnetwork in subnetworks]
+        int8 = int8_sources(job, names, run_dir / "work" / INT8)
         exported = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
             small = extract(teacher.config, weights, subnetwork)
@@ -772,9 +773,7 @@ def pass_parity_gate(
     return reports
 
 
-def int8_sources(
-    job: Job, subnetworks: Sequence[Subnetwork], folder: Path
-) -> dict[str, Int8Source]:
+def int8_sources(job: Job, names: Sequence[str], folder: Path) -> dict[str, Int8Source]:
     """What int8 formats are made from, by sub-network; calibration is a seeded sample of train.
 
     Empty where the spec asks for no int8.
@@ -788,9 +787,9 @@ def int8_sources(
     calibration = folder / "calibration.npz"
     np.savez(calibration, **pad(rows, sample, pad_id=job.checkpoint.config.pad_token_id))
     sources = {}
-    for subnetwork in subnetworks:
-        (folder / subnetwork.name).mkdir()
-        sources[subnetwork.name] = Int8Source(calibration, folder / subnetwork.name)
+    for name in names:
+        (folder / name).mkdir()
+        sources[name] = Int8Source(calibration, folder / name)
     return sources
 
 

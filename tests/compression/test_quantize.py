@@ -99,11 +99,12 @@ def outlier(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(tmp_path_factory.mktemp("outlier"), encoder, ("onnx-int8-dynamic",))
 
 
-def logits_in(case: Case, fmt: Format, *, batch_size: int = 1) -> np.ndarray:
+def logits_in(case: Case, fmt: Format, *, folder: Path | None = None) -> np.ndarray:
+    """Of the exported file, or of the one in `folder`, one row a call."""
     with np.load(case.files / "rows.npz") as file:
         rows = dict(file)
-    run = EXPORTERS[fmt].load(case.exported[fmt].folder, threads=1)
-    return logits_of(run, rows, batch_size=batch_size)
+    run = EXPORTERS[fmt].load(folder or case.exported[fmt].folder, threads=1)
+    return logits_of(run, rows, batch_size=1)
 
 
 def judge_of(case: Case, folder: Path, **changes: object) -> Judge:
@@ -246,7 +247,8 @@ def test_the_worst_part_goes_back_to_fp32_and_brings_the_answers_back(
     outlier: Case, tmp_path: Path
 ) -> None:
     fmt = INT8_FORMATS[0]
-    files = outlier.exported[fmt]
+    folder = Path(shutil.copytree(outlier.exported[fmt].folder, tmp_path / "files"))
+    files = dataclasses.replace(outlier.exported[fmt], folder=folder)
     before = np.abs(logits_in(outlier, fmt) - outlier.logits).mean()
     judge = judge_of(outlier, tmp_path / "judge", spec=Int8Spec(max_flipped=0.03), max_drop=3)
     assert not judge.publishes(judge(files))
@@ -257,9 +259,26 @@ def test_the_worst_part_goes_back_to_fp32_and_brings_the_answers_back(
     assert outcome.verdict.flipped <= 0.03
     assert outcome.verdict.accuracy >= 0.97
     # The file that is there now is the one that was judged.
-    found = logits_in(outlier, fmt)
+    found = logits_in(outlier, fmt, folder=folder)
     assert float((found.argmax(-1) != outlier.logits.argmax(-1)).mean()) == outcome.verdict.flipped
     assert np.abs(found - outlier.logits).mean() < before / 3
+
+
+def test_a_constraint_that_fp32_parts_do_not_meet_leaves_the_file_as_it_was(
+    outlier: Case, tmp_path: Path
+) -> None:
+    """It may be published, and is no candidate for that constraint."""
+    fmt = INT8_FORMATS[0]
+    folder = Path(shutil.copytree(outlier.exported[fmt].folder, tmp_path / "files"))
+    files = dataclasses.replace(outlier.exported[fmt], folder=folder)
+    one_part = Int8Spec(max_flipped=1, max_fp32_share=0.1)
+    judge = judge_of(outlier, tmp_path / "judge", spec=one_part, max_drop=-1)
+    outcome = pass_gate(exporter_of(fmt), files, judge, outlier.source)
+    assert (outcome.fp32_parts, outcome.error) == ((), None)
+    assert outcome.verdict is not None
+    assert outcome.verdict.accuracy_drop > 3
+    found = logits_in(outlier, fmt, folder=folder)
+    np.testing.assert_array_equal(found, logits_in(outlier, fmt))
 
 
 @pytest.mark.parametrize(
