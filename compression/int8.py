@@ -174,7 +174,7 @@ def _refusal(
 def growing(order: Sequence[str], *, share: float) -> Iterator[tuple[str, ...]]:
     """The first 1, 2, 4 ... of `order`, at last the largest number within the share of it.
 
-    Doubling bounds how often a file is judged: six times for the 75 parts of BERT-base.
+    Doubling bounds how often a file is judged: seven times for the 75 parts of BERT-base.
     """
     most = int(len(order) * share)
     count = 1

@@ -220,12 +220,13 @@ def worst_first(
         squares = np.concatenate([((found - wanted) ** 2).ravel() for found, wanted in pairs])
         return float(np.sqrt(squares.mean()))
 
-    rounded, size = error(model), model.ByteSize()
+    rounded, size = error(model), int(model.ByteSize())
 
     def gain(name: str) -> float:
         changed = with_float(model, original, [name])
         # A tenth of the file on top: a part in fp32 also costs time, however small it is.
-        return (rounded - error(changed)) / (changed.ByteSize() - size + size / 10)
+        added = int(changed.ByteSize()) - size
+        return (rounded - error(changed)) / (added + size / 10)
 
     return sorted(parts(original.graph), key=gain, reverse=True)
 
