@@ -58,7 +58,7 @@ from compression.report import (
 )
 from compression.selection import FORMAT_NAMES
 from compression.signing import sign
-from compression.spec import Spec, TaskSpec
+from compression.spec import SERVED_FORMATS, Spec, TaskSpec, fp32_format
 
 GZIP_LEVEL = 1  # trained weights hardly compress: 8 % here, 9 % at level 6
 KIND_NAMES = {  # what the model of a task is called
@@ -242,6 +242,7 @@ def model_card(facts: BundleFacts) -> str:
         _latency_words(subnetwork.formats, facts.environment),
         "The largest logit difference is between the file, reloaded in a fresh process, and the "
         "supernet it was cut from; a format above its tolerance is not in this bundle.",
+        *_int8_words(subnetwork.formats, metric),
         *_missing_formats(subnetwork.formats),
         "## How it was made",
         *_steps(facts),
@@ -472,8 +473,9 @@ def _how_to_run(facts: BundleFacts) -> str:
     if facts.spec.task.kind == "question_answering":
         texts = '"a question" "its context"'
     sentences = []
-    if served := [fmt for fmt in ("onnx", "paddle") if fmt in published]:
-        runtime = {"onnx": "onnxruntime", "paddle": "paddlepaddle"}[served[0]]
+    onnx_first = sorted(SERVED_FORMATS, key=lambda fmt: fp32_format(fmt) != "onnx")
+    if served := [fmt for fmt in onnx_first if fmt in published]:
+        runtime = {"onnx": "onnxruntime", "paddle": "paddlepaddle"}[fp32_format(served[0])]
         sentences.append(f"`python predict.py {texts}` needs numpy, tokenizers and {runtime}.")
     sentences.append("`python predict.py --check` compares every file with `manifest.json`.")
     if "safetensors" in published:
@@ -489,6 +491,26 @@ def _missing_formats(formats: Sequence[FormatReport]) -> list[str]:
         for report in formats
         if not report.published
     ]
+
+
+def _int8_words(formats: Sequence[FormatReport], metric: str) -> list[str]:
+    """Of each published format in int8: what it is worth itself, and what it left in fp32."""
+    return [
+        f"{FORMAT_NAMES[report.format]} rounds, so it is judged by its own answers: {metric} on "
+        f"dev {_figure(report.accuracy)}, and {_share(report.flipped)} of the answers differ from "
+        f"those in fp32, of {_share(report.max_flipped)} allowed (of a regression: {metric} lost). "
+        + (
+            f"Left in fp32: {', '.join(_code(part) for part in report.fp32_parts)}."
+            if report.fp32_parts
+            else "All its products and tables are in int8 but the classifier."
+        )
+        for report in formats
+        if report.published and report.flipped is not None
+    ]
+
+
+def _share(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.1%}"
 
 
 def _drop(points: float, metric: str) -> str:

@@ -9,7 +9,7 @@ A model of sentence pairs, or of questions, takes its texts two at a time. Print
 text's label and its probability, its labels if it may have several, its score, or the
 answer to each question; of a model that tags words a line with each word and its tag
 (blanks set words apart, and each Chinese character is one). Needs numpy and tokenizers,
-and onnxruntime for the ONNX file or paddlepaddle for the Paddle Inference one; nothing
+and onnxruntime for the ONNX files or paddlepaddle for the Paddle Inference one; nothing
 else of the service that made it.
 """
 
@@ -26,7 +26,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
-RUNTIMES = {"onnx": "onnxruntime", "paddle": "paddle"}
+RUNTIMES = {
+    "onnx": "onnxruntime",
+    "onnx-int8-dynamic": "onnxruntime",
+    "onnx-int8-static": "onnxruntime",
+    "paddle": "paddle",
+}
 PACKAGES = {"paddle": "paddlepaddle"}  # where the package to install has another name
 BATCH_ROWS = 32
 CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -120,7 +125,7 @@ def load_paddle(files: dict[str, Path]) -> Callable[[dict[str, Any]], Any]:
 def load(manifest: dict[str, Any], fmt: str) -> Callable[[dict[str, Any]], Any]:
     names = [entry["path"] for entry in manifest["formats"][fmt]["files"]]
     files = {Path(name).name: need_file(name) for name in names}
-    return load_onnx(files) if fmt == "onnx" else load_paddle(files)
+    return load_onnx(files) if RUNTIMES[fmt] == "onnxruntime" else load_paddle(files)
 
 
 def read_tokenizer() -> Any:
@@ -273,7 +278,10 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a text")
     parser.add_argument(
-        "--format", choices=sorted(RUNTIMES), default="", help="default: onnx if present"
+        "--format",
+        choices=sorted(RUNTIMES),
+        default="",
+        help="default: the first that the bundle has",
     )
     parser.add_argument("--check", action="store_true", help="first compare every file's SHA-256")
     arguments = parser.parse_args()

@@ -47,15 +47,19 @@ from compression.evaluate import (
     resampled_metric,
 )
 from compression.export import (
+    EXPORTERS,
     Exported,
+    Int8Source,
     export_formats,
     format_report,
     graph_inputs,
     served_bytes,
     verify,
 )
+from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.fingerprint import fingerprint
 from compression.importance import measure_importance
+from compression.int8 import Judge, Outcome, pass_gate, served_predictions
 from compression.manifest import Provenance, code_digest
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.ranks import ALONE, Group, join, started
@@ -73,12 +77,20 @@ from compression.report import (
     LatencyReport,
     OnProgress,
     Progress,
+    Selection,
     SubnetworkReport,
     TeacherReport,
     TrainingReport,
 )
 from compression.runtime_env import core_count, replica_count
-from compression.spec import SERVED_FORMATS, DistillationSpec, Format, Spec
+from compression.spec import (
+    INT8_FORMATS,
+    SERVED_FORMATS,
+    DistillationSpec,
+    Format,
+    Spec,
+    fp32_format,
+)
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.tables import Columns, profile, read_splits, shared_rows
 from compression.tasks import Predictions, Task, make_task
@@ -94,6 +106,7 @@ SECTIONS = {"teacher": "teacher", "distil": "distillation", "final": "final"}  #
 UNITS = ("heads", "neurons")
 TEACHER = "teacher"
 REFERENCE = "reference"
+INT8 = "int8"
 RANKS = "ranks"
 TEACHER_STATES = "teacher-states"
 BUNDLE = "bundle.tar.gz"
@@ -157,9 +170,10 @@ def compress(
         dev = job.splits["dev"]
         judged = job.task.judged(learnt.teacher_dev, dev)
         teacher_resampled = resampled_metric(job.task, job.task.outcomes(learnt.teacher_dev, dev))
-        metrics, drops_within, regressions = [], [], []
+        metrics, drops_within, regressions, dev_logits = [], [], [], {}
         for i, subnetwork in enumerate(subnetworks, start=1):
             predictions = predict(supernet, dev, subnetwork=subnetwork, threads=job.replicas)
+            dev_logits[subnetwork.name] = predictions
             outcomes = job.task.outcomes(predictions, dev)
             metrics.append(job.task.metrics_of(outcomes))
             own = resampled_metric(job.task, outcomes)
@@ -169,6 +183,8 @@ def compress(
             advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
     with stages("export") as advance:
         weights = numpy_weights(supernet)
+        names = [subnetwork.name for subnetwork in subnetworks]
+        int8 = int8_sources(job, [*names, TEACHER], run_dir / "work" / INT8)
         exported = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
             small = extract(teacher.config, weights, subnetwork)
@@ -177,18 +193,39 @@ def compress(
                 small,
                 artifacts / subnetwork.name,
                 labels=job.plan.label_names,
+                int8=int8.get(subnetwork.name),
             )
             advance(i, len(subnetworks) + 1, subnetwork=subnetwork.name)
-        asked = {*spec.export.formats, *spec.latency.baselines}
+        asked = {*map(fp32_format, spec.export.formats), *spec.latency.baselines}
         served = [fmt for fmt in SERVED_FORMATS if fmt in asked]
         teacher_dir = run_dir / "work" / TEACHER
-        teacher_files = export_formats(served, teacher, teacher_dir, labels=job.plan.label_names)
+        teacher_files = export_formats(
+            served,
+            teacher,
+            teacher_dir,
+            labels=job.plan.label_names,
+            int8=int8.get(TEACHER),
+        )
         advance(len(subnetworks) + 1, len(subnetworks) + 1, subnetwork=TEACHER)
     with stages("verify") as advance:
         formats: dict[str, list[FormatReport]] = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
+            in_int8 = pass_int8_gate(
+                job,
+                exported[subnetwork.name],
+                int8.get(subnetwork.name),
+                expected=dev_logits[subnetwork.name],
+                teacher_accuracy=teacher_accuracy,
+                teacher_resampled=teacher_resampled,
+            )
             formats[subnetwork.name] = pass_parity_gate(
-                job, supernet, subnetwork, exported[subnetwork.name], artifacts, run_dir / "work"
+                job,
+                supernet,
+                subnetwork,
+                exported[subnetwork.name],
+                in_int8,
+                artifacts,
+                run_dir / "work",
             )
             advance(i, len(subnetworks), subnetwork=subnetwork.name)
     with stages("measure") as advance:
@@ -231,6 +268,7 @@ def compress(
                 supernet,
                 teacher_accuracy=teacher_accuracy,
                 teacher_on_test=teacher_on_test,
+                in_int8=int8_on_test(job, chosen, artifacts, run_dir / "work" / INT8),
             )
         advance(1, 1, chosen.reason, subnetwork=chosen.subnetwork, format=chosen.format)
         report = CompressionReport(
@@ -793,10 +831,14 @@ def pass_parity_gate(
     supernet: Encoder,
     subnetwork: Subnetwork,
     exported: Mapping[Format, Exported],
+    in_int8: Mapping[Format, Outcome],
     artifacts: Path,
     work: Path,
 ) -> list[FormatReport]:
-    """Compares each format, reloaded in a fresh process, with the supernet on dev rows."""
+    """Compares each format, reloaded in a fresh process, with the supernet on dev rows.
+
+    Of int8 formats, whose own gate `in_int8` tells of, logits must only be finite and as many.
+    """
     rows = job.splits["dev"].take(range(min(PARITY_ROWS, len(job.splits["dev"]))))
     folder = work / "parity" / subnetwork.name
     folder.mkdir(parents=True)
@@ -805,21 +847,89 @@ def pass_parity_gate(
     np.savez(reference, logits=padded_logits(predict(supernet, rows, subnetwork=subnetwork)))
     reports = []
     for fmt, files in exported.items():
-        parity = None
+        parity, outcome = None, in_int8.get(fmt)
+        tolerance = PARITY_TOLERANCE if outcome is None else None
+        if outcome is not None and outcome.error is not None:
+            files = dataclasses.replace(files, error=outcome.error)
         if files.error is None:
             parity = verify(
-                fmt, files.folder, batch=batch, reference=reference, tolerance=PARITY_TOLERANCE
+                fmt,
+                files.folder,
+                batch=batch,
+                reference=reference,
+                tolerance=math.inf if tolerance is None else tolerance,
             )
-        reports.append(
-            format_report(
-                files,
-                parity,
-                root=artifacts / subnetwork.name,
-                rows=len(rows),
-                tolerance=PARITY_TOLERANCE,
-            )
+        report = format_report(
+            files,
+            parity,
+            root=artifacts / subnetwork.name,
+            rows=len(rows),
+            tolerance=tolerance,
         )
+        reports.append(report if outcome is None else outcome.told(report, job.spec.export.int8))
     return reports
+
+
+def int8_sources(job: Job, names: Sequence[str], folder: Path) -> dict[str, Int8Source]:
+    """What int8 formats are made from, by sub-network; calibration is a seeded sample of train.
+
+    Empty where the spec asks for no int8.
+    """
+    asked = {*job.spec.export.formats, *job.spec.latency.baselines}
+    if asked.isdisjoint(INT8_FORMATS):
+        return {}
+    rows = job.splits["train"]
+    sample = np.random.default_rng([job.spec.seed, 4]).permutation(len(rows))
+    sample = sample[: job.spec.export.int8.calibration_rows]
+    folder.mkdir(parents=True)
+    calibration = folder / "calibration.npz"
+    np.savez(calibration, **pad(rows, sample, pad_id=job.checkpoint.config.pad_token_id))
+    sources = {}
+    for name in names:
+        (folder / name).mkdir()
+        sources[name] = Int8Source(calibration, folder / name)
+    return sources
+
+
+def pass_int8_gate(
+    job: Job,
+    exported: Mapping[Format, Exported],
+    source: Int8Source | None,
+    *,
+    expected: Predictions,
+    teacher_accuracy: float,
+    teacher_resampled: np.ndarray,
+) -> dict[Format, Outcome]:
+    """What became of each int8 format; a file may hold parts in fp32 afterwards.
+
+    `expected`: the sub-network's logits of dev.
+    """
+    if source is None:
+        return {}
+    dev, bound = job.splits["dev"], job.spec.constraints.max_accuracy_drop
+    own_drop = 100 * (teacher_accuracy - job.task.score(expected, dev))
+    judge = Judge(
+        task=job.task,
+        dev=dev,
+        expected=expected,
+        spec=job.spec.export.int8,
+        max_drop=bound if bound is not None and own_drop <= bound else None,
+        teacher_accuracy=teacher_accuracy,
+        teacher_resampled=teacher_resampled,
+        batch_size=job.spec.latency.batch_size,
+        pad_token_id=job.checkpoint.config.pad_token_id,
+        folder=source.folder,
+    )
+    outcomes = {}
+    for fmt, files in exported.items():
+        exporter = EXPORTERS[fmt]
+        if isinstance(exporter, OnnxInt8Exporter):
+            outcomes[fmt] = (
+                pass_gate(exporter, files, judge, source)
+                if files.error is None
+                else Outcome(None, error=files.error)
+            )
+    return outcomes
 
 
 def measure_latency(
@@ -831,7 +941,8 @@ def measure_latency(
 ) -> dict[str, tuple[LatencyReport, ...]]:
     """Latency of every published served file and of the teacher, by "sub-network/format".
 
-    In every setting of the spec; speed-ups are against the teacher in the same format.
+    In every setting of the spec; speed-ups are against the teacher in the same runtime, in fp32:
+    what int8 gains is part of them.
     """
     served = {
         f"{TEACHER}/{fmt}": latency.Served(fmt, files.folder)
@@ -849,7 +960,7 @@ def measure_latency(
         seq_len=job.seq_len,
         vocab_size=job.checkpoint.config.vocab_size,
         references={
-            name: f"{TEACHER}/{item.format}"
+            name: f"{TEACHER}/{fp32_format(item.format)}"
             for name, item in served.items()
             if not name.startswith(f"{TEACHER}/")
         },
@@ -885,6 +996,20 @@ def regression(
     )
 
 
+def int8_on_test(job: Job, chosen: Selection, artifacts: Path, work: Path) -> Predictions | None:
+    """The selected file's answers on test, as it is served; None where it is in fp32."""
+    if chosen.subnetwork is None or chosen.format not in INT8_FORMATS:
+        return None
+    return served_predictions(
+        chosen.format,
+        artifacts / chosen.subnetwork / chosen.format,
+        job.splits["test"],
+        batch_size=job.spec.latency.batch_size,
+        pad_token_id=job.checkpoint.config.pad_token_id,
+        work=work,
+    )
+
+
 def with_test(
     reports: Sequence[SubnetworkReport],
     job: Job,
@@ -892,10 +1017,12 @@ def with_test(
     *,
     teacher_accuracy: float,
     teacher_on_test: Predictions,
+    in_int8: Predictions | None,
 ) -> list[SubnetworkReport]:
     """The selected sub-network is judged on test, as is what it is held against; no other is.
 
     `teacher_accuracy` is on dev, which says what to hold it against: test chooses nothing.
+    `in_int8`: the selected file's own answers on test, where it rounds; None: the sub-network's.
     """
     selected = next((report for report in reports if report.selected), None)
     if selected is None:
@@ -910,7 +1037,7 @@ def with_test(
     full = next((r for r in reports if r.width_mult == 1 and r is not selected), None)
     if full is not None and full.accuracy > teacher_accuracy:
         name, other = full.name, on_test(full)
-    own = on_test(selected)
+    own = on_test(selected) if in_int8 is None else in_int8
     reference_accuracy, accuracy = task.score(other, rows), task.score(own, rows)
     comparison = ComparisonOnTest(
         reference=name,

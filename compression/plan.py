@@ -34,6 +34,7 @@ from compression.examples import (
 from compression.report import METRIC_NAMES
 from compression.selection import check_latency_at
 from compression.spec import (
+    INT8_FORMATS,
     SERVED_FORMATS,
     Format,
     Frozen,
@@ -82,7 +83,13 @@ SECONDS_PER_EXPORT = 6.0  # writing one format, and a fresh process that reads i
 BACKWARD_AND_FORWARD = 3  # a training step costs this many forward passes
 
 # Beside the weights: the graph, the configuration, names. Generous, in bytes.
-_FIXED_BYTES: Mapping[Format, int] = {"safetensors": 10_000, "paddle": 100_000, "onnx": 100_000}
+_FIXED_BYTES: Mapping[Format, int] = {
+    "safetensors": 10_000,
+    "paddle": 100_000,
+    "onnx": 100_000,
+    "onnx-int8-dynamic": 400_000,  # with what stays in fp32: norms, biases, scales
+    "onnx-int8-static": 400_000,
+}
 
 
 class ModelInfo(Frozen):
@@ -118,7 +125,7 @@ class PlannedSubnetwork(Frozen):
     parameters: int
     flops: int
     predicted_bytes: Mapping[Format, int] = Field(
-        description="Of each exported format: fp32 weights and an allowance for the graph."
+        description="Of each exported format: its weights and an allowance for the graph."
     )
 
 
@@ -272,7 +279,8 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
             parameters=cost.parameters(config),
             flops=cost.flops(config, seq_len),
             predicted_bytes={
-                fmt: 4 * cost.parameters(config) + _FIXED_BYTES[fmt] for fmt in spec.export.formats
+                fmt: (1 if fmt in INT8_FORMATS else 4) * cost.parameters(config) + _FIXED_BYTES[fmt]
+                for fmt in spec.export.formats
             },
         )
         for width, config in configs.items()

@@ -116,7 +116,25 @@ class FormatReport(Frozen):
         None, description="Largest |logit - supernet's logit| over the parity rows."
     )
     parity_rows: int = 0
-    parity_tolerance: float = 1e-4
+    parity_tolerance: float | None = Field(
+        1e-4, description="null for int8, which max_flipped bounds instead."
+    )
+    accuracy: float | None = Field(
+        None, description="Of int8: its own main metric on dev. null: that of the sub-network."
+    )
+    accuracy_drop: float | None = Field(
+        None, description="Of int8: points that it loses against the teacher on dev."
+    )
+    accuracy_drop_intervals: Intervals = Field((), description="Of int8, as the sub-network's.")
+    flipped: float | None = Field(
+        None,
+        description="Of int8: share of dev's answers that differ from the sub-network's in fp32; "
+        "of a regression, how much of the main metric is lost.",
+    )
+    max_flipped: float | None = None
+    fp32_parts: tuple[str, ...] = Field(
+        (), description="Of int8: products and tables that were left in fp32, the worst first."
+    )
     error: str | None = Field(None, description="Why it is not published.")
     size_bytes: int = Field(
         0, description="Bytes of the served file(s): weights and graph, no tokenizer."

@@ -47,6 +47,8 @@ NEAREST = 3
 SHOWN_CONFIDENCE = 0.95  # of a candidate's intervals, where no other is asked for
 FORMAT_NAMES: dict[Format, str] = {
     "onnx": "ONNX",
+    "onnx-int8-dynamic": "ONNX (dynamic INT8)",
+    "onnx-int8-static": "ONNX (static INT8)",
     "paddle": "Paddle Inference",
     "safetensors": "safetensors",
 }
@@ -64,12 +66,14 @@ def candidates(
         Candidate(
             subnetwork=subnetwork.name,
             format=report.format,
-            accuracy_drop=subnetwork.accuracy_drop,
+            accuracy_drop=_first_number(report.accuracy_drop, subnetwork.accuracy_drop),
             latency_ms=getattr(latency, f"p{at.percentile}_ms"),
             # Reports from before there were several settings keep it with the format alone.
             speedup=_first_number(latency.speedup, report.speedup),
             size_mb=report.size_bytes / 1e6,
-            accuracy_drop_interval=_with(confidence, subnetwork.accuracy_drop_intervals),
+            accuracy_drop_interval=_with(
+                confidence, report.accuracy_drop_intervals or subnetwork.accuracy_drop_intervals
+            ),
             latency_interval=_with(confidence, getattr(latency, f"p{at.percentile}_intervals")),
             speedup_interval=_with(confidence, latency.speedup_intervals),
         )
@@ -167,14 +171,20 @@ def with_decisions(
 ) -> tuple[SubnetworkReport, ...]:
     """The sub-networks with `pareto` and `selected` set.
 
-    The front is over the accuracy drop and the p50 of the fastest served format.
+    The front is that of the candidates, over accuracy drop and p50: a sub-network is on it with
+    any of its formats, because one in int8 has an accuracy of its own.
     """
-    front = pareto_front([(s.accuracy_drop, _fastest_ms(s)) for s in subnetworks])
+    choices = candidates(subnetworks)
+    front = pareto_front([(each.accuracy_drop, each.latency_ms) for each in choices])
+    best = {each.subnetwork for each, on_front in zip(choices, front, strict=True) if on_front}
     return tuple(
         subnetwork.model_copy(
-            update={"pareto": on_front, "selected": subnetwork.name == selection.subnetwork}
+            update={
+                "pareto": subnetwork.name in best,
+                "selected": subnetwork.name == selection.subnetwork,
+            }
         )
-        for subnetwork, on_front in zip(subnetworks, front, strict=True)
+        for subnetwork in subnetworks
     )
 
 
@@ -201,15 +211,6 @@ def _with(confidence: float, intervals: Intervals) -> Interval | None:
 
 def _first_number(*values: float | None) -> float:
     return next((value for value in values if value is not None), math.nan)
-
-
-def _fastest_ms(subnetwork: SubnetworkReport) -> float:
-    times = [
-        report.latency.p50_ms
-        for report in subnetwork.formats
-        if _is_measured(report) and report.latency is not None
-    ]
-    return min(times, default=math.nan)
 
 
 def _is_finite(candidate: Candidate) -> bool:

@@ -66,9 +66,10 @@ def _unicode(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
-Format = Literal["safetensors", "paddle", "onnx"]
+Format = Literal["safetensors", "paddle", "onnx", "onnx-int8-dynamic", "onnx-int8-static"]
 Head = Literal["sequence", "token"]  # classifies the pooled first token, or every token
-SERVED_FORMATS: tuple[Format, ...] = ("paddle", "onnx")  # those that a runtime serves
+INT8_FORMATS: tuple[Format, ...] = ("onnx-int8-dynamic", "onnx-int8-static")
+SERVED_FORMATS: tuple[Format, ...] = ("paddle", "onnx", *INT8_FORMATS)  # a runtime serves them
 Percentile = Literal[50, 95, 99]  # of latency
 CONFIDENCES = (0.9, 0.95, 0.99)  # of the intervals that a report keeps
 
@@ -410,8 +411,47 @@ class ConstraintSpec(_Asked):
         return value
 
 
+def fp32_format(fmt: Format) -> Format:
+    """The format in fp32 that the same runtime serves: what the teacher is measured in."""
+    return "onnx" if fmt in INT8_FORMATS else fmt
+
+
+class Int8Spec(_Asked):
+    """How int8 formats are made, and what they must hold to be published."""
+
+    calibration_rows: int = Field(
+        128,
+        ge=1,
+        le=100_000,
+        description="Drawn from train, seeded. They fix the scales of static int8's activations, "
+        "and say which parts int8 harms most.",
+    )
+    max_flipped: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of dev's answers (labels, sets of labels, words' tags, answers to "
+        "questions) that may differ from the sub-network's in fp32. Of a regression, which "
+        "answers with numbers: how much of the main metric may be lost.",
+    )
+    max_fp32_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the parts (products with a weight, embedding tables) that may stay "
+        "in fp32, the worst first, where int8 would lose more than max_flipped or "
+        "max_accuracy_drop allow. 0: none, and none are looked for.",
+    )
+
+
 class ExportSpec(_Asked):
-    formats: tuple[Format, ...] = Field(("safetensors", "paddle", "onnx"), min_length=1)
+    formats: tuple[Format, ...] = Field(
+        ("safetensors", "paddle", "onnx"),
+        min_length=1,
+        description="onnx-int8-dynamic finds the scales of activations at each call, "
+        "onnx-int8-static has them fixed by calibration rows.",
+    )
+    int8: Int8Spec = Int8Spec()
 
     @field_validator("formats")
     @classmethod
@@ -420,7 +460,8 @@ class ExportSpec(_Asked):
             raise ValueError("each format may be named once")
         if not set(value) & set(SERVED_FORMATS):
             raise ValueError(
-                "name at least one served format, paddle or onnx: candidates are measured in it"
+                f"name at least one served format ({', '.join(SERVED_FORMATS)}): candidates are "
+                "measured in it"
             )
         return value
 

@@ -14,10 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from compression.errors import ExportFailed
-from compression.export.base import INPUTS, OUTPUT, Exporter, ExportSource, graph_inputs
+from compression.export.base import (
+    INPUTS,
+    OUTPUT,
+    Exporter,
+    ExportSource,
+    Int8Source,
+    Logits,
+    graph_inputs,
+)
 from compression.export.fresh import run_fresh
 from compression.export.onnx import OnnxExporter
+from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.export.paddle import PaddleExporter
 from compression.export.safetensors import SafetensorsExporter
 from compression.report import FileReport, FormatReport
@@ -30,8 +41,11 @@ EXPORTERS: dict[Format, Exporter] = {
     "safetensors": SafetensorsExporter(),
     "paddle": PaddleExporter(),
     "onnx": OnnxExporter(),
+    "onnx-int8-dynamic": OnnxInt8Exporter("dynamic"),
+    "onnx-int8-static": OnnxInt8Exporter("static"),
 }
 VERIFY_TIMEOUT_S = 300.0
+ANSWER_TIMEOUT_S = 3600.0  # of a whole split, however large
 HASH_CHUNK_BYTES = 1 << 20
 
 __all__ = [
@@ -39,12 +53,14 @@ __all__ = [
     "INPUTS",
     "OUTPUT",
     "Exported",
+    "Int8Source",
     "Parity",
     "export",
     "export_formats",
     "format_report",
     "graph_inputs",
     "served_bytes",
+    "served_logits",
     "sha256_of",
     "verify",
 ]
@@ -81,14 +97,20 @@ def export(
 
 
 def export_formats(
-    formats: Sequence[Format], encoder: Encoder, out_dir: Path, *, labels: Sequence[str] | None
+    formats: Sequence[Format],
+    encoder: Encoder,
+    out_dir: Path,
+    *,
+    labels: Sequence[str] | None,
+    int8: Int8Source | None = None,
 ) -> dict[Format, Exported]:
     """Writes each format into `out_dir/<format>`; the program is traced once for all of them.
 
-    A format that fails leaves no files behind and does not keep the others from being written.
+    Formats in int8 need `int8`. A format that fails leaves no files behind and does not keep
+    the others from being written.
     """
     done: dict[Format, Exported] = {}
-    with ExportSource(encoder, labels) as source:
+    with ExportSource(encoder, labels, int8) as source:
         for fmt in formats:
             folder = out_dir / fmt
             started = time.monotonic()
@@ -139,13 +161,42 @@ def verify(
     return Parity(max_abs, None)
 
 
+def served_logits(
+    fmt: Format,
+    folder: Path,
+    *,
+    rows: Path,
+    batch_size: int,
+    out: Path,
+    timeout_s: float = ANSWER_TIMEOUT_S,
+) -> Logits:
+    """One exported format's logits of `rows`, an .npz of INPUTS, [rows, labels].
+
+    Of a token head [rows, tokens, labels], zeros at padding. A fresh process computes them as
+    they are served, `batch_size` rows a call, and writes them to `out`. ExportFailed where it
+    cannot, or where a logit is not finite.
+    """
+    options = {"--format": fmt, "--folder": folder, "--rows": rows, "--out": out}
+    run_fresh(
+        "compression.export.answers",
+        [*(part for pair in options.items() for part in pair), "--batch-size", str(batch_size)],
+        timeout_s=timeout_s,
+    )
+    with np.load(out, allow_pickle=False) as file:
+        logits: Logits = file["logits"]
+    if not np.isfinite(logits).all():
+        row = int(np.argwhere(~np.isfinite(logits))[0][0])
+        raise ExportFailed(f"logits of row {row} are not finite")
+    return logits
+
+
 def served_bytes(fmt: Format, folder: Path) -> int:
     """Bytes of weights and graph as a runtime loads them; tokenizer files do not count."""
     return sum(path.stat().st_size for path in EXPORTERS[fmt].served_files(folder))
 
 
 def format_report(
-    exported: Exported, parity: Parity | None, *, root: Path, rows: int, tolerance: float
+    exported: Exported, parity: Parity | None, *, root: Path, rows: int, tolerance: float | None
 ) -> FormatReport:
     """The report of one format; one that failed the gate is deleted, so nothing can publish it.
 

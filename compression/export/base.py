@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")  # what every `Run` is given
 OUTPUT = "logits"
 
+Arrays = Mapping[str, NDArray[np.int64]]
 Logits = NDArray[np.float32]
-Run = Callable[[Mapping[str, NDArray[np.int64]]], Logits]
+Run = Callable[[Arrays], Logits]
 """One call of a loaded model: arrays [B, T] by input name -> logits [B, labels].
 
 A token head's logits are [B, T, labels].
@@ -39,14 +41,30 @@ class Program(NamedTuple):
     weights: Path
 
 
-class ExportSource:
-    """An encoder on its way out; use as a context manager, which removes the traced program."""
+@dataclass(frozen=True)
+class Int8Source:
+    """What int8 formats need beside the encoder.
 
-    def __init__(self, encoder: Encoder, labels: Sequence[str] | None) -> None:
+    `calibration` is an .npz of INPUTS, each int64 [rows, tokens]; `folder` keeps the graphs that
+    parts of a quantised one can be put back into fp32 from.
+    """
+
+    calibration: Path
+    folder: Path
+
+
+class ExportSource:
+    """An encoder on its way out; use as a context manager, which removes program and graph."""
+
+    def __init__(
+        self, encoder: Encoder, labels: Sequence[str] | None, int8: Int8Source | None = None
+    ) -> None:
         self.encoder = encoder
         self.labels = tuple(labels) if labels is not None else None
+        self.int8 = int8
         self._scratch = tempfile.TemporaryDirectory(prefix="widthwise-export-")
         self._program: Program | None = None
+        self._onnx: Path | None = None
 
     def __enter__(self) -> ExportSource:
         return self
@@ -67,6 +85,15 @@ class ExportSource:
 
             self._program = save_program(self.encoder, Path(self._scratch.name))
         return self._program
+
+    @property
+    def onnx(self) -> Path:
+        """The fp32 ONNX file, made at the first use: int8 starts from it."""
+        if self._onnx is None:
+            from compression.export.onnx import save_onnx
+
+            self._onnx = save_onnx(self.program, Path(self._scratch.name))
+        return self._onnx
 
 
 class Exporter(ABC):

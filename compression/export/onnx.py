@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compression.errors import ExportFailed
-from compression.export.base import INPUTS, OUTPUT, Exporter, ExportSource, Logits, Run
+from compression.export.base import INPUTS, OUTPUT, Exporter, ExportSource, Logits, Program, Run
 from compression.export.fresh import run_fresh
 
 FILE = "model.onnx"
@@ -25,18 +26,22 @@ OPSET = 17  # the first with LayerNormalization
 CONVERT_TIMEOUT_S = 300.0
 
 
+def save_onnx(program: Program, folder: Path) -> Path:
+    """Converts a traced program into `folder`, in a process of its own."""
+    target = folder / FILE
+    run_fresh(
+        "compression.export.onnx",
+        ["--graph", program.graph, "--weights", program.weights, "--out", target],
+        timeout_s=CONVERT_TIMEOUT_S,
+    )
+    if not target.is_file():
+        raise ExportFailed("paddle2onnx wrote no file")
+    return target
+
+
 class OnnxExporter(Exporter):
     def write(self, source: ExportSource, folder: Path) -> list[Path]:
-        target = folder / FILE
-        graph, weights = source.program
-        run_fresh(
-            "compression.export.onnx",
-            ["--graph", graph, "--weights", weights, "--out", target],
-            timeout_s=CONVERT_TIMEOUT_S,
-        )
-        if not target.is_file():
-            raise ExportFailed("paddle2onnx wrote no file")
-        return [target]
+        return [Path(shutil.copyfile(source.onnx, folder / FILE))]
 
     def served_files(self, folder: Path) -> tuple[Path, ...]:
         return (folder / FILE,)
@@ -85,7 +90,7 @@ def convert(graph: Path, weights: Path, out: Path) -> None:
     finally:
         raw.unlink(missing_ok=True)
     _name_ends(model.graph)
-    _drop_dead(model.graph)
+    drop_dead(model.graph)
     onnx.checker.check_model(model)
     onnx.save(model, str(out))
 
@@ -112,7 +117,7 @@ def _name_ends(graph: Any) -> None:
         axis.dim_param = name
 
 
-def _drop_dead(graph: Any) -> None:
+def drop_dead(graph: Any) -> None:
     """Without the constants that nothing reads: ONNX Runtime warns of each at every load.
 
     The graph holds no control flow, so inputs are all that a node reads.

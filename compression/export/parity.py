@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compression.export import EXPORTERS, INPUTS
-from compression.export.base import Run
+from compression.export.base import Arrays, Run
 from compression.export.fresh import runtime_libraries
 
 BATCH_ROWS = 16
 SINGLE_ROWS = 16  # about so many, spread over all
-
-Arrays = Mapping[str, NDArray[np.int64]]
 
 
 def cuts(batch: Arrays) -> Iterator[tuple[slice, Arrays]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,6 +47,13 @@ class Task(ABC):
     def count(self, batch: Batch) -> Count:
         """How many units a loss of this batch is the mean of: its rows."""
         return len(batch.rows)
+
+    @abstractmethod
+    def decisions(self, predictions: Predictions, data: Encoded) -> Sequence[Hashable] | None:
+        """What is answered: one decision a row, a word or a question. None where it is a number.
+
+        Two predictions of the same rows are compared by it, whatever their labels are.
+        """
 
     @abstractmethod
     def label_loss(self, logits: Tensor, batch: Batch, *, total: Count | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,10 @@ from compression.tasks.scores import accuracy, f1, marked_counts, matthews, true
 @dataclass(frozen=True)
 class Classification(Task):
     """One of C labels a row. Labels int64 [rows]."""
+
+    def decisions(self, predictions: Predictions, data: Encoded) -> Sequence[Hashable]:
+        """Each row's label."""
+        return np.asarray(predictions).argmax(axis=-1).tolist()
 
     def label_loss(self, logits: Tensor, batch: Batch, *, total: Count | None = None) -> Tensor:
         """Cross-entropy of logits [B, C] against labels [B]."""

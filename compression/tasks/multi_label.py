@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,10 @@ class MultiLabel(Task):
 
     A label is given where its logit is above 0, that is from a probability of 1/2 on.
     """
+
+    def decisions(self, predictions: Predictions, data: Encoded) -> Sequence[Hashable]:
+        """Each row's labels, as many marks as there are labels."""
+        return [tuple(marks) for marks in (np.asarray(predictions) > 0).tolist()]
 
     def label_loss(self, logits: Tensor, batch: Batch, *, total: Count | None = None) -> Tensor:
         """Sigmoid cross-entropy of logits [B, C] against labels [B, C], a mean over labels too."""

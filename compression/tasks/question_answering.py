@@ -12,7 +12,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -56,6 +56,10 @@ class QuestionAnswering(Task):
     @classmethod
     def of(cls, spec: TaskSpec, labels: Sequence[str]) -> QuestionAnswering:
         return cls(tuple(labels), spec.main_metric, spec.overlap, spec.max_answer_length)
+
+    def decisions(self, predictions: Predictions, data: Encoded) -> Sequence[Hashable]:
+        """Each question's answer, in the order of the dataset."""
+        return [text for text, _ in self._answers(predictions, data).values()]
 
     def label_loss(self, logits: Tensor, batch: Batch, *, total: Count | None = None) -> Tensor:
         """Cross-entropy of logits [B, T, 2] against labels [B, T, 2]: mean of start and end."""

@@ -17,6 +17,9 @@ from compression.tasks.scores import pearson, spearman
 class Regression(Task):
     """The classifier's one output is the score. Labels float32 [rows]."""
 
+    def decisions(self, predictions: Predictions, data: Encoded) -> None:
+        """None: a score is near another or far from it, never the same."""
+
     def label_loss(self, logits: Tensor, batch: Batch, *, total: Count | None = None) -> Tensor:
         """Squared difference of logits [B, 1] from labels [B]."""
         return self._squares(logits, batch.labels.unsqueeze(-1), batch, total)

@@ -6,7 +6,7 @@ the word's other tokens and padding are in no loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,15 @@ class TokenClassification(Task):
 
     def count(self, batch: Batch) -> Count:
         return batch.label_mask.sum().clip(min=1.0)  # a batch may hold no word at all
+
+    def decisions(self, predictions: Predictions, data: Encoded) -> Sequence[Hashable]:
+        """Each word's tag, row after row."""
+        assert data.references is not None
+        return [
+            tag
+            for logits, row in zip(predictions, data.references, strict=True)
+            for tag in predicted_tags(logits, row.words, self.labels, words=len(row.tags))
+        ]
 
     def label_loss(self, logits: Tensor, batch: Batch, *, total: Count | None = None) -> Tensor:
         """Cross-entropy of logits [B, T, C] against labels [B, T]."""

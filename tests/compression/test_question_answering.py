@@ -164,6 +164,7 @@ def test_the_answer_of_a_question_is_that_of_its_best_window(data: Encoded) -> N
     last = len(data.input_ids[2]) - 2
     logits[2][last] = 20  # "play" of "good play"
     logits[3][[4, 5], [0, 1]] = 20
+    assert TASK.decisions(logits, data) == ["play", "play", "国人"]
     figures = TASK.metrics(logits, data)
     assert figures == pytest.approx({"exact_match": 2 / 3, "f1": (1 + 2 / 3 + 1) / 3})
 

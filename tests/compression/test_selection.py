@@ -429,3 +429,35 @@ def test_the_front_and_the_choice_are_marked() -> None:
     assert [report.pareto for report in marked] == [True, False, True, False]
     assert [report.selected for report in marked] == [False, False, True, False]
     assert [report.name for report in marked] == [report.name for report in reports]
+
+
+def test_int8_is_a_candidate_with_the_accuracy_that_is_its_own() -> None:
+    reports = (
+        subnetwork("w1", 0.0, format_report("onnx", p50=5.0)),
+        # As fast as it is in int8 and as accurate as it is in fp32, w3_4 would beat w1_2.
+        subnetwork(
+            "w3_4",
+            0.5,
+            format_report("onnx", p50=4.5),
+            format_report("onnx-int8-dynamic", p50=2.0, accuracy_drop=6.0, flipped=0.08),
+        ),
+        subnetwork("w1_2", 0.7, format_report("onnx", p50=2.5)),
+        # In fp32 it is beaten by w1_2, in int8 by none.
+        subnetwork(
+            "w1_4",
+            0.9,
+            format_report("onnx", p50=2.6),
+            format_report("onnx-int8-static", p50=1.5, accuracy_drop=0.95, flipped=0.02),
+        ),
+    )
+    choices = candidates(reports)
+    assert [c.accuracy_drop for c in choices] == [0.0, 0.5, 6.0, 0.7, 0.9, 0.95]
+    selection = select(choices, ConstraintSpec(max_accuracy_drop=1.0))
+    assert (selection.subnetwork, selection.format) == ("w1_4", "onnx-int8-static")
+    assert selection.reason.startswith("w1_4 in ONNX (static INT8) is the fastest of 5 candidates")
+    selection = select(choices, ConstraintSpec(max_accuracy_drop=0.8))
+    assert (selection.subnetwork, selection.format) == ("w1_2", "onnx")
+    marked = with_decisions(reports, selection)
+    assert [report.pareto for report in marked] == [True, True, True, True]
+    slower = (*reports[:3], subnetwork("w1_4", 0.9, format_report("onnx", p50=2.6)))
+    assert [report.pareto for report in with_decisions(slower, selection)] == [True] * 3 + [False]

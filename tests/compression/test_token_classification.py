@@ -137,6 +137,15 @@ def test_unlabelled_rows_are_counted_by_their_words_all_the_same(tokenizer: Toke
     assert float(TASK.logit_loss(student=logits, teacher=logits, batch=batch)) > 0
 
 
+def test_every_word_is_an_answer_of_its_own(data: Encoded) -> None:
+    labels = data.labels
+    assert labels is not None
+    logits = [np.eye(len(TAGS), dtype=np.float32)[tags] for tags in labels]
+    assert TASK.decisions(logits, data) == [TAGS[tag] for row in GIVEN for tag in row]
+    logits[0][2] = [0, 0, 9]  # of "##jing", which has no tag of its own
+    assert TASK.decisions(logits, data) == [TAGS[tag] for row in GIVEN for tag in row]
+
+
 def test_labels_that_mark_no_entities_are_judged_by_accuracy_alone(tokenizer: Tokenizer) -> None:
     task = make_task(TaskSpec(kind="token_classification", metric="accuracy"), ("NN", "VB"))
     rows = TaggedExamples([("is", "cold")], [np.array([1, 0])], [1])
