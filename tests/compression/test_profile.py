@@ -130,10 +130,10 @@ def test_the_command_writes_a_table_for_each_setting(tmp_path: Path) -> None:
 
 
 def test_a_device_needs_onnxruntime_and_numpy_alone(tmp_path: Path) -> None:
+    options = ["--hidden", "8", "--head-dim", "4", "--heads", "1", "--ffn", "4", "--rounds", "2"]
+    words = ["profile", "--out", str(tmp_path / "p.json"), *options]
     program = (
-        "import sys; from compression.profile import main\n"
-        f"main(['--out', {str(tmp_path / 'p.json')!r}, '--hidden', '8', '--head-dim', '4', "
-        "'--heads', '1', '--ffn', '4', '--rounds', '2'])\n"
+        f"import sys; from compression.__main__ import main; main({words!r})\n"
         "print({name.partition('.')[0] for name in sys.modules} & "
         "{'pydantic', 'paddle', 'onnx', 'yaml', 'tokenizers', 'onnxruntime'})"
     )

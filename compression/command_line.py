@@ -1,0 +1,300 @@
+"""The same job without the service: python -m compression --model DIR --dataset DIR --out DIR.
+
+Other commands, each with its own --help:
+  python -m compression profile         measure this device (compression/profile.py)
+  python -m compression verify BUNDLE   compare a bundle with its manifest and its signature
+  python -m compression keygen FILE     make a key to sign bundles with
+  python -m compression schema          print the JSON Schema of a bundle's manifest
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from compression.checkpoint import FOLDER as CHECKPOINTS
+from compression.checkpoint import resumed_variables
+from compression.errors import (
+    CompressionError,
+    Interrupted,
+    InvalidDataset,
+    SigningKeyRefused,
+)
+from compression.manifest import schema_bytes
+from compression.report import CompressionReport, Intervals, Progress, SubnetworkReport
+from compression.runtime_env import cpu_vendor, training_environment
+from compression.selection import SHOWN_CONFIDENCE
+from compression.signing import key_id, new_key, read_private_key, read_public_key
+from compression.spec import Spec
+from compression.verify import NoBundle, verify_bundle
+
+INTERRUPTED = 3  # exit status
+SHOWN_FAULTS = 20
+
+
+class ProgressBar:
+    """One bar a stage on standard error."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.stage = ""
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.stage != self.stage:
+            self.close()
+            self.stage = progress.stage
+            self.bar = tqdm(total=progress.total, desc=f"{progress.stage:>10}", file=sys.stderr)
+        self.bar.total = progress.total
+        self.bar.n = progress.step
+        figures = {
+            name: f"{value:.4g}" if isinstance(value, float) else value
+            for name, value in progress.figures.items()
+            if isinstance(value, (int, float, str))
+        }
+        self.bar.set_postfix(figures, refresh=False)
+        self.bar.refresh()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def table(report: CompressionReport) -> str:
+    """The teacher (the baselines) and the sub-networks as text, a line for each served format."""
+    lines = [
+        f"{'width':>7} {'format':>7} {'params':>8} {'size MB':>8} {report.main_metric:>11} "
+        f"{'drop':>6} {'p50 ms':>7} {'95 %':>15} {'p95 ms':>7} {'speedup':>8} {'95 %':>12}  "
+        "pareto selected"
+    ]
+    for name, network, drop in (
+        ("teacher", report.teacher, 0.0),
+        *((str(each.width_mult), each, each.accuracy_drop) for each in report.subnetworks),
+    ):
+        for fmt in network.formats:
+            if (latency := fmt.latency) is None:
+                continue
+            candidate = isinstance(network, SubnetworkReport)
+            on_front = candidate and network.pareto
+            chosen = candidate and network.selected and fmt.format == report.selection.format
+            lines.append(
+                f"{name:>7} {fmt.format:>7} {network.parameters / 1e6:>7.1f}M "
+                f"{fmt.size_bytes / 1e6:>8.1f} {network.accuracy:>11.4f} "
+                f"{drop:>6.2f} {latency.p50_ms:>7.2f} "
+                f"{within(latency.p50_intervals):>15} {latency.p95_ms:>7.2f} "
+                f"{fmt.speedup or 1.0:>8.2f} {within(latency.speedup_intervals):>12}  "
+                f"{'yes' if on_front else 'no':>6} {'yes' if chosen else 'no':>8}"
+            )
+    return "\n".join(lines)
+
+
+def within(intervals: Intervals) -> str:
+    """ "3.91-4.10", with 95 % confidence; nothing where no interval was kept."""
+    return "".join(
+        f"{each.low:.2f}-{each.high:.2f}"
+        for each in intervals
+        if each.confidence == SHOWN_CONFIDENCE
+    )
+
+
+@contextmanager
+def told_to_stop() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C or SIGTERM; a second one ends the process at once."""
+    stop = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, tell)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def read_spec(path: Path | None) -> Spec:
+    """The spec of a YAML or JSON file; the default one without a file."""
+    return Spec.model_validate(yaml.safe_load(path.read_text()) or {}) if path else Spec()
+
+
+def schema_command(arguments: list[str]) -> int:
+    """Prints the JSON Schema of a bundle's manifest."""
+    argparse.ArgumentParser(
+        prog="python -m compression schema", description=schema_command.__doc__
+    ).parse_args(arguments)
+    print(schema_bytes().decode(), end="")
+    return 0
+
+
+def keygen_command(arguments: list[str]) -> int:
+    """Makes an Ed25519 key to sign bundles with: FILE is the private key, FILE.pub the public one.
+
+    Set WIDTHWISE_SIGNING_KEY to FILE for the worker; give FILE.pub to those who verify.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m compression keygen", description=keygen_command.__doc__
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="must not exist yet")
+    file = parser.parse_args(arguments).file
+    try:
+        public = new_key(file)
+    except OSError as error:
+        print(f"no key was made: {error}", file=sys.stderr)
+        return 1
+    print(f"private key: {file} (keep it; nobody else may read it)")
+    print(f"public key:  {public}")
+    print(f"key id:      {key_id(read_public_key(public.read_bytes()))}")
+    return 0
+
+
+def verify_command(arguments: list[str]) -> int:
+    """Compares a bundle with its manifest, file by file, and checks its signature.
+
+    Nothing of the bundle is unpacked or run. Exit status 0: all holds; 1: something does not.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m compression verify", description=verify_command.__doc__
+    )
+    parser.add_argument(
+        "bundle",
+        type=Path,
+        metavar="BUNDLE",
+        help="a bundle.tar.gz, or its unpacked folder",
+    )
+    parser.add_argument(
+        "--public-key",
+        type=Path,
+        metavar="FILE",
+        help="of the installation it should come from: it must then be signed with that key",
+    )
+    args = parser.parse_args(arguments)
+    try:
+        trusted = read_public_key(args.public_key.read_bytes()) if args.public_key else None
+        verdict = verify_bundle(args.bundle, trusted)
+    except (OSError, SigningKeyRefused, NoBundle) as error:
+        print(f"cannot be verified: {error}", file=sys.stderr)
+        return 1
+    for fault in verdict.faults[:SHOWN_FAULTS]:
+        print(fault, file=sys.stderr)
+    if not verdict.holds:
+        print(f"does not hold: {len(verdict.faults)} fault(s)", file=sys.stderr)
+        return 1
+    print(f"all {verdict.files} files are as published")
+    if verdict.signed_by is None:
+        print("not signed: this shows that nothing changed since, and not who made it")
+    elif trusted is None:
+        print(f"signed with the key {verdict.signed_by}; --public-key would show whose that is")
+    else:
+        print(f"signed with the key {verdict.signed_by}, the one that was given")
+    return 0
+
+
+COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
+    "keygen": keygen_command,
+    "schema": schema_command,
+    "verify": verify_command,
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a job, or the command that the first argument names; the exit status."""
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
+    return compress_command(arguments)
+
+
+def compress_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m compression",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, required=True, help="folder of the fine-tuned model")
+    parser.add_argument(
+        "--dataset", type=Path, required=True, help="folder of train/dev/test files"
+    )
+    parser.add_argument("--spec", type=Path, help="YAML or JSON; by default every field's default")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="new or empty folder for the result"
+    )
+    parser.add_argument(
+        "--signing-key", type=Path, metavar="FILE", help="private key that bundles are signed with"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on in an --out whose job was interrupted, from its last checkpoint",
+    )
+    args = parser.parse_args(arguments)
+    for name in ("model", "dataset"):
+        if not getattr(args, name).is_dir():
+            parser.error(f"--{name}: {getattr(args, name)} is not a folder")
+    if args.resume:
+        if not (args.out / CHECKPOINTS).is_dir():
+            parser.error(f"--resume: {args.out} holds no interrupted job")
+    elif args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"--out: {args.out} exists and is not an empty folder; see --resume")
+    try:
+        spec = read_spec(args.spec)
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        parser.error(f"--spec: {error}")
+
+    try:
+        key = read_private_key(args.signing_key.read_bytes()) if args.signing_key else None
+    except (OSError, SigningKeyRefused) as error:
+        parser.error(f"--signing-key: {error}")
+
+    # Before paddle is imported; what the user has set stays.
+    wanted = training_environment(cpu_count=len(os.sched_getaffinity(0)), vendor=cpu_vendor())
+    wanted |= resumed_variables(args.out / CHECKPOINTS)
+    os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
+    from compression.pipeline import compress
+
+    bar = ProgressBar()
+    try:
+        with told_to_stop() as stop:
+            report = compress(
+                spec,
+                args.model,
+                args.dataset,
+                args.out,
+                bar,
+                stop=stop.is_set,
+                signing_key=key,
+            )
+    except Interrupted as interrupted:
+        bar.close()
+        print(f"{interrupted}; the same command with --resume goes on", file=sys.stderr)
+        return INTERRUPTED
+    except CompressionError as error:
+        bar.close()
+        where = f" ({error.pointer})" if error.pointer else ""
+        print(f"{error.code}: {error.message}{where}", file=sys.stderr)
+        for row in error.rows if isinstance(error, InvalidDataset) else ():
+            print(f"  {row.file}, line {row.line}: {row.message}", file=sys.stderr)
+        return 2
+    bar.close()
+    print(table(report))
+    print(report.selection.reason)
+    if report.selection.explanation is not None:
+        for effect in report.selection.explanation.effects:
+            print(effect.words)
+    for warning in (*report.dataset.notes, *report.warnings):
+        print(f"warning: {warning}")
+    print(f"report: {args.out / 'report.json'}")
+    return 0
