@@ -1,4 +1,4 @@
-"""Rows to padded batches, with rows of like length together. Letters: B rows, T tokens."""
+"""Rows to padded batches: drawn at random, or sorted by length. Letters: B rows, T tokens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import Tensor
-
-POOL_BATCHES = 64  # rows are sorted by length within a shuffled pool of this many batches
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor | None
     rows: np.ndarray
+    lengths: np.ndarray  # real tokens of each row
     label_mask: Tensor | None = None
 
     @property
@@ -124,6 +123,7 @@ def make_batch(
         **{name: paddle.to_tensor(value) for name, value in arrays.items()},
         labels=_collated(data.labels, numbers, padded),
         rows=data.numbers_of(numbers),
+        lengths=np.array([len(data.input_ids[r]) for r in numbers], np.int64),
         label_mask=None if mask is None else mask.astype("float32"),
     )
 
@@ -142,19 +142,14 @@ def _collated(values: Any, rows: np.ndarray, length: int) -> Tensor | None:
 def epoch_order(
     lengths: np.ndarray, *, batch_size: int, generator: np.random.Generator
 ) -> list[np.ndarray]:
-    """Row numbers of each batch of one epoch, in random order, like lengths together.
+    """Row numbers of each batch of one epoch: every row once, drawn at random.
 
-    Rows are shuffled, sorted by length within pools of POOL_BATCHES batches, cut
-    into batches, and the batches shuffled: every row once, little padding.
+    Within a batch shortest first, so that parts of it can be made that are alike. Batches of rows
+    of like length would need no packing, but cost accuracy (DECISIONS.md).
     """
     shuffled = generator.permutation(len(lengths))
-    batches: list[np.ndarray] = []
-    pool_rows = POOL_BATCHES * batch_size
-    for start in range(0, len(shuffled), pool_rows):
-        pool = shuffled[start : start + pool_rows]
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-    return [batches[i] for i in generator.permutation(len(batches))]
+    batches = [shuffled[i : i + batch_size] for i in range(0, len(shuffled), batch_size)]
+    return [batch[np.argsort(lengths[batch], kind="stable")] for batch in batches]
 
 
 def training_rows(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import paddle
 from paddle import Tensor
 
-from compression import kernels
 from compression.batches import Batch, Encoded
 from compression.encoder import Encoder, EncoderStates
+from compression.layout import Layout, Packed, Padded
 from compression.noise import Noise
 from compression.report import TrainingReport
 from compression.spec import DistillationSpec
@@ -30,17 +30,16 @@ def representation_loss(
     *,
     student: Sequence[Tensor],
     teacher: Sequence[Tensor],
-    attention_mask: Tensor,
-    total: Count | None = None,
+    layout: Layout,
+    total: Count,
 ) -> Tensor:
-    """Sum over states of the mean squared difference over real tokens; states [B, T, H].
+    """Sum over states of the mean squared difference over tokens; states [..., H] in the layout.
 
-    `total` are the tokens to divide by, where this is a part of a larger batch.
+    `total` are the tokens to divide by: the layout's, or a larger batch's that it is a part of.
     """
-    mask = attention_mask.astype("float32")
-    units = (mask.sum() if total is None else total) * student[0].shape[-1]
+    units = total * student[0].shape[-1]
     return sum(
-        kernels.squared_distance(own, other, mask) / units
+        layout.squared_distance(own, other) / units
         for own, other in zip(student, teacher, strict=True)
     )
 
@@ -49,6 +48,7 @@ def distillation_loss(
     student: EncoderStates,
     teacher: EncoderStates,
     batch: Batch,
+    layout: Layout,
     spec: DistillationSpec,
     task: Task,
     *,
@@ -56,23 +56,26 @@ def distillation_loss(
 ) -> Tensor:
     """lambda_rep * representation loss + lambda_logit * logit loss of one sub-network.
 
-    Of a part of a batch, with `share_of` that batch: the part's share, so that the parts' add up.
+    States are in the layout. Of a part of a batch, with `share_of` that batch: the part's share,
+    so that the parts' add up.
     """
     whole = batch if share_of is None else share_of
     loss = spec.lambda_logit * task.logit_loss(
         student=student.logits, teacher=teacher.logits, batch=batch, total=task.count(whole)
     )
     if spec.lambda_rep:
-        own, every = batch.attention_mask, whole.attention_mask
-        if spec.padded_mean:
-            own, every = paddle.ones_like(own), paddle.ones_like(every)
+        tokens = int(whole.input_ids.size if spec.padded_mean else whole.lengths.sum())
         loss = loss + spec.lambda_rep * representation_loss(
-            student=student.hidden,
-            teacher=teacher.hidden,
-            attention_mask=own,
-            total=every.astype("float32").sum(),
+            student=student.hidden, teacher=teacher.hidden, layout=layout, total=tokens
         )
     return loss
+
+
+def layout_of(batch: Batch, spec: DistillationSpec) -> Layout:
+    """Packed, but where the mean of a loss is to be over padding too."""
+    if spec.padded_mean:
+        return Padded(batch.attention_mask, counts_padding=True)
+    return Packed(batch.lengths, batch.input_ids.shape[1])
 
 
 @dataclass(frozen=True)
@@ -92,12 +95,15 @@ class SupernetLosses:
     def __call__(
         self, supernet: Encoder, share: Batch, whole: Batch, noise: Noise | None
     ) -> Iterator[tuple[str, Tensor]]:
+        layout = layout_of(share, self.spec)
         if self.kept is None:
             with paddle.no_grad():
-                targets = self.teacher.encode(*share.inputs)
+                targets = self.teacher.encode(*share.inputs, layout=layout)
         else:
-            targets = self.kept(share)
-        embedded = supernet.embeddings(share.input_ids, share.token_type_ids, noise=noise)
+            targets = self.kept(share, layout)
+        embedded = layout.states(
+            supernet.embeddings(share.input_ids, share.token_type_ids, noise=noise)
+        )
         shared = embedded.detach()
         shared.stop_gradient = embedded.stop_gradient
         for subnetwork in self.subnetworks:
@@ -105,11 +111,10 @@ class SupernetLosses:
             yield (
                 subnetwork.name,
                 distillation_loss(
-                    supernet.encode_embedded(
-                        shared, share.attention_mask, subnetwork=subnetwork, noise=noise
-                    ),
+                    supernet.encode_embedded(shared, layout, subnetwork=subnetwork, noise=noise),
                     targets,
                     share,
+                    layout,
                     self.spec,
                     self.task,
                     share_of=whole,

@@ -7,11 +7,11 @@ upper-left block. The active size is an argument of each call, never a mode.
 
 from __future__ import annotations
 
-import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
 from compression import kernels
+from compression.layout import Layout
 from compression.noise import Noise, dropout
 
 ACTIVATIONS = {
@@ -64,31 +64,28 @@ class ElasticAttention(nn.Layer):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor,
+        layout: Layout,
         *,
         heads: int | None = None,
         gates: Tensor | None = None,
         noise: Noise | None = None,
     ) -> Tensor:
-        """x [B, T, H], gates [A] -> [B, T, H]; the mask is what `kernels.expanded` makes."""
+        """x [..., H] in the layout's own shape, gates [A] -> [..., H]."""
         heads = heads or self.heads
         width = heads * self.head_dim
-
-        def project(layer: nn.Linear) -> Tensor:  # [B, T, H] -> [B, A, T, D]
-            y = kernels.linear(x, *sliced(layer, outputs=width))
-            return y.reshape([0, 0, heads, self.head_dim]).transpose([0, 2, 1, 3])
-
-        query, key = project(self.query) * self.head_dim**-0.5, project(self.key)
-        value = project(self.value)
-        if noise is None or self.attention_dropout == 0:
-            context = kernels.attention(query, key, value, mask)  # [B, A, T, D]
-        else:
-            scores = paddle.matmul(query, key, transpose_y=True) + mask  # [B, A, T, T]
-            weights = dropout(F.softmax(scores), self.attention_dropout, noise)
-            context = paddle.matmul(weights, value)
-        if gates is not None:
-            context = context * gates.reshape([1, heads, 1, 1])
-        context = context.transpose([0, 2, 1, 3]).reshape([0, 0, width])  # [B, T, A * D]
+        query, key, value = (
+            kernels.linear(x, *sliced(layer, outputs=width))
+            for layer in (self.query, self.key, self.value)
+        )
+        context = layout.attend(
+            query * self.head_dim**-0.5,
+            key,
+            value,
+            heads=heads,
+            gates=gates,
+            rate=self.attention_dropout,
+            noise=noise,
+        )
         y = kernels.linear(context, *sliced(self.output, inputs=width))
         return self.norm(x + dropout(y, self.hidden_dropout, noise))
 
@@ -109,7 +106,7 @@ class ElasticFeedForward(nn.Layer):
     def forward(
         self, x: Tensor, *, neurons: int | None = None, noise: Noise | None = None
     ) -> Tensor:
-        """x [B, T, H] -> [B, T, H], through the first `neurons` of F."""
+        """x [..., H] -> [..., H], through the first `neurons` of F."""
         into, out = sliced(self.intermediate, outputs=neurons), sliced(self.output, inputs=neurons)
         if self.activation is F.gelu:
             y = kernels.gelu_feed_forward(x, *into, *out)

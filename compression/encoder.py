@@ -16,15 +16,14 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import functional as F
 
-from compression import kernels
 from compression.elastic import ACTIVATIONS, ElasticAttention, ElasticFeedForward, Norm
 from compression.errors import InvalidModel
+from compression.layout import Layout, Padded
 from compression.noise import Noise, dropout
 from compression.spec import Head
 from compression.supernet import Subnetwork
 from compression.teachers.config import EncoderConfig
 
-MASKED = -1e9  # added to scores of padding: its softmax weight is exactly 0 in fp32
 INITIAL_STD = 0.02  # of new weights, as in BERT
 POOLER_ACTIVATIONS = {
     "tanh": paddle.tanh,
@@ -36,7 +35,10 @@ POOLER_ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class EncoderStates:
-    """`hidden[0]` is the embedding output, `hidden[i]` layer i's output, each [B, T, H]."""
+    """`hidden[0]` is the embedding output, `hidden[i]` layer i's output.
+
+    Each is [B, T, H], or [N, H] where the tokens were packed.
+    """
 
     hidden: list[Tensor]
     logits: Tensor  # [B, labels]; of a token head [B, T, labels]
@@ -103,14 +105,14 @@ class Layer(nn.Layer):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor,
+        layout: Layout,
         *,
         heads: int | None = None,
         neurons: int | None = None,
         gates: Tensor | None = None,
         noise: Noise | None = None,
     ) -> Tensor:
-        x = self.attention(x, mask, heads=heads, gates=gates, noise=noise)
+        x = self.attention(x, layout, heads=heads, gates=gates, noise=noise)
         return self.ffn(x, neurons=neurons, noise=noise)
 
 
@@ -135,20 +137,24 @@ class Encoder(nn.Layer):
         token_type_ids: Tensor | None,
         attention_mask: Tensor,
         *,
+        layout: Layout | None = None,
         subnetwork: Subnetwork | None = None,
         head_gates: Sequence[Tensor] | None = None,
         noise: Noise | None = None,
     ) -> EncoderStates:
         """All hidden states and the logits of one batch; the first three are int64 [B, T].
 
+        States are in the layout, padded as the batch is unless one is given.
+
         `token_type_ids` may be None where the config reads none. `head_gates` multiplies
         each head's output, one tensor [heads] a layer: ones change nothing, and their
         gradient is the head importance. `noise` makes the pass one of training, with the
         config's dropout.
         """
+        layout = layout or Padded(attention_mask)
         return self.encode_embedded(
-            self.embeddings(input_ids, token_type_ids, noise=noise),
-            attention_mask,
+            layout.states(self.embeddings(input_ids, token_type_ids, noise=noise)),
+            layout,
             subnetwork=subnetwork,
             head_gates=head_gates,
             noise=noise,
@@ -157,22 +163,19 @@ class Encoder(nn.Layer):
     def encode_embedded(
         self,
         x: Tensor,
-        attention_mask: Tensor,
+        layout: Layout,
         *,
         subnetwork: Subnetwork | None = None,
         head_gates: Sequence[Tensor] | None = None,
         noise: Noise | None = None,
     ) -> EncoderStates:
-        """The same from the embedding output x [B, T, H], which all sub-networks share."""
-        mask = (1.0 - attention_mask.astype("float32")).unsqueeze([1, 2]) * MASKED  # [B, 1, 1, T]
-        kept = subnetwork.heads if subnetwork else self.config.heads
-        masks = {heads: kernels.expanded(mask, heads) for heads in sorted(set(kept))}
+        """The same from the embedding output x in its layout, which all sub-networks share."""
         hidden = [x]
         for i, layer in enumerate(self.layers):
             x = layer(
                 x,
-                masks[kept[i]],
-                heads=kept[i],
+                layout,
+                heads=subnetwork.heads[i] if subnetwork else None,
                 neurons=subnetwork.ffn[i] if subnetwork else None,
                 gates=head_gates[i] if head_gates is not None else None,
                 noise=noise,
@@ -180,8 +183,11 @@ class Encoder(nn.Layer):
             hidden.append(x)
         if self.config.head == "sequence":
             activation = POOLER_ACTIVATIONS[self.config.pooler_activation]
-            x = activation(self.pooler(x[:, 0]))  # [B, T, H] -> [B, H], of the first token
-        return EncoderStates(hidden, self.classifier(dropout(x, self.dropout, noise)))
+            x = activation(self.pooler(layout.first_tokens(x)))  # [..., H] -> [B, H]
+        logits = self.classifier(dropout(x, self.dropout, noise))
+        return EncoderStates(
+            hidden, layout.padded(logits) if self.config.head == "token" else logits
+        )
 
     def forward(
         self,

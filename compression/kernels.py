@@ -76,14 +76,33 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor
     return paddle.matmul(F.softmax(scores), value)
 
 
-def squared_distance(own: Tensor, other: Tensor, mask: Tensor) -> Tensor:
-    """The sum of mask * (own - other)^2; own and other [B, T, H], mask of zeros and ones [B, T].
+def squared_distance(own: Tensor, other: Tensor, mask: Tensor | None) -> Tensor:
+    """The sum of mask * (own - other)^2; own and other [..., H], mask of zeros and ones [...].
 
     Only `own` gets a gradient.
     """
     if _differentiates(own):
         return _SquaredDistance.apply(own, other, mask)
-    return ((own - other).square() * mask.unsqueeze(-1)).sum()
+    squares = (own - other).square()
+    return (squares if mask is None else squares * mask.unsqueeze(-1)).sum()
+
+
+def spread(x: Tensor, places: Tensor, collected_from: Tensor) -> Tensor:
+    """x [N, U] -> [M, U]: row i is row places[i] of x, zeros where that is N.
+
+    Each row of x is at one place alone, which `collected_from` [N] says: this and `collected`
+    are each other's gradients, and neither adds anything up.
+    """
+    return _Spread.apply(x, places, collected_from)
+
+
+def collected(x: Tensor, places: Tensor, collected_from: Tensor) -> Tensor:
+    """The inverse of `spread`: x [M, U] -> [N, U]."""
+    return _Collected.apply(x, places, collected_from)
+
+
+def _spread(x: Tensor, places: Tensor) -> Tensor:
+    return paddle.gather(paddle.concat([x, paddle.zeros([1, x.shape[-1]], x.dtype)]), places)
 
 
 def _is_eager_cpu(x: Tensor) -> bool:
@@ -219,14 +238,38 @@ class _Attention(PyLayer):  # type: ignore[misc]
 
 class _SquaredDistance(PyLayer):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, own: Tensor, other: Tensor, mask: Tensor) -> Tensor:
-        difference = (own - other).multiply_(mask.unsqueeze(-1))
+    def forward(ctx: Any, own: Tensor, other: Tensor, mask: Tensor | None) -> Tensor:
+        difference = own - other
+        if mask is not None:
+            difference = difference.multiply_(mask.unsqueeze(-1))
         ctx.save_for_backward(difference)
-        ctx.wanted = [not each.stop_gradient for each in (own, other, mask)]
+        ctx.inputs = 2 if mask is None else 3
         row = difference.reshape([1, -1])
         return paddle.matmul(row, row, transpose_y=True).reshape([])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (difference,) = ctx.saved_tensor()
-        return _wanted(ctx, paddle.scale(difference, 2.0 * grad.item()), None, None)
+        return paddle.scale(difference, 2.0 * grad.item()), *[None] * (ctx.inputs - 1)
+
+
+class _Spread(PyLayer):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, collected_from: Tensor) -> Tensor:
+        ctx.collected_from = collected_from
+        return _spread(x, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return paddle.gather(grad, ctx.collected_from), None, None
+
+
+class _Collected(PyLayer):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, collected_from: Tensor) -> Tensor:
+        ctx.places = places
+        return paddle.gather(x, collected_from)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _spread(grad, ctx.places), None, None

@@ -744,7 +744,7 @@ def train_supernet(
         return finished(supernet, surroundings, learn, trained_further=trained_further)
 
     def train() -> TrainingReport:
-        folder = work / TEACHER_STATES / str(surroundings.group.rank)
+        folder = work / TEACHER_STATES
         kept, notes = kept_states(job, teacher, rows, folder)
         report = distil(
             supernet,
@@ -759,6 +759,7 @@ def train_supernet(
             kept=kept,
             on_step=on_step,
         )
+        shutil.rmtree(folder, ignore_errors=True)  # exports may need the room
         return report.model_copy(update={"notes": notes})
 
     return finished(supernet, surroundings, train, trained_further=trained_further)

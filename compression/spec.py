@@ -548,4 +548,10 @@ class Spec(_Asked):
                 f"engine {self.engine} trains in one process and in fp32: set processes to 1 and "
                 'precision to "fp32"'
             )
+        is_plain = self.engine == "widthwise" and self.processes == 1
+        if self.distillation.teacher_cache_mb and not is_plain:
+            raise ValueError(
+                'distillation.teacher_cache_mb is for engine "widthwise" in one process: set it '
+                "to 0"
+            )
         return self

@@ -15,6 +15,7 @@ from paddle import Tensor
 
 from compression.batches import Batch, Encoded, make_batch, sorted_rows
 from compression.encoder import Encoder, EncoderStates
+from compression.layout import Layout
 from compression.teachers.config import EncoderConfig
 
 BATCH = 64
@@ -51,7 +52,11 @@ class KeptStates:
         path = folder / _FILE
         with path.open("wb") as file:
             # A mapped file that finds the disk full ends the process; this is an error instead.
-            os.posix_fallocate(file.fileno(), 0, max(1, states_bytes(config, data)))
+            try:
+                os.posix_fallocate(file.fileno(), 0, max(1, states_bytes(config, data)))
+            except OSError:
+                path.unlink()  # some file systems keep what there was room for
+                raise
         shape = (config.layers + 1, int(starts[-1]), config.hidden)
         states = np.memmap(path, np.float32, "r+", shape=shape)
         logits: list[np.ndarray] = [np.empty(0)] * len(data)
@@ -72,8 +77,8 @@ class KeptStates:
             list(pool.map(fill, sorted_rows(data, batch_size=BATCH)))
         return cls(data, states, logits, starts)
 
-    def __call__(self, share: Batch) -> EncoderStates:
-        """The answers about a batch of rows of `data`, with zeros at padding."""
+    def __call__(self, share: Batch, layout: Layout) -> EncoderStates:
+        """The answers about a batch of rows of `data`, the states in the layout."""
         places = [self._place[int(number)] for number in share.rows]
         rows, tokens = share.input_ids.shape
         count, _, hidden = self._states.shape
@@ -82,7 +87,7 @@ class KeptStates:
             start, end = self._starts[place], self._starts[place + 1]
             padded[:, i, : end - start] = self._states[:, start:end]
         return EncoderStates(
-            [paddle.to_tensor(state) for state in padded],
+            [layout.states(paddle.to_tensor(state)) for state in padded],
             _padded([self._logits[place] for place in places], tokens),
         )
 

@@ -23,6 +23,7 @@ from compression.batches import Batch, Encoded, make_batch, sorted_batches, trai
 from compression.checkpoint import Checkpoints, StageState
 from compression.encoder import Encoder, load_weights, numpy_weights
 from compression.errors import Interrupted, OutOfMemory, TrainingDiverged
+from compression.layout import Packed
 from compression.noise import Noise
 from compression.parallel import Replicas, balanced
 from compression.precision import Kind, Precision
@@ -34,7 +35,7 @@ from compression.token_rows import put_back, used_tokens, with_token_rows
 
 HELD_OUT_SHARE = 10  # one row in ten of train judges a training that has a patience
 HELD_OUT_ROWS = 1024  # at most
-TOKENS_AT_ONCE = 512  # padding included; one row may have more
+TOKENS_AT_ONCE = 512  # of a replica; one row may have more
 TIMED_STEPS = 1000  # the newest ones, of which a step's median time is told
 SHOWN_ROWS = 10
 
@@ -249,15 +250,18 @@ class BatchGradients:
         whole = make_batch(self.data, rows, pad_id=pad_id)
         length = whole.input_ids.shape[1] if self.keep_length else None
         at_once = len(rows) if micro_batch is None else micro_batch // len(self.replicas.members)
-        if whole.input_ids.place.is_cpu_place():
-            at_once = min(at_once, TOKENS_AT_ONCE // whole.input_ids.shape[1])
-        at_once = max(1, at_once)
+        on_cpu = whole.input_ids.place.is_cpu_place()
 
         def work(member: Encoder, part: np.ndarray) -> dict[str, float]:
             found: dict[str, float] = {}
             # Of fewer rows than processes some have none: they go along without a say.
             weight = 1.0 if len(own) else 0.0
-            for micro in np.split(part, range(at_once, len(part), at_once)):
+            for micro in pieces(
+                part,
+                np.array([len(self.data.input_ids[row]) for row in part]),
+                rows=max(1, at_once),
+                tokens=TOKENS_AT_ONCE if on_cpu else None,
+            ):
                 share = make_batch(self.data, micro, pad_id=pad_id, length=length)
                 noise = Noise([self.seed, step, int(micro[0])])
                 with self.precision.cast():
@@ -273,6 +277,22 @@ class BatchGradients:
         self.group.add_up_gradients(self.replicas.members[0])
         sums = self.group.add_up([sum(part[name] for part in parts) for name in parts[0]])
         return dict(zip(parts[0], sums, strict=True))
+
+
+def pieces(
+    part: np.ndarray, lengths: np.ndarray, *, rows: int, tokens: int | None
+) -> list[np.ndarray]:
+    """The rows of a part in as few pieces as have at most so many rows and tokens each, or one row.
+
+    Rows are dealt out in turn: of rows in order of length the pieces are alike.
+    """
+    count = -(-len(part) // rows)
+    while count < len(part) and any(
+        len(part[i::count]) > rows or (tokens is not None and lengths[i::count].sum() > tokens)
+        for i in range(count)
+    ):
+        count += 1
+    return [part[i::count] for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -569,8 +589,11 @@ def fine_tune(
         member: Encoder, share: Batch, whole: Batch, noise: Noise | None
     ) -> Iterator[tuple[str, Tensor]]:
         total = task.count(whole)
+        layout = Packed(share.lengths, share.input_ids.shape[1])
         for subnetwork in subnetworks:
-            logits = member.encode(*share.inputs, subnetwork=subnetwork, noise=noise).logits
+            logits = member.encode(
+                *share.inputs, layout=layout, subnetwork=subnetwork, noise=noise
+            ).logits
             name = subnetwork.name if subnetwork else "fine-tuning"
             yield name, task.label_loss(logits, share, total=total)
             del logits  # or this pass's memory would be kept through the next

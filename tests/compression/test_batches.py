@@ -1,4 +1,4 @@
-"""Every row once, little padding, the same seed the same batches."""
+"""Every row once, the same seed the same batches."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from compression.batches import (
 from tests.encoders import random_rows
 
 
-def test_an_epoch_has_every_row_once_and_like_lengths_together() -> None:
+def test_an_epoch_has_every_row_once_in_batches_of_all_lengths() -> None:
     lengths = np.random.default_rng(0).integers(3, 60, 1000)
     batches = epoch_order(lengths, batch_size=32, generator=np.random.default_rng(1))
     assert sorted(np.concatenate(batches).tolist()) == list(range(1000))
-    padded = sum(lengths[rows].max() * len(rows) for rows in batches)
-    assert padded < 1.06 * lengths.sum()
-    firsts = [int(lengths[rows[0]]) for rows in batches]
-    assert firsts != sorted(firsts)  # short rows do not all come first
+    assert [len(rows) for rows in batches] == [32] * 31 + [8]
+    for rows in batches:
+        assert lengths[rows].tolist() == sorted(lengths[rows])
+    means = np.array([lengths[rows].mean() for rows in batches[:-1]])
+    assert means.std() < 1.5 * lengths.std() / 32**0.5  # as of rows drawn at random
 
 
 def test_the_seed_alone_decides_the_batches() -> None:

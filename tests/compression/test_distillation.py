@@ -9,9 +9,10 @@ import paddle
 import pytest
 
 from compression.batches import make_batch
-from compression.distillation import distil, distillation_loss, representation_loss
+from compression.distillation import distil, distillation_loss, layout_of, representation_loss
 from compression.encoder import numpy_weights
 from compression.evaluate import predict
+from compression.layout import Layout, Packed, Padded
 from compression.spec import DistillationSpec
 from compression.supernet import subnetwork_of
 from tests.encoders import CLASSIFICATION, clear, gradients, random_rows, tiny_encoder
@@ -22,12 +23,13 @@ SPEC = DistillationSpec()
 def loss_and_gradients(length: int | None) -> tuple[float, dict[str, np.ndarray]]:
     student, teacher, data = tiny_encoder(1), tiny_encoder(2), random_rows(6)
     batch = make_batch(data, range(6), pad_id=0, length=length)
+    layout = layout_of(batch, SPEC)
     with paddle.no_grad():
-        targets = teacher.encode(*batch.inputs)
+        targets = teacher.encode(*batch.inputs, layout=layout)
     half = subnetwork_of(student.config, Fraction(1, 2))
     clear(student)
-    states = student.encode(*batch.inputs, subnetwork=half)
-    loss = distillation_loss(states, targets, batch, SPEC, CLASSIFICATION)
+    states = student.encode(*batch.inputs, layout=layout, subnetwork=half)
+    loss = distillation_loss(states, targets, batch, layout, SPEC, CLASSIFICATION)
     loss.backward()
     return float(loss), gradients(student)
 
@@ -51,7 +53,8 @@ def test_the_representation_loss_is_a_mean_over_real_tokens_and_units() -> None:
     found = representation_loss(
         student=[paddle.to_tensor(own)] * 2,
         teacher=[paddle.to_tensor(other)] * 2,
-        attention_mask=paddle.to_tensor(mask),
+        layout=Padded(paddle.to_tensor(mask)),
+        total=3,
     )
     assert float(found) == pytest.approx(2 * np.square(own - other)[real].mean(), rel=1e-5)
 
@@ -73,13 +76,14 @@ def test_a_mean_over_padding_is_had_by_setting_alone() -> None:
 
     def loss(length: int, padded_mean: bool) -> tuple[float, float]:
         batch = make_batch(data, range(4), pad_id=0, length=length)
-        states, targets = student.encode(*batch.inputs), teacher.encode(*batch.inputs)
         spec = DistillationSpec(lambda_rep=1, lambda_logit=0, padded_mean=padded_mean)
+        layout = layout_of(batch, spec)
+        states, targets = (each.encode(*batch.inputs, layout=layout) for each in (student, teacher))
         plain = sum(
             np.square(a.numpy() - b.numpy()).mean()
             for a, b in zip(states.hidden, targets.hidden, strict=True)
         )
-        found = distillation_loss(states, targets, batch, spec, CLASSIFICATION)
+        found = distillation_loss(states, targets, batch, layout, spec, CLASSIFICATION)
         return float(found), float(plain)
 
     assert not SPEC.padded_mean
@@ -93,31 +97,35 @@ def test_a_mean_over_padding_is_had_by_setting_alone() -> None:
 def test_the_parts_of_a_representation_loss_add_up_to_it() -> None:
     student, teacher, data = tiny_encoder(1), tiny_encoder(2), random_rows(6)
 
-    def loss(rows: list[int], total: int | None) -> float:
+    tokens = sum(map(len, data.input_ids))
+
+    def loss(rows: list[int], layout: type[Layout]) -> float:
         batch = make_batch(data, rows, pad_id=0)
+        kind = Padded(batch.attention_mask) if layout is Padded else layout_of(batch, SPEC)
         return float(
             representation_loss(
-                student=student.encode(*batch.inputs).hidden,
-                teacher=teacher.encode(*batch.inputs).hidden,
-                attention_mask=batch.attention_mask,
-                total=total,
+                student=student.encode(*batch.inputs, layout=kind).hidden,
+                teacher=teacher.encode(*batch.inputs, layout=kind).hidden,
+                layout=kind,
+                total=tokens,
             )
         )
 
-    tokens = sum(map(len, data.input_ids))
-    parts = loss([0, 1], tokens) + loss([2, 3, 4, 5], tokens)
-    assert parts == pytest.approx(loss([0, 1, 2, 3, 4, 5], None), rel=1e-5)
+    parts = loss([0, 1], Packed) + loss([2, 3, 4, 5], Packed)
+    assert parts == pytest.approx(loss([0, 1, 2, 3, 4, 5], Packed), rel=1e-5)
+    assert parts == pytest.approx(loss([0, 1, 2, 3, 4, 5], Padded), rel=1e-5)
 
 
 def test_the_loss_weights_are_those_of_the_spec() -> None:
     student, teacher, data = tiny_encoder(1), tiny_encoder(2), random_rows(4)
     batch = make_batch(data, range(4), pad_id=0)
-    states, targets = student.encode(*batch.inputs), teacher.encode(*batch.inputs)
+    layout = layout_of(batch, SPEC)
+    states, targets = (each.encode(*batch.inputs, layout=layout) for each in (student, teacher))
     logit_loss = CLASSIFICATION.logit_loss
 
     def loss(rep: float, logit: float) -> float:
         spec = DistillationSpec(lambda_rep=rep, lambda_logit=logit)
-        return float(distillation_loss(states, targets, batch, spec, CLASSIFICATION))
+        return float(distillation_loss(states, targets, batch, layout, spec, CLASSIFICATION))
 
     assert loss(0.1, 1.0) == pytest.approx(0.1 * loss(1, 0) + loss(0, 1), rel=1e-5)
     assert loss(0, 1) == pytest.approx(

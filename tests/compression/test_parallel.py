@@ -10,11 +10,11 @@ import pytest
 from paddle import Tensor
 
 from compression.distillation import SupernetLosses
-from compression.encoder import Embeddings, Encoder, numpy_weights
+from compression.encoder import Encoder, EncoderStates, numpy_weights
 from compression.parallel import Replicas, shares
 from compression.spec import DistillationSpec, FineTuneSpec
 from compression.supernet import subnetwork_of
-from compression.training import BatchGradients, Optimizer, fine_tune
+from compression.training import BatchGradients, Optimizer, fine_tune, pieces
 from tests.encoders import CLASSIFICATION, gradients, random_rows, tiny_encoder
 
 ROWS = np.arange(10)
@@ -51,22 +51,36 @@ def test_shares_of_a_batch_give_the_whole_batchs_losses_and_gradients(
 
 def test_no_more_tokens_than_a_cap_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    embed = Embeddings.forward
+    encode = Encoder.encode_embedded
 
-    def counted(self: Embeddings, ids: Tensor, *rest: Any, **named: Any) -> Tensor:
-        seen.append(int(ids.size))
-        return embed(self, ids, *rest, **named)
+    def counted(self: Encoder, x: Tensor, *rest: Any, **named: Any) -> EncoderStates:
+        seen.append(x.shape[0])  # packed: [tokens, hidden]
+        return encode(self, x, *rest, **named)
 
     losses, whole = step_gradients(1)
-    monkeypatch.setattr(Embeddings, "forward", counted)
+    monkeypatch.setattr(Encoder, "encode_embedded", counted)
     monkeypatch.setattr("compression.training.TOKENS_AT_ONCE", 30)
     parts_losses, parts = step_gradients(1)
-    assert len(seen) > 2 and max(seen) <= 30  # of teacher and supernet; rows have up to 12 tokens
+    assert len(seen) > 3 and max(seen) <= 30  # of teacher and supernet; rows have up to 12 tokens
     assert parts_losses == pytest.approx(losses, rel=1e-5)
     for name, value in whole.items():
         np.testing.assert_allclose(
             parts[name], value, atol=1e-5 * np.abs(value).max() + 1e-7, err_msg=name
         )
+
+
+def test_pieces_hold_every_row_and_no_more_than_is_allowed() -> None:
+    part = np.arange(100, 110)
+    lengths = np.array([3, 3, 4, 5, 6, 8, 9, 12, 20, 30])
+    whole = pieces(part, lengths, rows=10, tokens=None)
+    assert [each.tolist() for each in whole] == [part.tolist()]
+    few = pieces(part, lengths, rows=4, tokens=None)
+    assert sorted(np.concatenate(few).tolist()) == part.tolist()
+    assert len(few) == 3 and max(map(len, few)) == 4
+    short = pieces(part, lengths, rows=10, tokens=35)
+    assert sorted(np.concatenate(short).tolist()) == part.tolist()
+    assert max(lengths[each - 100].sum() for each in short) <= 35
+    assert len(pieces(part, lengths, rows=10, tokens=1)) == 10  # one row may have more
 
 
 def test_one_number_of_replicas_repeats_itself_bit_for_bit() -> None:

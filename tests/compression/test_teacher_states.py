@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from compression.batches import Encoded, make_batch
 from compression.distillation import SupernetLosses, distil
 from compression.encoder import Encoder, numpy_weights
+from compression.layout import Padded
 from compression.pipeline import Job, kept_states
 from compression.spec import DistillationSpec, Spec
 from compression.supernet import subnetwork_of
@@ -36,7 +37,7 @@ def test_a_batch_gets_what_the_teacher_says_of_it(tmp_path: Path, head: str, tak
     part = data.take([5, 40, 3, 11])
     batch = make_batch(part, [3, 0, 1], pad_id=0, length=14)
     expected = teacher.encode(*batch.inputs)
-    found = kept(batch)
+    found = kept(batch, Padded(batch.attention_mask))
     real = batch.attention_mask.numpy().astype(bool)
     assert len(found.hidden) == len(expected.hidden)
     for own, other in zip(found.hidden, expected.hidden, strict=True):
@@ -79,7 +80,7 @@ def test_a_training_with_kept_answers_is_one_without(
     asked = []
     answer = KeptStates.__call__
     monkeypatch.setattr(
-        KeptStates, "__call__", lambda self, share: asked.append(share) or answer(self, share)
+        KeptStates, "__call__", lambda self, *words: asked.append(words) or answer(self, *words)
     )
     found = numpy_weights(trained(data, kept, spec))
     assert len(asked) >= 15 * 2
@@ -117,6 +118,7 @@ def test_a_full_disk_is_an_error_before_anything_is_computed(
     data, teacher = random_rows(4), tiny_encoder()
     with pytest.raises(OSError, match="No space left"):
         KeptStates.compute(teacher, data, tmp_path, threads=1)
+    assert list(tmp_path.iterdir()) == []
     # A job then computes them in each step, and says so.
     assert kept_states(job_with_a_cache(), teacher, data, tmp_path) == (
         None,
@@ -139,6 +141,12 @@ def test_answers_that_are_too_many_are_computed_in_each_step(tmp_path: Path) -> 
     kept, notes = kept_states(job_with_a_cache(), teacher, data, tmp_path)
     assert kept is None and list(tmp_path.iterdir()) == []
     assert "more than teacher_cache_mb (1)" in notes[0]
+
+
+@pytest.mark.parametrize("changes", [{"processes": 2}, {"engine": "paddleslim"}])
+def test_answers_are_kept_where_one_process_of_ours_trains(changes: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="teacher_cache_mb is for engine"):
+        Spec.model_validate({"distillation": {"teacher_cache_mb": 1}, **changes})
 
 
 def test_states_of_padding_are_not_kept() -> None:

@@ -149,7 +149,9 @@ def test_subnetworks_are_fine_tuned_together_with_one_step_a_batch() -> None:
     assert seen == pytest.approx([float(loss) for loss in losses], rel=1e-5)
     after, before = numpy_weights(tuned), numpy_weights(tiny_encoder(**calm))
     for name, value in numpy_weights(by_hand).items():
-        np.testing.assert_allclose(after[name], value, atol=1e-6, err_msg=name)
+        # A key's bias has no gradient but rounding's, which AdamW makes as large as any.
+        if not name.endswith("key.bias"):
+            np.testing.assert_allclose(after[name], value, atol=1e-6, err_msg=name)
     assert any(not np.array_equal(after[name], before[name]) for name in before)
 
 
