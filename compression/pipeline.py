@@ -942,7 +942,7 @@ def measure_latency(
     """Latency of every published served file and of the teacher, by "sub-network/format".
 
     In every setting of the spec; speed-ups are against the teacher in the same runtime, in fp32:
-    what int8 gains is part of them.
+    what int8 gains is part of them, as it is all of an int8 teacher's own.
     """
     served = {
         f"{TEACHER}/{fmt}": latency.Served(fmt, files.folder)
@@ -959,13 +959,18 @@ def measure_latency(
         job.spec.latency,
         seq_len=job.seq_len,
         vocab_size=job.checkpoint.config.vocab_size,
-        references={
-            name: f"{TEACHER}/{fp32_format(item.format)}"
-            for name, item in served.items()
-            if not name.startswith(f"{TEACHER}/")
-        },
+        references=references(served),
         on_round=lambda done, total: advance(done, total),
     )
+
+
+def references(served: Mapping[str, latency.Served]) -> dict[str, str]:
+    """What each speed-up is against, by name: the teacher in fp32, which has none itself."""
+    return {
+        name: reference
+        for name, item in served.items()
+        if (reference := f"{TEACHER}/{fp32_format(item.format)}") in served and reference != name
+    }
 
 
 def with_latency(

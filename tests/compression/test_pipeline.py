@@ -24,6 +24,7 @@ from compression.checkpoint import newest_snapshot
 from compression.encoder import Encoder, build_encoder
 from compression.errors import CheckpointRefused, DeviceUnavailable, Interrupted, InvalidSpec
 from compression.export import Parity, verify
+from compression.latency import Served
 from compression.pipeline import compress, learning_config
 from compression.report import STAGES, CompressionReport, Progress, SubnetworkReport
 from compression.selection import reselect
@@ -195,7 +196,9 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
     dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
     job = pipeline.load(small_spec(), model, dataset, 1)
     network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
-    wrong = np.array([[0, 1], [1, 0]] * 15)  # outcomes of a teacher that gets no row right
+    labels = job.splits["test"].labels
+    assert labels is not None
+    wrong = 1.0 - np.eye(2)[labels]  # logits of a teacher that gets no row right
     reports = [
         SubnetworkReport(
             name=planned.name,
@@ -211,7 +214,12 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
         for planned in job.plan.subnetworks
     ]
     judged = pipeline.with_test(
-        reports, job, network, teacher_accuracy=teacher_accuracy, teacher_on_test=wrong
+        reports,
+        job,
+        network,
+        teacher_accuracy=teacher_accuracy,
+        teacher_on_test=wrong,
+        in_int8=None,
     )
     found = {report.name: report.test for report in judged}
     comparison = found.pop(selected)
@@ -221,6 +229,20 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
     assert comparison.reference_accuracy == (full if reference == "w1" else 0.0)
     if selected == "w1":
         assert comparison.accuracy == full
+
+
+def test_speed_ups_are_against_the_teacher_in_fp32_of_the_same_runtime() -> None:
+    files: dict[str, Format] = {
+        "teacher/onnx": "onnx",
+        "teacher/onnx-int8-static": "onnx-int8-static",
+        "w1_2/onnx-int8-static": "onnx-int8-static",
+        "w1_2/paddle": "paddle",  # its teacher could not be written
+    }
+    served = {name: Served(fmt, Path(name)) for name, fmt in files.items()}
+    assert pipeline.references(served) == {
+        "teacher/onnx-int8-static": "teacher/onnx",
+        "w1_2/onnx-int8-static": "teacher/onnx",
+    }
 
 
 def test_a_finished_report_answers_other_constraints(finished: dict[str, Any]) -> None:
