@@ -38,7 +38,7 @@ from compression.encoder import (
     numpy_weights,
     with_new_head,
 )
-from compression.errors import DeviceUnavailable, Interrupted, OutOfMemory
+from compression.errors import DeviceUnavailable, ExportFailed, Interrupted, OutOfMemory
 from compression.evaluate import (
     drop_intervals,
     largest_difference,
@@ -258,18 +258,24 @@ def compress(
             main_metric=job.task.main_metric,
         )
         reports = list(selection.with_decisions(reports, chosen))
-        test_accuracy = None
+        test_accuracy, test_warnings = None, list[str]()
         if "test" in job.splits:
             teacher_on_test = predict(teacher, job.splits["test"], threads=job.replicas)
             test_accuracy = job.task.score(teacher_on_test, job.splits["test"])
-            reports = with_test(
-                reports,
-                job,
-                supernet,
-                teacher_accuracy=teacher_accuracy,
-                teacher_on_test=teacher_on_test,
-                in_int8=int8_on_test(job, chosen, artifacts, run_dir / "work" / INT8),
-            )
+            try:
+                reports = with_test(
+                    reports,
+                    job,
+                    supernet,
+                    teacher_accuracy=teacher_accuracy,
+                    teacher_on_test=teacher_on_test,
+                    in_int8=int8_on_test(job, chosen, artifacts, run_dir / "work" / INT8),
+                )
+            except ExportFailed as failure:  # nothing is chosen by test: the job stands without it
+                test_warnings.append(
+                    f"{chosen.subnetwork} in {chosen.format} was not judged on test: "
+                    f"{failure.message}"
+                )
         advance(1, 1, chosen.reason, subnetwork=chosen.subnetwork, format=chosen.format)
         report = CompressionReport(
             spec=spec,
@@ -318,6 +324,7 @@ def compress(
             device=device,
             warnings=(
                 *export_warnings(reports, teacher_files),
+                *test_warnings,
                 *checkpoints.warnings,
                 *training_warnings(spec, trainings),
             ),
@@ -341,6 +348,7 @@ def compress(
                 inputs=graph_inputs(supernet.config),
                 trainings=report.trainings,
                 reorder_max_abs=report.reorder_max_abs,
+                selected_format=chosen.format if subnetwork_report.selected else None,
             )
             if any(fmt.published for fmt in subnetwork_report.formats):
                 folder = artifacts / subnetwork_report.name
@@ -1001,11 +1009,16 @@ def regression(
     )
 
 
-def int8_on_test(job: Job, chosen: Selection, artifacts: Path, work: Path) -> Predictions | None:
-    """The selected file's answers on test, as it is served; None where it is in fp32."""
+def int8_on_test(
+    job: Job, chosen: Selection, artifacts: Path, work: Path
+) -> tuple[Format, Predictions] | None:
+    """The selected format and its file's answers on test, as served; None where it is in fp32.
+
+    ExportFailed where the file cannot be run.
+    """
     if chosen.subnetwork is None or chosen.format not in INT8_FORMATS:
         return None
-    return served_predictions(
+    return chosen.format, served_predictions(
         chosen.format,
         artifacts / chosen.subnetwork / chosen.format,
         job.splits["test"],
@@ -1022,12 +1035,13 @@ def with_test(
     *,
     teacher_accuracy: float,
     teacher_on_test: Predictions,
-    in_int8: Predictions | None,
+    in_int8: tuple[Format, Predictions] | None,
 ) -> list[SubnetworkReport]:
     """The selected sub-network is judged on test, as is what it is held against; no other is.
 
     `teacher_accuracy` is on dev, which says what to hold it against: test chooses nothing.
-    `in_int8`: the selected file's own answers on test, where it rounds; None: the sub-network's.
+    `in_int8`: the selected file's format and own answers on test, where it rounds; None: the
+    sub-network's are judged.
     """
     selected = next((report for report in reports if report.selected), None)
     if selected is None:
@@ -1042,7 +1056,7 @@ def with_test(
     full = next((r for r in reports if r.width_mult == 1 and r is not selected), None)
     if full is not None and full.accuracy > teacher_accuracy:
         name, other = full.name, on_test(full)
-    own = on_test(selected) if in_int8 is None else in_int8
+    fmt, own = in_int8 if in_int8 is not None else (None, on_test(selected))
     reference_accuracy, accuracy = task.score(other, rows), task.score(own, rows)
     comparison = ComparisonOnTest(
         reference=name,
@@ -1053,6 +1067,7 @@ def with_test(
             reference=resampled_metric(task, task.outcomes(other, rows)),
             own=resampled_metric(task, task.outcomes(own, rows)),
         ),
+        format=fmt,
     )
     judged = selected.model_copy(
         update={

@@ -231,6 +231,41 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
         assert comparison.accuracy == full
 
 
+@pytest.mark.parametrize("fmt", ["onnx-int8-static", None])
+def test_figures_of_test_say_which_file_answered(tmp_path: Path, fmt: Format | None) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
+    job = pipeline.load(small_spec(), model, dataset, 1)
+    network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
+    rows = job.splits["test"]
+    assert rows.labels is not None
+    right = np.eye(2)[rows.labels]
+    planned = job.plan.subnetworks[-1]
+    report = SubnetworkReport(
+        name=planned.name,
+        width_mult=planned.width_mult,
+        heads=planned.heads,
+        ffn=planned.ffn,
+        parameters=planned.parameters,
+        flops=planned.flops,
+        accuracy=0.85,
+        accuracy_drop=0,
+        selected=True,
+    )
+    (judged,) = pipeline.with_test(
+        [report],
+        job,
+        network,
+        teacher_accuracy=0.9,
+        teacher_on_test=right,
+        in_int8=None if fmt is None else (fmt, right),
+    )
+    assert judged.test is not None
+    assert judged.test.format == fmt
+    if fmt is not None:
+        assert judged.test_accuracy == judged.test.accuracy == 1.0
+
+
 def test_speed_ups_are_against_the_teacher_in_fp32_of_the_same_runtime() -> None:
     files: dict[str, Format] = {
         "teacher/onnx": "onnx",
