@@ -59,7 +59,7 @@ from compression.export import (
 from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.fingerprint import fingerprint
 from compression.importance import measure_importance
-from compression.int8 import Judge, Outcome, pass_gate, served_predictions
+from compression.int8 import Judge, Outcome, loses_at_most, pass_gate, served_predictions
 from compression.manifest import Provenance, code_digest
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.ranks import ALONE, Group, join, started
@@ -74,6 +74,7 @@ from compression.report import (
     DatasetReport,
     DeviceFingerprint,
     FormatReport,
+    Intervals,
     LatencyReport,
     OnProgress,
     Progress,
@@ -209,12 +210,15 @@ def compress(
         advance(len(subnetworks) + 1, len(subnetworks) + 1, subnetwork=TEACHER)
     with stages("verify") as advance:
         formats: dict[str, list[FormatReport]] = {}
-        for i, subnetwork in enumerate(subnetworks, start=1):
+        for i, (subnetwork, own_drops) in enumerate(
+            zip(subnetworks, drops_within, strict=True), start=1
+        ):
             in_int8 = pass_int8_gate(
                 job,
                 exported[subnetwork.name],
                 int8.get(subnetwork.name),
                 expected=dev_logits[subnetwork.name],
+                own_drops=own_drops,
                 teacher_accuracy=teacher_accuracy,
                 teacher_resampled=teacher_resampled,
             )
@@ -905,23 +909,28 @@ def pass_int8_gate(
     source: Int8Source | None,
     *,
     expected: Predictions,
+    own_drops: Intervals,
     teacher_accuracy: float,
     teacher_resampled: np.ndarray,
 ) -> dict[Format, Outcome]:
     """What became of each int8 format; a file may hold parts in fp32 afterwards.
 
-    `expected`: the sub-network's logits of dev.
+    `expected`: the sub-network's logits of dev, `own_drops`: the points that they lose.
     """
     if source is None:
         return {}
-    dev, bound = job.splits["dev"], job.spec.constraints.max_accuracy_drop
+    dev, constraints = job.splits["dev"], job.spec.constraints
+    bound, confidence = constraints.max_accuracy_drop, constraints.confidence
     own_drop = 100 * (teacher_accuracy - job.task.score(expected, dev))
     judge = Judge(
         task=job.task,
         dev=dev,
         expected=expected,
         spec=job.spec.export.int8,
-        max_drop=bound if bound is not None and own_drop <= bound else None,
+        max_drop=bound
+        if bound is not None and loses_at_most(bound, own_drop, own_drops, confidence=confidence)
+        else None,
+        confidence=confidence,
         teacher_accuracy=teacher_accuracy,
         teacher_resampled=teacher_resampled,
         batch_size=job.spec.latency.batch_size,
