@@ -327,7 +327,7 @@ def compress(
             environment=environment(spec, job.replicas, device),
             device=device,
             warnings=(
-                *export_warnings(reports, teacher_files),
+                *export_warnings(reports, spec.export.formats, teacher_files),
                 *test_warnings,
                 *checkpoints.warnings,
                 *training_warnings(spec, trainings),
@@ -1098,20 +1098,31 @@ def cut_notes(job: Job) -> tuple[str, ...]:
 
 
 def export_warnings(
-    reports: Sequence[SubnetworkReport], teacher_files: Mapping[Format, Exported]
+    reports: Sequence[SubnetworkReport],
+    exported: Sequence[Format],
+    teacher_files: Mapping[Format, Exported],
 ) -> tuple[str, ...]:
+    """What is not published, and what the teacher's missing files keep from being chosen.
+
+    `exported`: formats of the sub-networks.
+    """
     unpublished = [
         f"{report.name} in {fmt.format} is not published: {fmt.error}"
         for report in reports
         for fmt in report.formats
         if not fmt.published
     ]
-    unmeasured = [
-        f"nothing can be chosen in {fmt}, for want of a speed-up: the teacher could not be "
-        f"written in it: {files.error}"
-        for fmt, files in teacher_files.items()
-        if files.error is not None
-    ]
+    unmeasured = []
+    for fmt, files in teacher_files.items():
+        if files.error is None:
+            continue
+        held_back = [each for each in exported if fp32_format(each) == fmt]
+        what = (
+            f"nothing can be chosen in {' or '.join(held_back)}, for want of a speed-up"
+            if held_back
+            else f"the baseline in {fmt} could not be measured"
+        )
+        unmeasured.append(f"{what}: the teacher could not be written in {fmt}: {files.error}")
     return (*unpublished, *unmeasured)
 
 

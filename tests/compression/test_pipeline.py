@@ -23,7 +23,7 @@ from compression.batches import Encoded, pad
 from compression.checkpoint import newest_snapshot
 from compression.encoder import Encoder, build_encoder
 from compression.errors import CheckpointRefused, DeviceUnavailable, Interrupted, InvalidSpec
-from compression.export import Parity, verify
+from compression.export import Exported, Parity, verify
 from compression.latency import Served
 from compression.pipeline import compress, learning_config
 from compression.report import STAGES, CompressionReport, Progress, SubnetworkReport
@@ -278,6 +278,25 @@ def test_speed_ups_are_against_the_teacher_in_fp32_of_the_same_runtime() -> None
         "teacher/onnx-int8-static": "teacher/onnx",
         "w1_2/onnx-int8-static": "teacher/onnx",
     }
+
+
+def test_a_teacher_that_cannot_be_written_holds_back_what_is_timed_against_it() -> None:
+    def failed(fmt: Format) -> Exported:
+        return Exported(fmt, Path(fmt), (), 0.0, error="no operator")
+
+    warnings = pipeline.export_warnings(
+        [],
+        ["onnx-int8-dynamic", "onnx-int8-static", "safetensors"],
+        {fmt: failed(fmt) for fmt in ("onnx", "paddle", "onnx-int8-static")},
+    )
+    assert warnings == (
+        "nothing can be chosen in onnx-int8-dynamic or onnx-int8-static, for want of a speed-up: "
+        "the teacher could not be written in onnx: no operator",
+        "the baseline in paddle could not be measured: the teacher could not be written in "
+        "paddle: no operator",
+        "the baseline in onnx-int8-static could not be measured: the teacher could not be "
+        "written in onnx-int8-static: no operator",
+    )
 
 
 def test_a_finished_report_answers_other_constraints(finished: dict[str, Any]) -> None:
