@@ -262,24 +262,21 @@ def compress(
             main_metric=job.task.main_metric,
         )
         reports = list(selection.with_decisions(reports, chosen))
-        test_accuracy, test_warnings = None, list[str]()
+        test_accuracy: float | None = None
+        test_warnings: tuple[str, ...] = ()
         if "test" in job.splits:
             teacher_on_test = predict(teacher, job.splits["test"], threads=job.replicas)
             test_accuracy = job.task.score(teacher_on_test, job.splits["test"])
-            try:
-                reports = with_test(
-                    reports,
-                    job,
-                    supernet,
-                    teacher_accuracy=teacher_accuracy,
-                    teacher_on_test=teacher_on_test,
-                    in_int8=int8_on_test(job, chosen, artifacts, run_dir / "work" / INT8),
-                )
-            except ExportFailed as failure:  # nothing is chosen by test: the job stands without it
-                test_warnings.append(
-                    f"{chosen.subnetwork} in {chosen.format} was not judged on test: "
-                    f"{failure.message}"
-                )
+            reports, test_warnings = judged_on_test(
+                reports,
+                job,
+                supernet,
+                chosen,
+                artifacts,
+                run_dir / "work" / INT8,
+                teacher_accuracy=teacher_accuracy,
+                teacher_on_test=teacher_on_test,
+            )
         advance(1, 1, chosen.reason, subnetwork=chosen.subnetwork, format=chosen.format)
         report = CompressionReport(
             spec=spec,
@@ -1016,6 +1013,34 @@ def regression(
         facts=job.facts[split],
         lengths=job.task.row_lengths(rows),
     )
+
+
+def judged_on_test(
+    reports: Sequence[SubnetworkReport],
+    job: Job,
+    supernet: Encoder,
+    chosen: Selection,
+    artifacts: Path,
+    work: Path,
+    *,
+    teacher_accuracy: float,
+    teacher_on_test: Predictions,
+) -> tuple[list[SubnetworkReport], tuple[str, ...]]:
+    """The reports with the selected one's figures of test, and what kept it from having any."""
+    try:
+        in_int8 = int8_on_test(job, chosen, artifacts, work)
+    except ExportFailed as failure:  # test chooses nothing: the job stands without it
+        where = f"{chosen.subnetwork} in {chosen.format}"
+        return list(reports), (f"{where} was not judged on test: {failure.message}",)
+    judged = with_test(
+        reports,
+        job,
+        supernet,
+        teacher_accuracy=teacher_accuracy,
+        teacher_on_test=teacher_on_test,
+        in_int8=in_int8,
+    )
+    return judged, ()
 
 
 def int8_on_test(

@@ -26,7 +26,7 @@ from compression.errors import CheckpointRefused, DeviceUnavailable, Interrupted
 from compression.export import Exported, Parity, verify
 from compression.latency import Served
 from compression.pipeline import compress, learning_config
-from compression.report import STAGES, CompressionReport, Progress, SubnetworkReport
+from compression.report import STAGES, CompressionReport, Progress, Selection, SubnetworkReport
 from compression.selection import reselect
 from compression.spec import (
     CONFIDENCES,
@@ -231,17 +231,9 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
         assert comparison.accuracy == full
 
 
-@pytest.mark.parametrize("fmt", ["onnx-int8-static", None])
-def test_figures_of_test_say_which_file_answered(tmp_path: Path, fmt: Format | None) -> None:
-    model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
-    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
-    job = pipeline.load(small_spec(), model, dataset, 1)
-    network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
-    rows = job.splits["test"]
-    assert rows.labels is not None
-    right = np.eye(2)[rows.labels]
+def selected_narrowest(job: pipeline.Job) -> SubnetworkReport:
     planned = job.plan.subnetworks[-1]
-    report = SubnetworkReport(
+    return SubnetworkReport(
         name=planned.name,
         width_mult=planned.width_mult,
         heads=planned.heads,
@@ -252,8 +244,19 @@ def test_figures_of_test_say_which_file_answered(tmp_path: Path, fmt: Format | N
         accuracy_drop=0,
         selected=True,
     )
+
+
+@pytest.mark.parametrize("fmt", ["onnx-int8-static", None])
+def test_figures_of_test_say_which_file_answered(tmp_path: Path, fmt: Format | None) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
+    job = pipeline.load(small_spec(), model, dataset, 1)
+    network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
+    rows = job.splits["test"]
+    assert rows.labels is not None
+    right = np.eye(2)[rows.labels]
     (judged,) = pipeline.with_test(
-        [report],
+        [selected_narrowest(job)],
         job,
         network,
         teacher_accuracy=0.9,
@@ -264,6 +267,28 @@ def test_figures_of_test_say_which_file_answered(tmp_path: Path, fmt: Format | N
     assert judged.test.format == fmt
     if fmt is not None:
         assert judged.test_accuracy == judged.test.accuracy == 1.0
+
+
+def test_a_job_stands_where_its_int8_file_cannot_be_run_on_test(tmp_path: Path) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
+    job = pipeline.load(small_spec(), model, dataset, 1)
+    report = selected_narrowest(job)
+    work = tmp_path / "work"
+    work.mkdir()
+    reports, warnings = pipeline.judged_on_test(
+        [report],
+        job,
+        build_encoder(job.checkpoint.config, job.checkpoint.tensors),
+        Selection(subnetwork=report.name, format="onnx-int8-static", reason="the fastest"),
+        tmp_path / "no-artifacts",
+        work,
+        teacher_accuracy=0.9,
+        teacher_on_test=np.zeros((30, 2)),
+    )
+    assert reports == [report]
+    (warning,) = warnings
+    assert warning.startswith(f"{report.name} in onnx-int8-static was not judged on test: ")
 
 
 def test_speed_ups_are_against_the_teacher_in_fp32_of_the_same_runtime() -> None:
