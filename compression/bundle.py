@@ -58,7 +58,7 @@ from compression.report import (
 )
 from compression.selection import FORMAT_NAMES
 from compression.signing import sign
-from compression.spec import SERVED_FORMATS, Spec, TaskSpec, fp32_format
+from compression.spec import SERVED_FORMATS, Format, Spec, TaskSpec, fp32_format
 
 GZIP_LEVEL = 1  # trained weights hardly compress: 8 % here, 9 % at level 6
 KIND_NAMES = {  # what the model of a task is called
@@ -86,6 +86,7 @@ class BundleFacts:
     inputs: tuple[str, ...] = INPUTS
     trainings: Mapping[str, TrainingReport] = field(default_factory=dict)
     reorder_max_abs: float | None = None
+    selected_format: Format | None = None  # where this sub-network was chosen
 
 
 def input_digests(folder: Path) -> dict[str, str]:
@@ -146,6 +147,7 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> Manifest:
     return Manifest(
         widthwise_bundle=VERSION,
         name=subnetwork.name,
+        selected_format=facts.selected_format,
         task=ManifestTask(
             kind=task.kind,
             text=dataset.text,
@@ -226,6 +228,7 @@ def model_card(facts: BundleFacts) -> str:
             ],
         ),
         _drop(subnetwork.accuracy_drop, metric),
+        _test_words(subnetwork),
         *_regression_parts(subnetwork),
         "## How fast it is, and whether the files agree",
         _table(
@@ -262,9 +265,10 @@ def model_card(facts: BundleFacts) -> str:
         f"Seed: {facts.spec.seed}. The whole specification is in `manifest.json`.",
         *(f"- {_plain(note)}" for note in dataset.notes),
         "## Limits",
-        f"- This sub-network was {'' if subnetwork.selected else 'not '}chosen. The choice is made "
-        f"by {metric} on dev, so dev flatters the chosen one a little. Test, where there is one, "
-        "is never used to choose, and only the chosen one is measured on it.",
+        f"- This sub-network was {'' if subnetwork.selected else 'not '}chosen"
+        f"{_in_format(facts.selected_format)}. The choice is made by {metric} on dev, so dev "
+        "flatters the chosen one a little. Test, where there is one, is never used to choose, "
+        "and only the chosen one is measured on it.",
         "- Point estimates of one run with one seed: a difference of a point may be noise on a "
         "split of this size.",
         f"- {metric[0].upper()}{metric[1:]} is of all rows together. Groups of rows are compared "
@@ -473,7 +477,10 @@ def _how_to_run(facts: BundleFacts) -> str:
     if facts.spec.task.kind == "question_answering":
         texts = '"a question" "its context"'
     sentences = []
-    onnx_first = sorted(SERVED_FORMATS, key=lambda fmt: fp32_format(fmt) != "onnx")
+    chosen = facts.selected_format
+    onnx_first = sorted(  # and the chosen one before it, as predict.py has it
+        SERVED_FORMATS, key=lambda fmt: (fmt != chosen, fp32_format(fmt) != "onnx")
+    )
     if served := [fmt for fmt in onnx_first if fmt in published]:
         runtime = {"onnx": "onnxruntime", "paddle": "paddlepaddle"}[fp32_format(served[0])]
         sentences.append(f"`python predict.py {texts}` needs numpy, tokenizers and {runtime}.")
@@ -518,6 +525,18 @@ def _drop(points: float, metric: str) -> str:
         return f"On dev its {metric} is that of the teacher."
     where = "below" if points > 0 else "above"
     return f"On dev its {metric} is {abs(points):.2f} points {where} the teacher's."
+
+
+def _test_words(subnetwork: SubnetworkReport) -> str:
+    """Whose answers the figures of test are, where they are not the sub-network's in fp32."""
+    if subnetwork.test is None or subnetwork.test.format is None:
+        return ""
+    name = FORMAT_NAMES[subnetwork.test.format]
+    return f"On test the {name} file, which was chosen, was judged by its own answers."
+
+
+def _in_format(fmt: Format | None) -> str:
+    return "" if fmt is None else f", in {FORMAT_NAMES[fmt]}"
 
 
 def _figure(value: float | None) -> str:

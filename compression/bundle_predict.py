@@ -88,12 +88,14 @@ def check(manifest: dict[str, Any]) -> None:
 
 
 def choose_format(manifest: dict[str, Any], wanted: str) -> str:
+    """What the user names, else what the job chose, else the first that the bundle has."""
     offered = [name for name in RUNTIMES if name in manifest["formats"]]
     if wanted and wanted not in offered:
         refuse(f"this bundle has no {wanted} model; it has: {', '.join(manifest['formats'])}")
     if not offered:
         refuse("this bundle holds no model that can be served, only weights for further training")
-    return wanted or offered[0]
+    chosen = manifest.get("selected_format")
+    return wanted or (chosen if chosen in offered else offered[0])
 
 
 def load_onnx(files: dict[str, Path]) -> Callable[[dict[str, Any]], Any]:
@@ -281,7 +283,7 @@ def main() -> None:
         "--format",
         choices=sorted(RUNTIMES),
         default="",
-        help="default: the first that the bundle has",
+        help="default: the one that the job chose, else the first that the bundle has",
     )
     parser.add_argument("--check", action="store_true", help="first compare every file's SHA-256")
     arguments = parser.parse_args()

@@ -33,11 +33,18 @@ from compression.errors import (
     SigningKeyRefused,
 )
 from compression.manifest import schema_bytes
-from compression.report import CompressionReport, Intervals, Progress, SubnetworkReport
+from compression.report import (
+    CompressionReport,
+    FormatReport,
+    Intervals,
+    Progress,
+    SubnetworkReport,
+    TeacherReport,
+)
 from compression.runtime_env import cpu_vendor, training_environment
 from compression.selection import SHOWN_CONFIDENCE
 from compression.signing import key_id, new_key, read_private_key, read_public_key
-from compression.spec import Spec
+from compression.spec import INT8_FORMATS, Spec
 from compression.verify import NoBundle, verify_bundle
 
 INTERRUPTED = 3  # exit status
@@ -74,13 +81,13 @@ class ProgressBar:
 def table(report: CompressionReport) -> str:
     """The teacher (the baselines) and the sub-networks as text, a line for each served format."""
     lines = [
-        f"{'width':>7} {'format':>7} {'params':>8} {'size MB':>8} {report.main_metric:>11} "
+        f"{'width':>7} {'format':>17} {'params':>8} {'size MB':>8} {report.main_metric:>11} "
         f"{'drop':>6} {'p50 ms':>7} {'95 %':>15} {'p95 ms':>7} {'speedup':>8} {'95 %':>12}  "
         "pareto selected"
     ]
-    for name, network, drop in (
-        ("teacher", report.teacher, 0.0),
-        *((str(each.width_mult), each, each.accuracy_drop) for each in report.subnetworks),
+    for name, network in (
+        ("teacher", report.teacher),
+        *((str(each.width_mult), each) for each in report.subnetworks),
     ):
         for fmt in network.formats:
             if (latency := fmt.latency) is None:
@@ -88,15 +95,38 @@ def table(report: CompressionReport) -> str:
             candidate = isinstance(network, SubnetworkReport)
             on_front = candidate and network.pareto
             chosen = candidate and network.selected and fmt.format == report.selection.format
+            accuracy, drop = on_dev(network, fmt)
+            speedup = fmt.speedup
+            if speedup is None and fmt.format not in INT8_FORMATS:  # the teacher against itself
+                speedup = 1.0
             lines.append(
-                f"{name:>7} {fmt.format:>7} {network.parameters / 1e6:>7.1f}M "
-                f"{fmt.size_bytes / 1e6:>8.1f} {network.accuracy:>11.4f} "
-                f"{drop:>6.2f} {latency.p50_ms:>7.2f} "
+                f"{name:>7} {fmt.format:>17} {network.parameters / 1e6:>7.1f}M "
+                f"{fmt.size_bytes / 1e6:>8.1f} {shown(accuracy, 4):>11} "
+                f"{shown(drop, 2):>6} {latency.p50_ms:>7.2f} "
                 f"{within(latency.p50_intervals):>15} {latency.p95_ms:>7.2f} "
-                f"{fmt.speedup or 1.0:>8.2f} {within(latency.speedup_intervals):>12}  "
+                f"{shown(speedup, 2):>8} {within(latency.speedup_intervals):>12}  "
                 f"{'yes' if on_front else 'no':>6} {'yes' if chosen else 'no':>8}"
             )
     return "\n".join(lines)
+
+
+def on_dev(
+    network: TeacherReport | SubnetworkReport, fmt: FormatReport
+) -> tuple[float | None, float | None]:
+    """Accuracy and points lost of one file: its own where it rounds, else its network's.
+
+    None twice of the teacher in int8, which is timed and not judged.
+    """
+    if isinstance(network, TeacherReport):
+        return (None, None) if fmt.format in INT8_FORMATS else (network.accuracy, 0.0)
+    if fmt.accuracy is not None:
+        return fmt.accuracy, fmt.accuracy_drop
+    return network.accuracy, network.accuracy_drop
+
+
+def shown(value: float | None, digits: int) -> str:
+    """A cell of the table; empty where there is no figure."""
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def within(intervals: Intervals) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from compression.report import FileReport, FormatReport
-from compression.spec import Frozen
+from compression.spec import Format, Frozen
 
 VERSION = 2
 MANIFEST = "manifest.json"
@@ -120,6 +120,11 @@ class Manifest(Frozen):
     inputs: tuple[Tensor, ...]
     output: Tensor
     formats: Mapping[str, ManifestFormat]
+    selected_format: Format | None = Field(
+        None,
+        description="The one that the job chose, which predict.py runs unless told otherwise; null "
+        "where it chose another sub-network or none.",
+    )
     metrics: ManifestMetrics
     subnetwork: ManifestSubnetwork
     provenance: ManifestProvenance

@@ -38,7 +38,7 @@ from compression.encoder import (
     numpy_weights,
     with_new_head,
 )
-from compression.errors import DeviceUnavailable, Interrupted, OutOfMemory
+from compression.errors import DeviceUnavailable, ExportFailed, Interrupted, OutOfMemory
 from compression.evaluate import (
     drop_intervals,
     largest_difference,
@@ -59,7 +59,7 @@ from compression.export import (
 from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.fingerprint import fingerprint
 from compression.importance import measure_importance
-from compression.int8 import Judge, Outcome, pass_gate, served_predictions
+from compression.int8 import Judge, Outcome, loses_at_most, pass_gate, served_predictions
 from compression.manifest import Provenance, code_digest
 from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
 from compression.ranks import ALONE, Group, join, started
@@ -74,6 +74,7 @@ from compression.report import (
     DatasetReport,
     DeviceFingerprint,
     FormatReport,
+    Intervals,
     LatencyReport,
     OnProgress,
     Progress,
@@ -209,12 +210,15 @@ def compress(
         advance(len(subnetworks) + 1, len(subnetworks) + 1, subnetwork=TEACHER)
     with stages("verify") as advance:
         formats: dict[str, list[FormatReport]] = {}
-        for i, subnetwork in enumerate(subnetworks, start=1):
+        for i, (subnetwork, own_drops) in enumerate(
+            zip(subnetworks, drops_within, strict=True), start=1
+        ):
             in_int8 = pass_int8_gate(
                 job,
                 exported[subnetwork.name],
                 int8.get(subnetwork.name),
                 expected=dev_logits[subnetwork.name],
+                own_drops=own_drops,
                 teacher_accuracy=teacher_accuracy,
                 teacher_resampled=teacher_resampled,
             )
@@ -258,17 +262,20 @@ def compress(
             main_metric=job.task.main_metric,
         )
         reports = list(selection.with_decisions(reports, chosen))
-        test_accuracy = None
+        test_accuracy: float | None = None
+        test_warnings: tuple[str, ...] = ()
         if "test" in job.splits:
             teacher_on_test = predict(teacher, job.splits["test"], threads=job.replicas)
             test_accuracy = job.task.score(teacher_on_test, job.splits["test"])
-            reports = with_test(
+            reports, test_warnings = judged_on_test(
                 reports,
                 job,
                 supernet,
+                chosen,
+                artifacts,
+                run_dir / "work" / INT8,
                 teacher_accuracy=teacher_accuracy,
                 teacher_on_test=teacher_on_test,
-                in_int8=int8_on_test(job, chosen, artifacts, run_dir / "work" / INT8),
             )
         advance(1, 1, chosen.reason, subnetwork=chosen.subnetwork, format=chosen.format)
         report = CompressionReport(
@@ -317,7 +324,8 @@ def compress(
             environment=environment(spec, job.replicas, device),
             device=device,
             warnings=(
-                *export_warnings(reports, teacher_files),
+                *export_warnings(reports, spec.export.formats, teacher_files),
+                *test_warnings,
                 *checkpoints.warnings,
                 *training_warnings(spec, trainings),
             ),
@@ -341,6 +349,7 @@ def compress(
                 inputs=graph_inputs(supernet.config),
                 trainings=report.trainings,
                 reorder_max_abs=report.reorder_max_abs,
+                selected_format=chosen.format if subnetwork_report.selected else None,
             )
             if any(fmt.published for fmt in subnetwork_report.formats):
                 folder = artifacts / subnetwork_report.name
@@ -898,23 +907,28 @@ def pass_int8_gate(
     source: Int8Source | None,
     *,
     expected: Predictions,
+    own_drops: Intervals,
     teacher_accuracy: float,
     teacher_resampled: np.ndarray,
 ) -> dict[Format, Outcome]:
     """What became of each int8 format; a file may hold parts in fp32 afterwards.
 
-    `expected`: the sub-network's logits of dev.
+    `expected`: the sub-network's logits of dev, `own_drops`: the points that they lose.
     """
     if source is None:
         return {}
-    dev, bound = job.splits["dev"], job.spec.constraints.max_accuracy_drop
+    dev, constraints = job.splits["dev"], job.spec.constraints
+    bound, confidence = constraints.max_accuracy_drop, constraints.confidence
     own_drop = 100 * (teacher_accuracy - job.task.score(expected, dev))
     judge = Judge(
         task=job.task,
         dev=dev,
         expected=expected,
         spec=job.spec.export.int8,
-        max_drop=bound if bound is not None and own_drop <= bound else None,
+        max_drop=bound
+        if bound is not None and loses_at_most(bound, own_drop, own_drops, confidence=confidence)
+        else None,
+        confidence=confidence,
         teacher_accuracy=teacher_accuracy,
         teacher_resampled=teacher_resampled,
         batch_size=job.spec.latency.batch_size,
@@ -943,7 +957,7 @@ def measure_latency(
     """Latency of every published served file and of the teacher, by "sub-network/format".
 
     In every setting of the spec; speed-ups are against the teacher in the same runtime, in fp32:
-    what int8 gains is part of them.
+    what int8 gains is part of them, as it is all of an int8 teacher's own.
     """
     served = {
         f"{TEACHER}/{fmt}": latency.Served(fmt, files.folder)
@@ -960,13 +974,18 @@ def measure_latency(
         job.spec.latency,
         seq_len=job.seq_len,
         vocab_size=job.checkpoint.config.vocab_size,
-        references={
-            name: f"{TEACHER}/{fp32_format(item.format)}"
-            for name, item in served.items()
-            if not name.startswith(f"{TEACHER}/")
-        },
+        references=references(served),
         on_round=lambda done, total: advance(done, total),
     )
+
+
+def references(served: Mapping[str, latency.Served]) -> dict[str, str]:
+    """What each speed-up is against, by name: the teacher in fp32, which has none itself."""
+    return {
+        name: reference
+        for name, item in served.items()
+        if (reference := f"{TEACHER}/{fp32_format(item.format)}") in served and reference != name
+    }
 
 
 def with_latency(
@@ -997,11 +1016,44 @@ def regression(
     )
 
 
-def int8_on_test(job: Job, chosen: Selection, artifacts: Path, work: Path) -> Predictions | None:
-    """The selected file's answers on test, as it is served; None where it is in fp32."""
+def judged_on_test(
+    reports: Sequence[SubnetworkReport],
+    job: Job,
+    supernet: Encoder,
+    chosen: Selection,
+    artifacts: Path,
+    work: Path,
+    *,
+    teacher_accuracy: float,
+    teacher_on_test: Predictions,
+) -> tuple[list[SubnetworkReport], tuple[str, ...]]:
+    """The reports with the selected one's figures of test, and what kept it from having any."""
+    try:
+        in_int8 = int8_on_test(job, chosen, artifacts, work)
+    except ExportFailed as failure:  # test chooses nothing: the job stands without it
+        where = f"{chosen.subnetwork} in {chosen.format}"
+        return list(reports), (f"{where} was not judged on test: {failure.message}",)
+    judged = with_test(
+        reports,
+        job,
+        supernet,
+        teacher_accuracy=teacher_accuracy,
+        teacher_on_test=teacher_on_test,
+        in_int8=in_int8,
+    )
+    return judged, ()
+
+
+def int8_on_test(
+    job: Job, chosen: Selection, artifacts: Path, work: Path
+) -> tuple[Format, Predictions] | None:
+    """The selected format and its file's answers on test, as served; None where it is in fp32.
+
+    ExportFailed where the file cannot be run.
+    """
     if chosen.subnetwork is None or chosen.format not in INT8_FORMATS:
         return None
-    return served_predictions(
+    return chosen.format, served_predictions(
         chosen.format,
         artifacts / chosen.subnetwork / chosen.format,
         job.splits["test"],
@@ -1018,12 +1070,13 @@ def with_test(
     *,
     teacher_accuracy: float,
     teacher_on_test: Predictions,
-    in_int8: Predictions | None,
+    in_int8: tuple[Format, Predictions] | None,
 ) -> list[SubnetworkReport]:
     """The selected sub-network is judged on test, as is what it is held against; no other is.
 
     `teacher_accuracy` is on dev, which says what to hold it against: test chooses nothing.
-    `in_int8`: the selected file's own answers on test, where it rounds; None: the sub-network's.
+    `in_int8`: the selected file's format and own answers on test, where it rounds; None: the
+    sub-network's are judged.
     """
     selected = next((report for report in reports if report.selected), None)
     if selected is None:
@@ -1038,7 +1091,7 @@ def with_test(
     full = next((r for r in reports if r.width_mult == 1 and r is not selected), None)
     if full is not None and full.accuracy > teacher_accuracy:
         name, other = full.name, on_test(full)
-    own = on_test(selected) if in_int8 is None else in_int8
+    fmt, own = in_int8 if in_int8 is not None else (None, on_test(selected))
     reference_accuracy, accuracy = task.score(other, rows), task.score(own, rows)
     comparison = ComparisonOnTest(
         reference=name,
@@ -1049,6 +1102,7 @@ def with_test(
             reference=resampled_metric(task, task.outcomes(other, rows)),
             own=resampled_metric(task, task.outcomes(own, rows)),
         ),
+        format=fmt,
     )
     judged = selected.model_copy(
         update={
@@ -1070,20 +1124,31 @@ def cut_notes(job: Job) -> tuple[str, ...]:
 
 
 def export_warnings(
-    reports: Sequence[SubnetworkReport], teacher_files: Mapping[Format, Exported]
+    reports: Sequence[SubnetworkReport],
+    exported: Sequence[Format],
+    teacher_files: Mapping[Format, Exported],
 ) -> tuple[str, ...]:
+    """What is not published, and what the teacher's missing files keep from being chosen.
+
+    `exported`: formats of the sub-networks.
+    """
     unpublished = [
         f"{report.name} in {fmt.format} is not published: {fmt.error}"
         for report in reports
         for fmt in report.formats
         if not fmt.published
     ]
-    unmeasured = [
-        f"nothing can be chosen in {fmt}, for want of a speed-up: the teacher could not be "
-        f"written in it: {files.error}"
-        for fmt, files in teacher_files.items()
-        if files.error is not None
-    ]
+    unmeasured = []
+    for fmt, files in teacher_files.items():
+        if files.error is None:
+            continue
+        held_back = [each for each in exported if fp32_format(each) == fmt]
+        what = (
+            f"nothing can be chosen in {' or '.join(held_back)}, for want of a speed-up"
+            if held_back
+            else f"the baseline in {fmt} could not be measured"
+        )
+        unmeasured.append(f"{what}: the teacher could not be written in {fmt}: {files.error}")
     return (*unpublished, *unmeasured)
 
 

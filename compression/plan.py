@@ -42,6 +42,7 @@ from compression.spec import (
     Spec,
     TrainingSpec,
     WidthMult,
+    fp32_format,
 )
 from compression.supernet import subnetwork_name
 from compression.tables import (
@@ -671,7 +672,8 @@ def _predicted_stage_seconds(
     distilled = _trained_rows(spec.distillation, rows["train"] + rows.get("unlabelled", 0))
     tuned = _trained_rows(spec.final, rows["train"]) if spec.final.when == "always" else 0
     served = set(spec.export.formats) & set(SERVED_FORMATS)
-    baselines = served | set(spec.latency.baselines)
+    in_int8 = served & set(INT8_FORMATS)
+    baselines = {*map(fp32_format, served), *spec.latency.baselines}
     timed = sum(  # a round in each setting, each timed call after an untimed one
         2
         * setting.batch_size
@@ -687,9 +689,11 @@ def _predicted_stage_seconds(
         "distil": distilled * (teacher + BACKWARD_AND_FORWARD * students),
         "final": tuned * BACKWARD_AND_FORWARD * students,
         "finish": (rows["dev"] + rows.get("test", 0)) * (teacher + students)
+        + len(in_int8) * rows["dev"] * students  # the least: once, without parts back in fp32
         + spec.latency.rounds * timed,
     }
-    exports = len(subnetworks) * len(spec.export.formats) + len(baselines)
+    # int8 answers dev in one more process a file.
+    exports = len(subnetworks) * (len(spec.export.formats) + len(in_int8)) + len(baselines)
     seconds = {stage: count / FLOPS_PER_SECOND for stage, count in flops.items()}
     seconds["finish"] += exports * SECONDS_PER_EXPORT
     return seconds

@@ -32,6 +32,7 @@ from compression.runtime_env import core_count, cpu_name
 
 VERSION = 1
 WARM_UP_CALLS = 5
+FLOPS_TOLERANCE = 0.1  # a projection of the embeddings is not counted
 
 Table = dict[str, Any]
 """One setting's milliseconds: {"call", "embeddings", "head"} and by count {"attention", "ffn"}."""
@@ -104,11 +105,14 @@ def predict(table: Table, *, heads: Sequence[int], ffn: Sequence[int]) -> float:
 
 
 def errors(tables: Sequence[Table], report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Predicted against measured p50 of each ONNX file of a job's report, in each setting."""
+    """Predicted against measured p50 of each ONNX file of a job's report, in each setting.
+
+    ValueError for a sub-network that is a `misfit`.
+    """
     found = []
     for network in report["subnetworks"]:
         for fmt in network["formats"]:
-            for latency in fmt["latencies"] if fmt["format"] == "onnx" else ():
+            for latency in fmt.get("latencies", ()) if fmt["format"] == "onnx" else ():
                 setting = {name: latency[name] for name in ("batch_size", "seq_len", "threads")}
                 for table in tables:
                     if setting.items() <= table.items():
@@ -123,6 +127,33 @@ def errors(tables: Sequence[Table], report: Mapping[str, Any]) -> list[dict[str,
                             }
                         )
     return found
+
+
+def misfit(network: Mapping[str, Any], table: Table, shape: Shape) -> str | None:
+    """Why this profile says nothing of a report's sub-network; None where it does."""
+    for kind, name in (("attention", "heads"), ("ffn", "ffn")):
+        try:
+            for count in set(network[name]):
+                _between(table[kind], count)
+        except ValueError as error:
+            return f"{name}: {error}"
+    lengths = [each["seq_len"] for fmt in network["formats"] for each in fmt.get("latencies", ())]
+    if lengths:
+        least, most = _flops(network, seq_len=lengths[0], shape=shape)
+        if not least * (1 - FLOPS_TOLERANCE) <= network["flops"] <= most * (1 + FLOPS_TOLERANCE):
+            return f"its FLOPs are not those of the profile's hidden size, {shape.hidden}"
+    return None
+
+
+def _flops(network: Mapping[str, Any], *, seq_len: int, shape: Shape) -> tuple[int, int]:
+    """Of one row in the profile's shape, without its head and with it; as `cost.flops` counts.
+
+    A report does not name the hidden size: this is what tells it.
+    """
+    units, neurons = sum(network["heads"]) * shape.head_dim, sum(network["ffn"])
+    layers = seq_len * (shape.hidden * (4 * units + 2 * neurons) + 2 * seq_len * units)
+    head = shape.hidden * (shape.hidden + seq_len * shape.labels)
+    return 2 * layers, 2 * (layers + head)
 
 
 def _loaded(model: bytes, threads: int) -> Callable[[], Any]:
@@ -204,15 +235,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rounds": options.rounds,
         "tables": tables,
     }
+    # Before the report is read: whatever that holds, the measurement is kept.
+    options.out.write_text(json.dumps(profile, indent=2) + "\n")
     if options.report is not None:
-        profile["errors"] = errors(tables, json.loads(options.report.read_text()))
+        fitting = []
+        for network in json.loads(options.report.read_text())["subnetworks"]:
+            why = misfit(network, tables[0], shape)
+            if why is None:
+                fitting.append(network)
+            else:
+                print(f"{network['name']:>6} is left out: {why}")
+        profile["errors"] = errors(tables, {"subnetworks": fitting})
         for each in profile["errors"]:
             print(
                 f"{each['subnetwork']:>6}, batch {each['batch_size']}, {each['seq_len']} tokens, "
                 f"{each['threads']} thread(s): predicted {each['predicted_ms']:.2f} ms, measured "
                 f"{each['measured_ms']:.2f} ms ({100 * each['error']:+.0f} %)"
             )
-    options.out.write_text(json.dumps(profile, indent=2) + "\n")
+        options.out.write_text(json.dumps(profile, indent=2) + "\n")
     return 0
 
 

@@ -163,6 +163,9 @@ class ComparisonOnTest(Frozen):
     accuracy: float = Field(description="The selected one's.")
     accuracy_drop: float = Field(description="Points lost against the reference.")
     accuracy_drop_intervals: Intervals
+    format: Format | None = Field(
+        None, description="The int8 file that answered test; null: the sub-network in fp32."
+    )
 
 
 class SubnetworkReport(Frozen):

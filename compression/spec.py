@@ -318,8 +318,8 @@ class LatencySpec(_Asked):
     thread_counts: tuple[Threads, ...] = Field((), description="Measured beside threads.")
     baselines: tuple[Format, ...] = Field(
         (),
-        description="Served formats that the teacher is measured in, beside those that the "
-        "sub-networks are exported in: what one would do instead of compressing.",
+        description="Served formats that the teacher is measured in, beside fp32 in every runtime "
+        "that the sub-networks are served in: what one would do instead of compressing.",
     )
     rounds: int = Field(
         50, ge=5, le=10000, description="Timed calls of each candidate in each setting."

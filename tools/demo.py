@@ -136,7 +136,8 @@ class ProgressView:
 def table(report: dict[str, Any]) -> str:
     """The report's measurements: one line for each served format of each network.
 
-    The teacher's are the baselines. In brackets: where the figure lies with 95 % confidence.
+    The teacher's are the baselines; in int8 it is timed and not judged. In brackets: where the
+    figure lies with 95 % confidence.
     """
     head = (
         *("width", "format", "parameters", "MB", "dev acc", "drop", "p50 ms", "p95 ms"),
@@ -163,9 +164,7 @@ def _rows(name: str, network: dict[str, Any], chosen: str | None) -> Iterator[tu
             built["format"],
             f"{network['parameters']:,}",
             f"{built['size_bytes'] / 1e6:.1f}" if built["size_bytes"] else "",
-            f"{network['accuracy']:.4f}",
-            f"{network['accuracy_drop']:+.2f}"
-            + _within(network.get("accuracy_drop_intervals", ()), "+.1f"),
+            *_on_dev(network, built),
             f"{latency['p50_ms']:.2f}" + _within(latency["p50_intervals"], ".2f"),
             f"{latency['p95_ms']:.2f}",
             f"{built['speedup']:.2f}x" + _within(latency["speedup_intervals"], ".2f")
@@ -174,6 +173,23 @@ def _rows(name: str, network: dict[str, Any], chosen: str | None) -> Iterator[tu
             "yes" if network.get("pareto") else "",
             "<--" if chosen == built["format"] else "",
         )
+
+
+def _judged(network: dict[str, Any], built: dict[str, Any]) -> dict[str, Any]:
+    """What holds the file's accuracy: itself where it rounds, else its network."""
+    return network if built["accuracy"] is None else built
+
+
+def _on_dev(network: dict[str, Any], built: dict[str, Any]) -> tuple[str, str]:
+    """Accuracy and points lost of one file; empty where it rounds and was not judged."""
+    judged = _judged(network, built)
+    if judged is network and "int8" in built["format"]:
+        return "", ""
+    drop = f"{judged['accuracy_drop']:+.2f}"
+    return (
+        f"{judged['accuracy']:.4f}",
+        drop + _within(judged.get("accuracy_drop_intervals", ()), "+.1f"),
+    )
 
 
 def _within(intervals: Sequence[dict[str, float]], digits: str) -> str:
@@ -314,7 +330,7 @@ def run(options: argparse.Namespace, supervisor: Supervisor, folder: Path) -> di
         "rows": rows,
         "widths": [n["width_mult"] for n in report["subnetworks"]],
         "selected": selection["subnetwork"] and network["width_mult"],
-        "accuracy_drop": network["accuracy_drop"],
+        "accuracy_drop": _judged(network, chosen)["accuracy_drop"],
         "speedup": chosen["speedup"],
         "sha256": download.sha256,
         "parity": max(

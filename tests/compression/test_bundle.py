@@ -29,6 +29,7 @@ from compression.export import Parity, export_formats, format_report
 from compression.manifest import SCHEMA, Manifest, Provenance, code_digest, schema_bytes
 from compression.regression import Flips, GroupFlips, RegressionReport, Regressions
 from compression.report import (
+    ComparisonOnTest,
     DatasetReport,
     FileReport,
     FormatReport,
@@ -535,6 +536,41 @@ def test_the_card_promises_only_what_the_bundle_holds(case: Case) -> None:
     assert 'predict.py "a text" "its pair"` needs numpy, tokenizers and paddlepaddle.' in card
     assert "onnxruntime" not in card
     assert "safetensors/" not in card
+
+
+def test_the_bundle_says_which_format_was_chosen(case: Case, tmp_path: Path) -> None:
+    subnetwork = case.facts.subnetwork.model_copy(update={"selected": True})
+    facts = replace(case.facts, subnetwork=subnetwork, selected_format="paddle")
+    folder = case.unpack(tmp_path, facts)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["selected_format"] == "paddle"
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "This sub-network was chosen, in Paddle Inference." in card
+    assert 'predict.py "a text"` needs numpy, tokenizers and paddlepaddle.' in card
+    # Of both files, the chosen one is run: without it the other is not fallen back to.
+    (folder / "paddle" / "inference.json").unlink()
+    refused = predict(folder, "music")
+    assert refused.returncode == 1
+    assert "inference.json is missing" in refused.stderr
+    assert predict(folder, "--format", "onnx", "music").returncode == 0
+
+
+def test_the_card_says_whose_answers_the_figures_of_test_are(case: Case) -> None:
+    test = ComparisonOnTest(
+        reference="teacher",
+        reference_accuracy=0.9,
+        accuracy=0.8,
+        accuracy_drop=10,
+        accuracy_drop_intervals=(),
+    )
+    assert "On test the" not in model_card(
+        replace(case.facts, subnetwork=case.facts.subnetwork.model_copy(update={"test": test}))
+    )
+    rounded = test.model_copy(update={"format": "onnx-int8-static"})
+    card = model_card(
+        replace(case.facts, subnetwork=case.facts.subnetwork.model_copy(update={"test": rounded}))
+    )
+    assert "On test the ONNX (static INT8) file, which was chosen, was judged" in card
 
 
 def test_weights_without_a_served_file_can_be_checked(case: Case, tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from compression.batches import Encoded, pad
 from compression.checkpoint import newest_snapshot
 from compression.encoder import Encoder, build_encoder
 from compression.errors import CheckpointRefused, DeviceUnavailable, Interrupted, InvalidSpec
-from compression.export import Parity, verify
+from compression.export import Exported, Parity, verify
+from compression.latency import Served
 from compression.pipeline import compress, learning_config
-from compression.report import STAGES, CompressionReport, Progress, SubnetworkReport
+from compression.report import STAGES, CompressionReport, Progress, Selection, SubnetworkReport
 from compression.selection import reselect
 from compression.spec import (
     CONFIDENCES,
@@ -195,7 +196,9 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
     dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
     job = pipeline.load(small_spec(), model, dataset, 1)
     network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
-    wrong = np.array([[0, 1], [1, 0]] * 15)  # outcomes of a teacher that gets no row right
+    labels = job.splits["test"].labels
+    assert labels is not None
+    wrong = 1.0 - np.eye(2)[labels]  # logits of a teacher that gets no row right
     reports = [
         SubnetworkReport(
             name=planned.name,
@@ -211,7 +214,12 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
         for planned in job.plan.subnetworks
     ]
     judged = pipeline.with_test(
-        reports, job, network, teacher_accuracy=teacher_accuracy, teacher_on_test=wrong
+        reports,
+        job,
+        network,
+        teacher_accuracy=teacher_accuracy,
+        teacher_on_test=wrong,
+        in_int8=None,
     )
     found = {report.name: report.test for report in judged}
     comparison = found.pop(selected)
@@ -221,6 +229,99 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
     assert comparison.reference_accuracy == (full if reference == "w1" else 0.0)
     if selected == "w1":
         assert comparison.accuracy == full
+
+
+def selected_narrowest(job: pipeline.Job) -> SubnetworkReport:
+    planned = job.plan.subnetworks[-1]
+    return SubnetworkReport(
+        name=planned.name,
+        width_mult=planned.width_mult,
+        heads=planned.heads,
+        ffn=planned.ffn,
+        parameters=planned.parameters,
+        flops=planned.flops,
+        accuracy=0.85,
+        accuracy_drop=0,
+        selected=True,
+    )
+
+
+@pytest.mark.parametrize("fmt", ["onnx-int8-static", None])
+def test_figures_of_test_say_which_file_answered(tmp_path: Path, fmt: Format | None) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
+    job = pipeline.load(small_spec(), model, dataset, 1)
+    network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
+    rows = job.splits["test"]
+    assert rows.labels is not None
+    right = np.eye(2)[rows.labels]
+    (judged,) = pipeline.with_test(
+        [selected_narrowest(job)],
+        job,
+        network,
+        teacher_accuracy=0.9,
+        teacher_on_test=right,
+        in_int8=None if fmt is None else (fmt, right),
+    )
+    assert judged.test is not None
+    assert judged.test.format == fmt
+    if fmt is not None:
+        assert judged.test_accuracy == judged.test.accuracy == 1.0
+
+
+def test_a_job_stands_where_its_int8_file_cannot_be_run_on_test(tmp_path: Path) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
+    job = pipeline.load(small_spec(), model, dataset, 1)
+    report = selected_narrowest(job)
+    work = tmp_path / "work"
+    work.mkdir()
+    reports, warnings = pipeline.judged_on_test(
+        [report],
+        job,
+        build_encoder(job.checkpoint.config, job.checkpoint.tensors),
+        Selection(subnetwork=report.name, format="onnx-int8-static", reason="the fastest"),
+        tmp_path / "no-artifacts",
+        work,
+        teacher_accuracy=0.9,
+        teacher_on_test=np.zeros((30, 2)),
+    )
+    assert reports == [report]
+    (warning,) = warnings
+    assert warning.startswith(f"{report.name} in onnx-int8-static was not judged on test: ")
+
+
+def test_speed_ups_are_against_the_teacher_in_fp32_of_the_same_runtime() -> None:
+    files: dict[str, Format] = {
+        "teacher/onnx": "onnx",
+        "teacher/onnx-int8-static": "onnx-int8-static",
+        "w1_2/onnx-int8-static": "onnx-int8-static",
+        "w1_2/paddle": "paddle",  # its teacher could not be written
+    }
+    served = {name: Served(fmt, Path(name)) for name, fmt in files.items()}
+    assert pipeline.references(served) == {
+        "teacher/onnx-int8-static": "teacher/onnx",
+        "w1_2/onnx-int8-static": "teacher/onnx",
+    }
+
+
+def test_a_teacher_that_cannot_be_written_holds_back_what_is_timed_against_it() -> None:
+    def failed(fmt: Format) -> Exported:
+        return Exported(fmt, Path(fmt), (), 0.0, error="no operator")
+
+    warnings = pipeline.export_warnings(
+        [],
+        ["onnx-int8-dynamic", "onnx-int8-static", "safetensors"],
+        {fmt: failed(fmt) for fmt in ("onnx", "paddle", "onnx-int8-static")},
+    )
+    assert warnings == (
+        "nothing can be chosen in onnx-int8-dynamic or onnx-int8-static, for want of a speed-up: "
+        "the teacher could not be written in onnx: no operator",
+        "the baseline in paddle could not be measured: the teacher could not be written in "
+        "paddle: no operator",
+        "the baseline in onnx-int8-static could not be measured: the teacher could not be "
+        "written in onnx-int8-static: no operator",
+    )
 
 
 def test_a_finished_report_answers_other_constraints(finished: dict[str, Any]) -> None:

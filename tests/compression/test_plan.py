@@ -218,6 +218,22 @@ def test_more_work_is_predicted_to_take_longer() -> None:
     assert seconds(teacher={"when": "always", "epochs": 100}) > usual
 
 
+def test_int8_is_predicted_to_need_its_own_answers_and_the_teacher_in_fp32_alone() -> None:
+    large = model(hidden=3200, head_dim=800)
+
+    def finish(formats: list[str], **latency: Any) -> float:
+        spec = {"export": {"formats": formats}, "latency": {"seq_len": 8, **latency}}
+        plan = plan_of(spec, large, train=TRAIN, dev=DEV)
+        return plan.predicted_stage_seconds["finish"]
+
+    plain, both = finish(["onnx"]), finish(["onnx", "onnx-int8-static"])
+    assert both > plain + 4 * 2 * 6  # of each width a file and its answers to dev
+    # The teacher in fp32 is what speed-ups are against, whether or not it is asked for.
+    asked = finish(["onnx-int8-static"], baselines=["onnx"])
+    assert asked == finish(["onnx-int8-static"])
+    assert finish(["onnx-int8-static"], baselines=["onnx-int8-static"]) > asked
+
+
 def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
     large = model(None, hidden=3200, head_dim=800)
     assert deadlines(Spec(), plan_of({}, large, train=TRAIN, dev=DEV)) == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import onnx
 import onnxruntime
 import pytest
 
-from compression import blocks
+from compression import blocks, cost
 from compression.__main__ import main
 from compression.blocks import Shape
 from compression.profile import errors, measure_blocks, predict
+from tests.encoders import tiny_config
 
 SHAPE = Shape(hidden=8, head_dim=4, vocab_size=30, labels=3)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -107,6 +109,45 @@ def test_a_prediction_is_held_against_what_a_job_measured_in_the_same_setting() 
     assert (found["subnetwork"], found["batch_size"]) == ("w1", 1)
     assert found["predicted_ms"] == pytest.approx(4.25)
     assert found["error"] == pytest.approx(0.0625)
+
+
+def test_sub_networks_of_another_shape_are_left_out_and_the_measurement_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latency = {"batch_size": 1, "seq_len": 8, "threads": 1, "p50_ms": 1.0}
+
+    def network(name: str, heads: int, *, hidden: int) -> dict[str, Any]:
+        config = dataclasses.replace(
+            tiny_config(), hidden=hidden, head_dim=4, layers=2, heads=(heads,) * 2, ffn=(4, 4)
+        )
+        return {
+            "name": name,
+            "heads": config.heads,
+            "ffn": config.ffn,
+            "flops": cost.flops(config, 8),
+            "formats": [{"format": "onnx", "latencies": [latency]}, {"format": "safetensors"}],
+        }
+
+    networks = [
+        network("fits", 2, hidden=64),
+        network("wide", 3, hidden=64),
+        network("other", 2, hidden=96),
+    ]
+    out, report = tmp_path / "profile.json", tmp_path / "report.json"
+    small = "--hidden 64 --head-dim 4 --vocab-size 30 --heads 1 2 --ffn 4 --rounds 2 --seq-len 8"
+    command = ["profile", "--out", str(out), *small.split(), "--report", str(report)]
+    report.write_text(json.dumps({"subnetworks": networks}))
+    assert main(command) == 0
+    assert [each["subnetwork"] for each in json.loads(out.read_text())["errors"]] == ["fits"]
+    told = capsys.readouterr().out
+    assert "wide is left out: heads: 3 lies outside the profile" in told
+    assert "other is left out: its FLOPs are not those of the profile's hidden size, 64" in told
+
+    out.unlink()
+    report.write_text("{}")
+    with pytest.raises(KeyError):
+        main(command)
+    assert json.loads(out.read_text())["tables"]
 
 
 def test_a_table_has_every_count_in_milliseconds_of_one_layer() -> None:

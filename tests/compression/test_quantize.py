@@ -28,8 +28,16 @@ from compression.export.answers import logits_of
 from compression.export.base import Arrays
 from compression.export.fresh import run_fresh
 from compression.export.onnx_int8 import OnnxInt8Exporter
-from compression.int8 import Judge, flipped_share, growing, pass_gate
+from compression.int8 import (
+    Judge,
+    Verdict,
+    flipped_share,
+    growing,
+    loses_at_most,
+    pass_gate,
+)
 from compression.quantize import batches, parts, with_float
+from compression.report import Interval
 from compression.spec import INT8_FORMATS, Format, Int8Spec, TaskSpec
 from compression.tasks import make_task
 from compression.teachers.config import EncoderConfig
@@ -282,6 +290,64 @@ def test_a_constraint_that_fp32_parts_do_not_meet_leaves_the_file_as_it_was(
     assert outcome.verdict.accuracy_drop > 3
     found = logits_in(outlier, fmt, folder=folder)
     np.testing.assert_array_equal(found, logits_in(outlier, fmt))
+
+
+class NoOrder(OnnxInt8Exporter):
+    """One whose process of ranking fails, after it left another file than the one judged."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("dynamic")
+        self.folder = folder
+
+    def worst_first(self, int8: Int8Source) -> list[str]:
+        (self.folder / "model.onnx").write_bytes(b"another file")
+        raise ExportFailed("compression.quantize took longer than 3600 seconds")
+
+
+@pytest.mark.parametrize("most", [1.0, 0.0])
+def test_a_search_that_fails_withholds_only_what_flips_too_much(
+    outlier: Case, tmp_path: Path, most: float
+) -> None:
+    fmt = INT8_FORMATS[0]
+    folder = Path(shutil.copytree(outlier.exported[fmt].folder, tmp_path / "files"))
+    files = dataclasses.replace(outlier.exported[fmt], folder=folder)
+    judge = judge_of(outlier, tmp_path / "judge", spec=Int8Spec(max_flipped=most), max_drop=-1)
+    outcome = pass_gate(NoOrder(folder), files, judge, outlier.source)
+    assert outcome.verdict is not None
+    if most == 1:
+        assert (outcome.error, outcome.fp32_parts) == (None, ())
+        np.testing.assert_array_equal(
+            logits_in(outlier, fmt, folder=folder), logits_in(outlier, fmt)
+        )
+    else:
+        assert outcome.error is not None
+        assert outcome.error.startswith("int8 flips ")
+        assert outcome.error.endswith(
+            "not found: compression.quantize took longer than 3600 seconds"
+        )
+
+
+def test_a_drop_is_held_against_the_bound_as_the_selection_does() -> None:
+    within = (Interval(confidence=0.95, low=-1.0, high=2.0),)
+    # 100 * (0.86 - 0.85) is a little more than 1.
+    assert loses_at_most(1, 100 * (0.86 - 0.85), within, confidence=None)
+    assert not loses_at_most(1, 0.5, within, confidence=0.95)
+    assert loses_at_most(2, 0.5, within, confidence=0.95)
+    assert not loses_at_most(2, 0.5, (), confidence=0.95)
+
+
+def test_a_judge_with_a_confidence_is_not_content_with_the_point_alone(
+    case: Case, tmp_path: Path
+) -> None:
+    verdict = Verdict(
+        accuracy=1.0,
+        accuracy_drop=0.0,
+        accuracy_drop_intervals=(Interval(confidence=0.9, low=-1.0, high=1.5),),
+        flipped=0.0,
+    )
+    judge = judge_of(case, tmp_path / "judge", max_drop=1.0)
+    assert judge.is_content_with(verdict)
+    assert not dataclasses.replace(judge, confidence=0.9).is_content_with(verdict)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.service import ROOT, WAIT_SECONDS, processes_of
+from tools.demo import table
 from tools.demo_inputs import Row, distinct_reviews, split
 
 SHORT = (
@@ -82,3 +83,39 @@ def test_no_text_of_the_demo_stands_in_two_splits() -> None:
     assert splits == split(distinct, sizes={"train": 25, "dev": 10, "test": 6})
     with pytest.raises(ValueError, match="rows are wanted"):
         split(distinct, sizes={"train": 42})
+
+
+def test_the_table_gives_a_file_that_rounds_its_own_accuracy() -> None:
+    within = [{"confidence": 0.95, "low": 1.0, "high": 3.0}]
+    latency = {"p50_ms": 2.0, "p95_ms": 3.0, "p50_intervals": [], "speedup_intervals": []}
+
+    def built(fmt: str, **own: object) -> dict[str, object]:
+        figures = {"accuracy": None, "speedup": None, "size_bytes": 0, "latency": latency}
+        return {"format": fmt, **figures, **own}
+
+    judged = {"accuracy": 0.7, "accuracy_drop": 2.0, "accuracy_drop_intervals": within}
+    report = {
+        "teacher": {
+            "parameters": 9,
+            "accuracy": 0.72,
+            "formats": [built("onnx"), built("onnx-int8-static", speedup=2.5)],
+        },
+        "subnetworks": [
+            {
+                "width_mult": "1/2",
+                "parameters": 5,
+                "accuracy": 0.71,
+                "accuracy_drop": 1.0,
+                "selected": False,
+                "formats": [built("onnx"), built("onnx-int8-static", **judged)],
+            }
+        ],
+        "selection": {"format": None},
+    }
+    _, teacher, rounded_teacher, half, rounded = (
+        line.split() for line in table(report).split("\n")
+    )
+    assert teacher[3:5] == ["0.7200", "+0.00"]
+    assert rounded_teacher[2:] == ["9", "2.00", "3.00", "2.50x"]
+    assert half[3:5] == ["0.7100", "+1.00"]
+    assert rounded[3:7] == ["0.7000", "+2.00", "[+1.0,", "+3.0]"]

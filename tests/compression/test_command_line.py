@@ -1,0 +1,31 @@
+"""What the command line prints of a report."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from compression.command_line import on_dev
+from compression.report import FormatReport, SubnetworkReport, TeacherReport
+
+
+def test_a_file_that_rounds_has_figures_of_its_own_and_an_int8_teacher_none() -> None:
+    plain = FormatReport(format="onnx", published=True)
+    rounded = FormatReport(
+        format="onnx-int8-dynamic", published=True, accuracy=0.7, accuracy_drop=10.0
+    )
+    half = SubnetworkReport(
+        name="w1_2",
+        width_mult=Fraction(1, 2),
+        heads=(2,),
+        ffn=(8,),
+        parameters=1,
+        flops=1,
+        accuracy=0.75,
+        accuracy_drop=5.0,
+    )
+    assert on_dev(half, plain) == (0.75, 5.0)
+    assert on_dev(half, rounded) == (0.7, 10.0)
+    teacher = TeacherReport(family="bert", fine_tuned_steps=0, parameters=1, accuracy=0.8)
+    unjudged = FormatReport(format="onnx-int8-dynamic", published=False)
+    assert on_dev(teacher, plain) == (0.8, 0.0)
+    assert on_dev(teacher, unjudged) == (None, None)
