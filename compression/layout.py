@@ -124,6 +124,7 @@ class Packed(Layout):
             paddle.to_tensor(np.where(each < count, 0.0, MASKED).astype(np.float32)[:, None, None])
             for each in own
         ]
+        self._expanded: dict[int, list[Tensor]] = {}
         # The groups' tokens one after the other, padding included, are M.
         spread = np.concatenate([each.reshape(-1) for each in own])  # [M] -> 0..N
         collected = np.empty(count + 1, np.int64)
@@ -154,10 +155,12 @@ class Packed(Layout):
             paddle.split(kernels.spread(each, self._spread, self._collected), sizes)
             for each in (query, key, value)
         ]
+        if heads not in self._expanded:  # of every layer of this width
+            self._expanded[heads] = [kernels.expanded(mask, heads) for mask in self._masks]
         found = []
         for number, (rows, tokens) in enumerate(self._shapes):
             own = (_by_head(each[number].reshape([rows, tokens, width]), heads) for each in parts)
-            mask = kernels.expanded(self._masks[number], heads)
+            mask = self._expanded[heads][number]
             found.append(_by_token(_attention(*own, mask, rate, noise)).reshape([-1, width]))
         context = kernels.collected(paddle.concat(found), self._spread, self._collected)
         if gates is not None:
