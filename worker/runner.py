@@ -107,12 +107,13 @@ class Runner:
         self._child_command = tuple(child_command)
         self._training = environment.expected() if training is None else training
         self._free = threading.Semaphore(settings.worker_slots)
+        self._looking = threading.Lock()
         self._stopping = threading.Event()
         self._threads: set[threading.Thread] = set()
         self._lock = threading.Lock()
 
     def offer(self, job_id: str) -> bool:
-        """Starts the job if a slot is free and the job is to be had; returns at once.
+        """Starts the job if a slot is free and the job is to be had; does not wait for its end.
 
         A job that is refused because all slots are busy stays queued in the database:
         this worker takes it when a slot frees, or another does when it is nudged.
@@ -145,16 +146,19 @@ class Runner:
     # --- slots --------------------------------------------------------------------------
 
     def _start(self, claim_one: Callable[[], Claim | None]) -> bool:
-        if self._stopping.is_set() or not self._free.acquire(blocking=False):
-            return False
-        try:
-            claim = claim_one()
-        except BaseException:
-            self._free.release()
-            raise
-        if claim is None:
-            self._free.release()
-            return False
+        # One look at a time: a slot that is held only until a claim comes to nothing would
+        # have another offer refused, and nobody would look for that job afterwards.
+        with self._looking:
+            if self._stopping.is_set() or not self._free.acquire(blocking=False):
+                return False
+            try:
+                claim = claim_one()
+            except BaseException:
+                self._free.release()
+                raise
+            if claim is None:
+                self._free.release()
+                return False
         thread = threading.Thread(target=self._work, args=(claim,), name=claim.run_id)
         with self._lock:
             self._threads.add(thread)

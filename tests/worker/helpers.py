@@ -11,6 +11,7 @@ from jobs.artifacts import ObjectStore
 from jobs.db import Database
 from jobs.records import DEFAULT_PROJECT, Event, Job
 from jobs.settings import Settings
+from jobs.states import JobState
 from tests.seeds import seed_job
 from tests.services import wait_until
 
@@ -59,7 +60,15 @@ def kinds_of(database: Database, job_id: str) -> list[str]:
 
 
 def wait_for_state(database: Database, job_id: str, state: str) -> None:
-    wait_until(lambda: job_of(database, job_id).state == state, f"{job_id} is {state}")
+    """AssertionError if the job ends in another one, or does not get there in time."""
+
+    def reached() -> bool:
+        job = job_of(database, job_id)
+        told = [(event.kind, event.data) for event in events_of(database, job_id)]
+        assert job.state == state or not JobState(job.state).is_final, (job.state, told)
+        return bool(job.state == state)
+
+    wait_until(reached, f"{job_id} is {state}")
 
 
 def wait_for_event(database: Database, job_id: str, kind: str, count: int = 1) -> Event:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from compression.runtime_env import core_count, cpu_vendor, training_environment
 from jobs import store
@@ -16,7 +17,7 @@ from jobs.db import Database
 from jobs.records import DEFAULT_PROJECT, Artifact
 from jobs.settings import Settings
 from jobs.states import JobState
-from tests.services import wait_until
+from tests.services import START_SECONDS, wait_until
 from tests.worker.helpers import (
     CHILD_COMMAND,
     error_of,
@@ -92,6 +93,39 @@ def test_a_job_goes_through(
         assert artifact.sha256 == hashlib.sha256(artifact.path.encode()).hexdigest()
         assert objects.size(artifact.key) == artifact.size_bytes == len(artifact.path)
     wait_until(lambda: not list(settings.work_dir.iterdir()), "the work folder is empty")
+
+
+@ON_SQLITE
+def test_a_job_is_taken_that_was_offered_while_another_offer_came_to_nothing(
+    make_runner: MakeRunner,
+    database: Database,
+    objects: ObjectStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner = make_runner()
+    ended = submit(database, objects, "progress")
+    cancel(database, ended)
+    job_id = submit(database, objects, "progress")
+    looking = threading.Event()
+    claim_job = store.claim_job
+
+    def told(*arguments: Any, **options: Any) -> store.Claim | None:
+        looking.set()
+        return claim_job(*arguments, **options)
+
+    monkeypatch.setattr(store, "claim_job", told)
+    offers = [
+        threading.Thread(target=runner.offer, args=(each,), daemon=True) for each in (ended, job_id)
+    ]
+    with database.transaction() as session:
+        session.execute(text("SELECT 1"))  # holds SQLite's write lock, so the first look waits
+        offers[0].start()
+        assert looking.wait(START_SECONDS)
+        offers[1].start()
+        offers[1].join(0.5)  # time enough to be refused
+    for offer in offers:
+        offer.join(START_SECONDS)
+    wait_for_state(database, job_id, "succeeded")
 
 
 @ON_SQLITE

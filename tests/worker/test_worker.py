@@ -53,6 +53,7 @@ def start_worker(tmp_path: Path) -> Iterator[StartWorker]:
         if worker.process.poll() is None:
             worker.process.kill()
             worker.process.wait()
+        print(f"{worker.log.name}:\n{worker.log.read_text()}")  # pytest shows it on a failure
 
 
 @pytest.fixture
