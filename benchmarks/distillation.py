@@ -2,9 +2,11 @@
 
 MiniLM-L6 with a random head, SST-2, batch 32, widths 1, 3/4, 1/2, 1/4. Every side is a process
 of its own, loaded once, and only one runs at a time: a round gives each of them its turn of
-`--steps` steps, batches made and optimizer included. Ours is `compression.distillation.distil`,
-which computes the teacher at each step; the reference is PaddleSlim's loop with the mends that
-make it run (`compression/reference`). Both see the same rows, once each.
+`--steps` steps, batches made and optimizer included, after one that is not timed (the others'
+turns last minutes, in which the caches go cold and an idle process's memory may be reclaimed).
+Ours is `compression.distillation.distil`, which computes the teacher at each step; the reference
+is PaddleSlim's loop with the mends that make it run (`compression/reference`). Both see the same
+rows, once each.
 
 - `step_s`, `reference_step_s`: medians over rounds of a step's mean seconds. The reference pads
   every batch to 64 tokens and its teacher records gradients, as shipped; `_no_grad`: the same
@@ -68,8 +70,11 @@ class Turns:
         line = sys.stdin.readline()
         if not line:
             sys.exit(0)
-        self.started = time.perf_counter()
         return line.strip()
+
+    def start(self) -> None:
+        """The untimed step is done."""
+        self.started = time.perf_counter()
 
     def answer(self) -> None:
         self.say(time.perf_counter() - self.started)
@@ -99,15 +104,16 @@ def play_ours(args: argparse.Namespace) -> None:
     folder = TemporaryDirectory(prefix="teacher-states-")  # gone with this process
     if args.side == "cached":
         kept = KeptStates.compute(teacher, data, Path(folder.name), threads=replicas)
-    left = args.steps
+    done = 0
 
     def on_step(_: object) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
+        nonlocal done
+        done += 1
+        if done % (1 + args.steps) == 1:
+            turns.start()
+        if done % (1 + args.steps) == 0:
             turns.answer()
             turns.wait()
-            left = args.steps
 
     turns.wait()
     distil(
@@ -147,7 +153,7 @@ def play_reference(args: argparse.Namespace) -> None:
     done = dict.fromkeys(REFERENCES, 0)
     while True:
         variant = turns.wait()
-        for _ in range(args.steps):
+        for step in range(1 + args.steps):
             start = done[variant] * BATCH
             batch = reference_batch(
                 data,
@@ -157,6 +163,8 @@ def play_reference(args: argparse.Namespace) -> None:
             )
             loops[variant != "no_grad"].step(batch)
             done[variant] += 1
+            if step == 0:
+                turns.start()
         turns.answer()
 
 
@@ -172,10 +180,12 @@ def play_roofline(args: argparse.Namespace) -> None:
     ]
     while True:
         turns.wait()
-        for _ in range(args.steps):
+        for step in range(1 + args.steps):
             for left, right, count in products:
                 for _ in range(count):
                     paddle.matmul(left, right)
+            if step == 0:
+                turns.start()
         turns.answer()
 
 
@@ -223,7 +233,7 @@ def sst2(args: argparse.Namespace) -> tuple[Any, Any, Any]:
 
     config, weights = inputs.read_model(args.model, seed=0)
     train = inputs.read_rows(args.model, args.data, max_seq_len=PADDED)["train"]
-    count = (args.rounds + 1) * args.steps * BATCH
+    count = (args.rounds + 1) * (1 + args.steps) * BATCH
     return config, weights, train.take(np.random.default_rng(0).permutation(len(train))[:count])
 
 
@@ -435,7 +445,7 @@ def main() -> None:
                 if number > 0:  # the first one warms up
                     seconds.setdefault(label, []).append(step_s)
     peaks = {}
-    args.steps = MEMORY_STEPS
+    args.steps = MEMORY_STEPS - 1  # and the untimed one
     for name in ("memory", "base"):
         with side(name, args, ours_env) as measured, PeakMemory(measured.process.pid) as memory:
             measured.turn()
