@@ -91,7 +91,9 @@ servers:
 .PHONY: test
 test: check servers test-api test-worker
 
-# The API's tests run where paddle is absent; all others in the worker's environment.
+# The API's tests run where paddle is absent; all others in the worker's environment. Those of
+# compression compute on one thread for the most part, so two processes share them, file by file
+# (their fixtures are a file's); those that start servers and wait for them run one by one.
 .PHONY: test-api
 test-api: development
 	echo "== tests of the API, paddle absent"
@@ -99,8 +101,10 @@ test-api: development
 
 .PHONY: test-worker
 test-worker: development
+	echo "== tests of compression"
+	$(WORKER) -m pytest tests/compression --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 	echo "== all other tests"
-	$(WORKER) -m pytest tests --ignore=tests/api $(PYTEST_ARGS)
+	$(WORKER) -m pytest tests --ignore=tests/api --ignore=tests/compression $(PYTEST_ARGS)
 
 # benchmarks/NAME.py runs in the worker's environment; a hyphen in NAME may stand for an underscore.
 bench-%: benchmarks-exist-% runtime
