@@ -11,7 +11,7 @@ rows. All widths' gradients are summed before one optimizer step. What differs f
 
 - Its MSE counts padded positions; ours means over real tokens. On rows of equal length they agree.
 - Its teacher runs once for each width, ours once for each batch; its answer is the same.
-- Its batches are padded to their longest row in random order; ours hold rows of like length.
+- Its batches are padded to their longest row; ours hold the same rows' tokens without padding.
 - Its warm-up starts at a rate of 0, and it takes `max_grad_norm` without using it: no clipping.
 
 And from the tutorial, because it would be wrong or would not run: gradients are cleared for each
