@@ -7,9 +7,21 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from api import artifacts, datasets, docs, events, health, models, selection
+from api import (
+    artifacts,
+    audit,
+    datasets,
+    docs,
+    events,
+    health,
+    keys,
+    models,
+    projects,
+    selection,
+)
 from api import jobs as jobs_routes
 from api.auth import Authentication
+from api.authorization import Authorization
 from api.deps import Services
 from api.errors import install_error_handlers
 from api.middleware import BodyLimit, CloseUnread, HeadAsGet, RequestLog
@@ -20,6 +32,19 @@ from jobs.queue import make_celery
 from jobs.settings import Settings
 
 MAX_JSON_BYTES = 1 << 20
+ROUTES = (
+    models,
+    datasets,
+    jobs_routes,
+    selection,
+    events,
+    artifacts,
+    projects,
+    keys,
+    audit,
+    health,
+    docs,
+)
 UPLOADS = frozenset({"/v1/models", "/v1/datasets"})
 
 
@@ -44,11 +69,12 @@ def create_app(settings: Settings) -> FastAPI:
             services.database.close()
 
     app = docs.Application(lifespan=lifespan)
-    for module in (models, datasets, jobs_routes, selection, events, artifacts, health, docs):
+    for module in ROUTES:
         app.include_router(module.router)
     install_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=MAX_JSON_BYTES, exempt=UPLOADS)
+    app.add_middleware(Authorization)
     app.add_middleware(Authentication, prefix="/v1")
     app.add_middleware(HeadAsGet)
     app.add_middleware(CloseUnread)

@@ -19,6 +19,10 @@ ROUTES = {
     ("get", "/v1/jobs/{job_id}/subnetworks"), ("get", "/v1/jobs/{job_id}/artifacts"),
     ("post", "/v1/jobs/{job_id}/selection"),
     ("get", "/v1/artifacts/{artifact_id}"), ("get", "/v1/artifacts/{artifact_id}/content"),
+    ("get", "/v1/me"), ("get", "/v1/projects"), ("post", "/v1/projects"),
+    ("get", "/v1/projects/{project_id}"), ("get", "/v1/audit"),
+    ("get", "/v1/keys"), ("post", "/v1/keys"), ("get", "/v1/keys/{key_id}"),
+    ("post", "/v1/keys/{key_id}/revoke"),
     ("get", "/healthz"), ("get", "/readyz"),
 }  # fmt: skip
 
