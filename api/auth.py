@@ -149,12 +149,15 @@ def ensure_first_key(database: Database, data_dir: Path) -> None:
     try:
         with database.transaction() as session:
             if access.find_api_key(session, hash_key(key), at=now(session)) is None:
-                access.add_api_key(
+                record = access.add_api_key(
                     session,
                     project_id=DEFAULT_PROJECT,
                     name="first key",
                     hash=hash_key(key),
                     role=Role.ADMIN,
+                )
+                access.record_action(
+                    session, Actor(DEFAULT_PROJECT), "key.created", record.id, name=record.name
                 )
     except IntegrityError:
         return  # another process has just stored the same key

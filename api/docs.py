@@ -25,7 +25,8 @@ measured accuracy, latency and size.
 Every request below `/v1` carries `Authorization: Bearer <API key>`; the first key lies in the
 file `api_key` of the data folder. A key belongs to a project, sees what is in it and nothing
 else, and has a role: a viewer reads, a submitter also uploads, creates and cancels jobs, an admin
-also makes and revokes keys and reads the audit log. Errors are problem+json (RFC 9457). Lists are
+also makes and revokes keys and reads the audit log. `RateLimit` says how many requests it has
+left. Errors are problem+json (RFC 9457). Lists are
 read with `?limit=` and `?after=`, the `next` of the page before.
 """
 
@@ -45,6 +46,7 @@ _PROBLEM_CASES = {
     "415": "The body is of a kind that is not read here.",
     "416": "The range lies outside the file.",
     "422": "What was sent is understood, and cannot be used.",
+    "429": "The key has made all requests that it may make in a minute.",
     "503": "Something the service needs is not there.",
     "507": "No room left to store this.",
 }
@@ -130,7 +132,7 @@ def _tell_roles_and_problems(document: dict[str, Any]) -> None:
 def _statuses(path: str, method: str) -> list[str]:
     if not path.startswith("/v1"):
         return ["503"] if path == "/readyz" else []
-    statuses = ["401", "422"]
+    statuses = ["401", "422", "429"]
     if required_role(method.upper(), path) != Role.VIEWER:
         statuses.append("403")
     if "{" in path:

@@ -364,7 +364,8 @@ class AuditEntryOut(Out):
     id: str
     at: datetime
     key: str | None = Field(
-        description="Id of the key that did it; null for the command line of the service's host."
+        description="Id of the key that did it; null for the service's host: its start or its "
+        "command line."
     )
     action: str = Field(examples=["job.created"])
     target: str = Field(description="Id of the record that it was done to.")

@@ -29,7 +29,7 @@ USE_RECORDED_EVERY = timedelta(minutes=1)
 
 @dataclass(frozen=True)
 class Actor:
-    """Who acts, for the audit log: a key in a request, or the command line (no key)."""
+    """Who acts, for the audit log: a key in a request, or the service's host (no key)."""
 
     project_id: str
     key_id: str | None = None

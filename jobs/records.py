@@ -123,7 +123,8 @@ class ApiKey(Record):
 
 class AuditEntry(Record):
     """Who did what, written with what was done and never changed. `key_id` is null for the
-    command line; `target` is the id of a record, `details` a few words of what it came to."""
+    service's host (its start, its command line); `target` is the id of a record, `details` a few
+    words of what it came to."""
 
     __tablename__ = "audit_entries"
     __table_args__ = (Index(None, "project_id", "created_at", "id"),)
