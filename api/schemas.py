@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     ConfigDict,
@@ -58,6 +59,16 @@ Name = Annotated[
         strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$"
     ),
 ]
+
+
+def _in_utc(time: datetime) -> datetime:
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("This time lies outside the years 1 to 9999 in UTC.") from None
+
+
+Time = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 
 
 class Out(BaseModel):
@@ -302,7 +313,7 @@ class KeyIn(BaseModel):
         description="`viewer` reads; `submitter` also uploads, creates and cancels jobs; `admin` "
         "also makes and revokes keys and reads the audit log."
     )
-    expires_at: AwareDatetime | None = Field(
+    expires_at: Time | None = Field(
         None, description="When it ends, with its time zone; null or left out: never."
     )
 

@@ -170,7 +170,7 @@ def record_action(
         action=action,
         target=target,
         details=redact_all(json_safe(details)),
-        request_id=actor.request_id,
+        request_id=redact_all(actor.request_id),  # a client may have chosen it
         client=actor.client,
         created_at=now(session),
     )

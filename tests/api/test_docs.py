@@ -90,6 +90,10 @@ def test_answers_fit_their_documented_schemas(document: dict[str, Any], service:
         (f"/v1/jobs/{job_id}/events", "/v1/jobs/{job_id}/events"),
         (f"/v1/models/{service.model_id}", "/v1/models/{model_id}"),
         (f"/v1/datasets/{service.dataset_id}", "/v1/datasets/{dataset_id}"),
+        ("/v1/me", "/v1/me"),
+        ("/v1/projects", "/v1/projects"),
+        ("/v1/keys", "/v1/keys"),
+        ("/v1/audit", "/v1/audit"),
     ):
         content = document["paths"][template]["get"]["responses"]["200"]["content"]
         schema = content["application/json"]["schema"] | {"components": document["components"]}

@@ -10,7 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.routing import APIRoute
 
+from api.main import ROUTES
 from jobs.access import new_key
 from jobs.roles import Role
 from jobs.states import JobState
@@ -106,6 +108,16 @@ def house(service: Service) -> Iterator[House]:
 
 
 def test_the_table_names_every_route_there_is(service: Service) -> None:
+    """Those of the document, and those of the application that are not in it."""
+    routed = {
+        (method, route.path)
+        for module in ROUTES
+        for route in module.router.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods
+    }
+    assert {entry for entry in routed if entry[1] not in OPEN} == set(ROLES)
+    assert {path for _, path in routed - set(ROLES)} == OPEN - {"/openapi.json"}
     document = service.client.get("/openapi.json").json()
     documented = {(m.upper(), path) for path, ops in document["paths"].items() for m in ops}
     below = {entry for entry in documented if entry[1] not in OPEN}
@@ -233,6 +245,8 @@ def test_a_key_is_shown_once_works_and_ends_at_once(service: Service) -> None:
         ({"name": " ", "role": "viewer"}, "/name"),
         ({"name": "x", "role": "viewer", "expires_at": "2020-01-01T00:00:00Z"}, "/expires_at"),
         ({"name": "x", "role": "viewer", "expires_at": "2099-01-01T00:00:00"}, "/expires_at"),
+        ({"name": "x", "role": "viewer", "expires_at": "9999-12-31T23:59:59-12:00"}, "/expires_at"),
+        ({"name": "x", "role": "viewer", "expires_at": "0001-01-01T00:00:00+12:00"}, "/expires_at"),
         ({"name": "x", "role": "viewer", "project_id": "prj_x"}, "/project_id"),
     ],
 )
