@@ -1,30 +1,28 @@
-"""API keys: `Authorization: Bearer wwk_...`, checked before anything of the body is read.
-
-Only the SHA-256 of a key is stored. A key is 32 random bytes, so a plain hash suffices:
-there is nothing to guess, and looking a hash up gives a timing attacker nothing.
-"""
+"""API keys: `Authorization: Bearer wwk_...`, checked before anything of the body is read."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
 import stat
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import structlog
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.errors import ApiError, api_problem
-from jobs import store
-from jobs.db import Database
+from jobs import access
+from jobs.access import Actor, hash_key, new_key
+from jobs.db import Database, now
 from jobs.records import DEFAULT_PROJECT
+from jobs.roles import Role
 
 KEY_FILE = "api_key"
 _KEY = re.compile(r"wwk_[A-Za-z0-9_-]{43}")
@@ -35,18 +33,24 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Principal:
-    """Who asks: everything a request reads or writes lies in this project."""
+    """Who asks, and as what: everything a request reads or writes lies in this project."""
 
     key_id: str
+    key_name: str
     project_id: str
+    role: Role
+    expires_at: datetime | None
+    request_id: str | None
+    client: str | None
 
+    @property
+    def actor(self) -> Actor:
+        return Actor(self.project_id, self.key_id, self.request_id, self.client)
 
-def new_key() -> str:
-    return "wwk_" + secrets.token_urlsafe(32)
-
-
-def hash_key(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+    @property
+    def is_operator(self) -> bool:
+        """Whether this key may make projects: an admin's of the installation's first project."""
+        return self.project_id == DEFAULT_PROJECT and self.role.includes(Role.ADMIN)
 
 
 class Authentication:
@@ -59,40 +63,69 @@ class Authentication:
         self.prefix = prefix
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        guarded = path == self.prefix or path.startswith(self.prefix + "/")
-        if scope["type"] != "http" or not guarded:
+        if scope["type"] != "http" or not lies_below(scope["path"], self.prefix):
             await self.app(scope, receive, send)
             return
         database: Database = scope["app"].state.services.database
         try:
-            principal = await _authenticate(database, Headers(scope=scope).get("authorization"))
+            principal, unrecorded = await _authenticate(database, scope)
         except ApiError as error:
             await api_problem(scope, error)(scope, receive, send)
             return
         scope.setdefault("state", {})["principal"] = principal
         await self.app(scope, receive, send)
+        if unrecorded:  # now that the answer is out: a write may wait for other writers
+            await run_in_threadpool(_record_use, database, principal.key_id)
 
 
-async def _authenticate(database: Database, header: str | None) -> Principal:
+def lies_below(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(prefix + "/")
+
+
+async def _authenticate(database: Database, scope: Scope) -> tuple[Principal, bool]:
+    """The principal, and whether this use of its key is to be written down."""
+    header = Headers(scope=scope).get("authorization")
     if header is None:
         raise _unauthorized(
             "missing-api-key", "Send your API key in the header Authorization: Bearer wwk_...", ""
         )
     match = _BEARER.fullmatch(header)
     if match is not None and _KEY.fullmatch(match[1]):
-        principal = await run_in_threadpool(_find, database, hash_key(match[1]))
-        if principal is not None:
-            return principal
+        found = await run_in_threadpool(_find, database, hash_key(match[1]), scope)
+        if found is not None:
+            return found
     raise _unauthorized(
-        "invalid-api-key", "This API key is not known, or was revoked.", ', error="invalid_token"'
+        "invalid-api-key",
+        "This API key is not known, has expired or was revoked.",
+        ', error="invalid_token"',
     )
 
 
-def _find(database: Database, hash: str) -> Principal | None:
+def _find(database: Database, hash: str, scope: Scope) -> tuple[Principal, bool] | None:
     with database.reading() as session:
-        key = store.find_api_key(session, hash)
-        return None if key is None else Principal(key.id, key.project_id)
+        at = now(session)
+        key = access.find_api_key(session, hash, at=at)
+    if key is None:
+        return None
+    principal = Principal(
+        key_id=key.id,
+        key_name=key.name,
+        project_id=key.project_id,
+        role=key.role,
+        expires_at=key.expires_at,
+        request_id=scope.get("state", {}).get("request_id"),
+        client=scope["client"][0][:64] if scope.get("client") else None,
+    )
+    return principal, access.use_is_unrecorded(key, at=at)
+
+
+def _record_use(database: Database, key_id: str) -> None:
+    try:
+        with database.transaction() as session:
+            access.record_use(session, key_id)
+    except DBAPIError as error:
+        # The request was answered; a busy or read-only database costs this one line alone.
+        _log.warning("api_key.use_not_recorded", key_id=key_id, error=str(error.orig))
 
 
 def _unauthorized(code: str, detail: str, challenge: str) -> ApiError:
@@ -108,16 +141,23 @@ def ensure_first_key(database: Database, data_dir: Path) -> None:
     """Makes the first API key where there is none: its hash goes into the database, the key
     into `data_dir/api_key`, readable by its owner alone. Safe to run many times at once."""
     with database.reading() as session:
-        if store.has_api_keys(session):
+        if access.has_api_keys(session):
             return
     path = data_dir / KEY_FILE
     _write_once(path, new_key())
     key = _read_private(path)  # ours, or that of a process that was quicker
     try:
         with database.transaction() as session:
-            if store.find_api_key(session, hash_key(key)) is None:
-                store.add_api_key(
-                    session, project_id=DEFAULT_PROJECT, name="first key", hash=hash_key(key)
+            if access.find_api_key(session, hash_key(key), at=now(session)) is None:
+                record = access.add_api_key(
+                    session,
+                    project_id=DEFAULT_PROJECT,
+                    name="first key",
+                    hash=hash_key(key),
+                    role=Role.ADMIN,
+                )
+                access.record_action(
+                    session, Actor(DEFAULT_PROJECT), "key.created", record.id, name=record.name
                 )
     except IntegrityError:
         return  # another process has just stored the same key

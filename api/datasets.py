@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from api.deps import After, Limit, PrincipalDep, ServicesDep
 from api.schemas import DatasetOut, Id, Page
 from api.uploads import FilenameQuery, Intake, NameQuery, default_name, take_in, upload_openapi
-from jobs import records, store
+from jobs import access, records, store
 from jobs.artifacts import dataset_key
 from jobs.inspection import DatasetInspection, inspect_dataset_upload
 from jobs.records import new_id
@@ -41,7 +41,7 @@ async def upload_dataset(
     dataset_id = new_id("dataset")
 
     def record(session: Session, intake: Intake[DatasetInspection]) -> records.Dataset:
-        return store.add_dataset(
+        dataset = store.add_dataset(
             session,
             id=dataset_id,
             project_id=principal.project_id,
@@ -52,6 +52,10 @@ async def upload_dataset(
             profile=intake.inspection.profile.model_dump(mode="json"),
             warnings=intake.inspection.warnings,
         )
+        access.record_action(
+            session, principal.actor, "dataset.uploaded", dataset.id, name=dataset.name
+        )
+        return dataset
 
     dataset = await take_in(
         request,

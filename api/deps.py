@@ -12,6 +12,7 @@ from fastapi import Depends, Path, Query, Request, Security
 from fastapi.security import HTTPBearer
 
 from api.auth import Principal
+from api.limits import Counter
 from api.schemas import Id
 from api.spool import Spool
 from jobs.artifacts import ObjectStore
@@ -24,6 +25,7 @@ MAX_PAGE = 200
 @dataclass(frozen=True)
 class Services:
     """`inspections` keeps uploads in inspection from taking every worker thread;
+    `counter` counts the requests of each key, where they are limited;
     `stopping` is set when the server shuts down, so that endless streams end."""
 
     settings: Settings
@@ -31,6 +33,7 @@ class Services:
     store: ObjectStore
     spool: Spool
     celery: Celery
+    counter: Counter | None
     inspections: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(4))
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -12,8 +12,10 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
+from api.authorization import required_role
 from api.errors import PROBLEM_MEDIA_TYPE, ApiError
 from api.schemas import Problem
+from jobs.roles import Role
 
 VERSION = "0.1.0"
 DESCRIPTION = """Upload a fine-tuned BERT-family model and its dataset, say how wide its
@@ -21,8 +23,11 @@ sub-networks may be or what they must hold, and download verified smaller models
 measured accuracy, latency and size.
 
 Every request below `/v1` carries `Authorization: Bearer <API key>`; the first key lies in the
-file `api_key` of the data folder. Errors are problem+json (RFC 9457). Lists are read with
-`?limit=` and `?after=`, the `next` of the page before.
+file `api_key` of the data folder. A key belongs to a project, sees what is in it and nothing
+else, and has a role: a viewer reads, a submitter also uploads, creates and cancels jobs, an admin
+also makes and revokes keys and reads the audit log. `RateLimit` says how many requests it has
+left. Errors are problem+json (RFC 9457). Lists are
+read with `?limit=` and `?after=`, the `next` of the page before.
 """
 
 router = APIRouter(include_in_schema=False)
@@ -34,12 +39,14 @@ _ASSETS = {
 _PROBLEM_CASES = {
     "400": "The request is malformed.",
     "401": "The API key is missing or unknown.",
-    "404": "There is no such record.",
+    "403": "The key's role does not allow this.",
+    "404": "There is no such record, or it is another project's.",
     "409": "The record's state does not allow this.",
     "413": "The body is too large.",
     "415": "The body is of a kind that is not read here.",
     "416": "The range lies outside the file.",
     "422": "What was sent is understood, and cannot be used.",
+    "429": "The key has made all requests that it may make in a minute.",
     "503": "Something the service needs is not there.",
     "507": "No room left to store this.",
 }
@@ -95,13 +102,13 @@ class Application(FastAPI):
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             document = super().openapi()
-            _tell_problems(document)
+            _tell_roles_and_problems(document)
             self.openapi_schema = document
         return self.openapi_schema
 
 
-def _tell_problems(document: dict[str, Any]) -> None:
-    """Every operation's errors as problem+json, in place of FastAPI's own 422."""
+def _tell_roles_and_problems(document: dict[str, Any]) -> None:
+    """Every operation's role, and its errors as problem+json in place of FastAPI's own 422."""
     schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
@@ -110,6 +117,9 @@ def _tell_problems(document: dict[str, Any]) -> None:
     schemas["Problem"] = problem
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
+            if path.startswith("/v1"):
+                role = f"Needs the role `{required_role(method.upper(), path)}`."
+                operation["description"] = f"{operation.get('description', '')}\n\n{role}".strip()
             for status in _statuses(path, method):
                 operation["responses"][status] = {
                     "description": _PROBLEM_CASES[status],
@@ -122,14 +132,19 @@ def _tell_problems(document: dict[str, Any]) -> None:
 def _statuses(path: str, method: str) -> list[str]:
     if not path.startswith("/v1"):
         return ["503"] if path == "/readyz" else []
-    statuses = ["401", "422"]
+    statuses = ["401", "422", "429"]
+    if required_role(method.upper(), path) != Role.VIEWER:
+        statuses.append("403")
     if "{" in path:
         statuses.append("404")
     if method == "post":
-        statuses += ["400", "413"] if "{" not in path else ["409"]
+        if "{" not in path:
+            statuses += ["400", "413"]
+        elif path.startswith("/v1/jobs/"):
+            statuses.append("409")
     if path in ("/v1/models", "/v1/datasets") and method == "post":
         statuses += ["415", "507"]
-    if path == "/v1/jobs" and method == "post":
+    if path in ("/v1/jobs", "/v1/keys", "/v1/projects") and method == "post":
         statuses.append("415")
     if path.endswith("/selection"):
         statuses += ["400", "413", "415"]

@@ -13,10 +13,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.concurrency import run_in_threadpool
 
+from api.auth import Principal
 from api.deps import MAX_PAGE, JobId, PrincipalDep, Services, ServicesDep
 from api.errors import ApiError
 from api.schemas import EventOut, EventPage
-from jobs import store
+from jobs import access, store
 from jobs.states import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -33,7 +34,7 @@ MAX_NUMBER = 2**31 - 1
     description="JSON by cursor: ask again with `after` = `next` until `ended`. With `Accept: "
     "text/event-stream` the same events come as they happen, each with its number as `id`; "
     "`Last-Event-ID` takes up where a connection broke. The stream ends after the job's last "
-    "event.",
+    "event, or when its key is revoked.",
     response_model=EventPage,
     responses={200: {"content": {EVENT_STREAM: {"schema": {"type": "string"}}}}},
 )
@@ -61,7 +62,7 @@ async def list_events(
             )
         after = int(last_event_id)
     first = await run_in_threadpool(_page, services, job_id, project_id, after, MAX_PAGE)
-    stream = _stream(services, job_id, project_id, first)
+    stream = _stream(services, job_id, principal, first)
     return StreamingResponse(
         _nothing() if getattr(request.state, "head", False) else stream,
         media_type=EVENT_STREAM,
@@ -103,9 +104,10 @@ async def _nothing() -> AsyncIterator[bytes]:
 
 
 async def _stream(
-    services: Services, job_id: str, project_id: str, page: EventPage
+    services: Services, job_id: str, principal: Principal, page: EventPage
 ) -> AsyncIterator[bytes]:
-    """Each poll is a transaction of its own: an open stream holds no connection."""
+    """Each poll is a transaction of its own: an open stream holds no connection. A key that is
+    revoked meanwhile, or expires, sees no more."""
     quiet_since = time.monotonic()
     yield b": connected\n\n"  # so that the headers go out at once
     while True:
@@ -123,4 +125,13 @@ async def _stream(
         if len(page.items) < MAX_PAGE:
             with suppress(TimeoutError):
                 await asyncio.wait_for(services.stopping.wait(), POLL_SECONDS)
-        page = await run_in_threadpool(_page, services, job_id, project_id, page.next, MAX_PAGE)
+        page = await run_in_threadpool(
+            _page, services, job_id, principal.project_id, page.next, MAX_PAGE
+        )
+        if not await run_in_threadpool(_key_holds, services, principal.key_id):
+            return  # after the page was read, so that nothing newer than the end gets out
+
+
+def _key_holds(services: Services, key_id: str) -> bool:
+    with services.database.reading() as session:
+        return access.key_holds(session, key_id)

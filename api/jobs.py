@@ -13,7 +13,7 @@ from api.schemas import ArtifactOut, JobIn, JobOut, JobSummary, Page, PlanOut, S
 from compression.errors import CompressionError
 from compression.plan import ModelInfo, Plan, make_plan
 from compression.tables import DatasetProfile
-from jobs import records, store
+from jobs import access, records, store
 from jobs.errors import NotFound
 from jobs.queue import enqueue_job
 from jobs.states import JobState
@@ -119,6 +119,7 @@ def create_job(
             spec=body.spec.model_dump(mode="json"),
             plan=plan.model_dump(mode="json"),
         )
+        access.record_action(session, principal.actor, "job.created", job.id, name=job.name)
     # After the commit, and after the answer: a broker that is down keeps nobody waiting, and
     # the job, which is stored as queued, waits for the reconciler.
     background.add_task(enqueue_job, services.celery, job.id)
@@ -187,7 +188,9 @@ def get_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> Jo
 )
 def cancel_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> JobOut:
     with services.database.transaction() as session:
-        return JobOut.of(store.request_cancel(session, job_id, project_id=principal.project_id))
+        job = store.request_cancel(session, job_id, project_id=principal.project_id)
+        access.record_action(session, principal.actor, "job.cancel_requested", job.id)
+        return JobOut.of(job)
 
 
 @router.get(

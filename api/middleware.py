@@ -63,8 +63,10 @@ class RequestLog:
             answer = fault(scope)
             await answer(scope, receive, observed_send)
         finally:
+            principal = scope["state"].get("principal")  # absent where no key opened anything
             log.info(
                 "request",
+                key_id=principal.key_id if principal else None,
                 status=status,
                 bytes=sent,
                 ms=round(1000 * (time.perf_counter() - started), 1),

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from api.deps import After, Limit, PrincipalDep, ServicesDep
 from api.schemas import Id, ModelOut, Page
 from api.uploads import FilenameQuery, Intake, NameQuery, default_name, take_in, upload_openapi
-from jobs import records, store
+from jobs import access, records, store
 from jobs.artifacts import model_key
 from jobs.inspection import ModelInspection, inspect_model_upload
 from jobs.records import new_id
@@ -43,7 +43,7 @@ async def upload_model(
     model_id = new_id("model")
 
     def record(session: Session, intake: Intake[ModelInspection]) -> records.Model:
-        return store.add_model(
+        model = store.add_model(
             session,
             id=model_id,
             project_id=principal.project_id,
@@ -54,6 +54,8 @@ async def upload_model(
             info=intake.inspection.info.model_dump(mode="json"),
             warnings=intake.inspection.warnings,
         )
+        access.record_action(session, principal.actor, "model.uploaded", model.id, name=model.name)
+        return model
 
     model = await take_in(
         request,

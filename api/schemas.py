@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Generic, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
+    AwareDatetime,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,6 +23,7 @@ from compression.report import CompressionReport, Selection, SubnetworkReport, T
 from compression.spec import ConstraintSpec, Spec
 from compression.tables import DatasetProfile
 from jobs import records
+from jobs.roles import Role
 from jobs.states import JobState
 
 T = TypeVar("T")
@@ -56,6 +59,16 @@ Name = Annotated[
         strip_whitespace=True, min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$"
     ),
 ]
+
+
+def _in_utc(time: datetime) -> datetime:
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("This time lies outside the years 1 to 9999 in UTC.") from None
+
+
+Time = Annotated[AwareDatetime, AfterValidator(_in_utc)]
 
 
 class Out(BaseModel):
@@ -270,6 +283,119 @@ class SelectionOut(Out):
     artifacts: list[ArtifactOut] = Field(
         description="The files of the selected sub-network; empty where none was."
     )
+
+
+class ProjectIn(BaseModel):
+    """A project to create."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Name
+
+
+class ProjectOut(Out):
+    id: str
+    name: str
+    created_at: datetime
+
+    @classmethod
+    def of(cls, record: records.Project) -> Self:
+        return cls(id=record.id, name=record.name, created_at=record.created_at)
+
+
+class KeyIn(BaseModel):
+    """An API key to create. Unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Name = Field(description="What it is for, so that it can be told from others later.")
+    role: Role = Field(
+        description="`viewer` reads; `submitter` also uploads, creates and cancels jobs; `admin` "
+        "also makes and revokes keys and reads the audit log."
+    )
+    expires_at: Time | None = Field(
+        None, description="When it ends, with its time zone; null or left out: never."
+    )
+
+
+class KeyOut(Out):
+    """An API key's record; the key itself is kept nowhere."""
+
+    id: str
+    name: str
+    role: Role
+    created_at: datetime
+    expires_at: datetime | None
+    last_used_at: datetime | None = Field(description="To the minute.")
+    revoked_at: datetime | None
+
+    @classmethod
+    def of(cls, record: records.ApiKey) -> Self:
+        return cls(**cls._fields(record))
+
+    @staticmethod
+    def _fields(record: records.ApiKey) -> dict[str, Any]:
+        return {
+            "id": record.id,
+            "name": record.name,
+            "role": record.role,
+            "created_at": record.created_at,
+            "expires_at": record.expires_at,
+            "last_used_at": record.last_used_at,
+            "revoked_at": record.revoked_at,
+        }
+
+
+class KeyCreated(KeyOut):
+    key: str = Field(description="Shown this once.")
+
+    @classmethod
+    def shown_once(cls, record: records.ApiKey, key: str) -> Self:
+        return cls(**cls._fields(record), key=key)
+
+
+class ProjectCreated(ProjectOut):
+    first_key: KeyCreated
+
+    @classmethod
+    def with_key(cls, record: records.Project, key: KeyCreated) -> Self:
+        return cls(**ProjectOut.of(record).model_dump(), first_key=key)
+
+
+class MeOut(Out):
+    key: str = Field(description="The key's id.")
+    name: str = Field(description="The key's name.")
+    role: Role
+    expires_at: datetime | None
+    project: ProjectOut
+    is_operator: bool = Field(description="Whether this key may create projects.")
+
+
+class AuditEntryOut(Out):
+    id: str
+    at: datetime
+    key: str | None = Field(
+        description="Id of the key that did it; null for the service's host: its start or its "
+        "command line."
+    )
+    action: str = Field(examples=["job.created"])
+    target: str = Field(description="Id of the record that it was done to.")
+    details: Document
+    request_id: str | None = Field(description="By which the request's log line is found.")
+    client: str | None = Field(description="Address that the request came from.")
+
+    @classmethod
+    def of(cls, record: records.AuditEntry) -> Self:
+        return cls(
+            id=record.id,
+            at=record.created_at,
+            key=record.key_id,
+            action=record.action,
+            target=record.target,
+            details=record.details,
+            request_id=record.request_id,
+            client=record.client,
+        )
 
 
 class Fault(Out):

@@ -10,16 +10,10 @@ from typing import Any
 
 import structlog
 
+from jobs.redaction import redact, redact_all
 from jobs.settings import Settings
 
-_API_KEY = re.compile(r"\bwwk_[\w-]+")
-_URL_PASSWORD = re.compile(r"(://[^\s:/@]*):[^\s@]+@")
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")  # all but the line feed
-
-
-def redact(text: str) -> str:
-    """`text` without API keys and without passwords in addresses."""
-    return _URL_PASSWORD.sub(r"\1:***@", _API_KEY.sub("wwk_***", text))
 
 
 def _without_control(text: str) -> str:
@@ -34,6 +28,8 @@ def _redact_values(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableM
             event[key] = _without_control(redact(value))
         elif isinstance(value, BaseException):
             event[key] = redact(repr(value))
+        else:
+            event[key] = redact_all(value)
     return event
 
 

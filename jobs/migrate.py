@@ -2,6 +2,10 @@
 
 Safe to run many times at once: whoever comes second waits, and finds nothing to do.
 `python -m jobs.migrate --new MESSAGE` writes a migration from the changed records.
+
+A migration may run while processes of the version before still work on the database. So it
+adds alone: tables, and columns that are null or have a default with the meaning that a row had
+before there was such a column. What nothing uses any more is dropped by a later version.
 """
 
 from __future__ import annotations
@@ -20,15 +24,15 @@ _SCRIPTS = Path(__file__).with_name("migrations")
 _LOCK = 0x5769_6474_6877_6973  # any fixed number that nobody else locks in this database
 
 
-def upgrade(database: Database) -> None:
-    """All migrations in one transaction, under a lock."""
+def upgrade(database: Database, revision: str = "head") -> None:
+    """All migrations up to `revision` in one transaction, under a lock."""
     # On SQLite the transaction itself is the lock: it begins as an immediate one.
     with database.engine.begin() as connection:
         if not database.is_sqlite:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         config = _config()
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        command.upgrade(config, revision)
 
 
 def _config() -> Config:

@@ -28,6 +28,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
+from jobs.roles import Role
 from jobs.states import JobState, RunState
 
 DEFAULT_PROJECT = "prj_default"
@@ -39,6 +40,7 @@ ID_PREFIXES = {
     "job": "job_",
     "run": "run_",
     "artifact": "art_",
+    "audit_entry": "aud_",
 }
 
 
@@ -101,7 +103,8 @@ class Project(Record):
 
 
 class ApiKey(Record):
-    """`hash` is the hex SHA-256 of the whole key; the key itself is kept nowhere."""
+    """`hash` is the hex SHA-256 of the whole key; the key itself is kept nowhere.
+    `last_used_at` is written at most once a minute: see access.find_api_key."""
 
     __tablename__ = "api_keys"
 
@@ -109,8 +112,32 @@ class ApiKey(Record):
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
     name: Mapped[str] = mapped_column(String(200))
     hash: Mapped[str] = mapped_column(String(64), unique=True)
+    # Keys from before there were roles could do everything, and so can those that a process of
+    # that version still makes.
+    role: Mapped[Role] = mapped_column(_named(Role), server_default=Role.ADMIN.value)
     created_at: Mapped[datetime]
+    expires_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
+
+
+class AuditEntry(Record):
+    """Who did what, written with what was done and never changed. `key_id` is null for the
+    service's host (its start, its command line); `target` is the id of a record, `details` a few
+    words of what it came to."""
+
+    __tablename__ = "audit_entries"
+    __table_args__ = (Index(None, "project_id", "created_at", "id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    key_id: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"))
+    action: Mapped[str] = mapped_column(String(40))
+    target: Mapped[str] = mapped_column(Id)
+    details: Mapped[Any]
+    request_id: Mapped[str | None] = mapped_column(String(64))
+    client: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[datetime]
 
 
 class Model(Record):

@@ -5,18 +5,35 @@ S3 credentials are not settings: obstore reads the standard AWS variables itself
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 GIB = 1024**3
+_ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?")
 
 
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
+
+
+def _split(value: Any) -> Any:
+    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+
+def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    """As browsers send them: scheme and host in lower case, a port, nothing after it."""
+    for origin in origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"{origin!r} is no origin: write it as https://portal.example or "
+                "http://localhost:3000, in lower case and without a path"
+            )
+    return origins
 
 
 def _sqlite_url(values: dict[str, Any]) -> str:
@@ -52,6 +69,16 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     max_upload_bytes: int = Field(4 * GIB, ge=1)
+    rate_limit_per_minute: int = Field(
+        3000, ge=0, le=10**9, description="Requests that each API key has; 0: no limit."
+    )
+    cors_origins: Annotated[
+        tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_origins)
+    ] = Field(
+        default_factory=tuple,
+        description="Origins (https://portal.example, separated by commas; * for any) whose pages "
+        "may call the API.",
+    )
 
     lease_seconds: float = Field(60, gt=0, description="A run that is silent this long is lost.")
     reconcile_seconds: float = Field(30, gt=0)

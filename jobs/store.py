@@ -1,4 +1,5 @@
-"""Every read and write of records, each inside a transaction that the caller opened.
+"""Reads and writes of records, each inside a transaction that the caller opened; those of
+projects, API keys and the audit log are in jobs.access.
 
 A worker's writes take the `Claim` that `claim_job` gave it. They lock the job's row and
 compare the fencing number, so a run that lost its job raises StaleRun and changes nothing.
@@ -10,15 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import Select, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs.db import now
 from jobs.errors import Conflict, NotFound, StaleRun
+from jobs.paging import get_of_project, page_of_project
 from jobs.records import (
-    ApiKey,
     Artifact,
     Dataset,
     Event,
@@ -27,9 +28,8 @@ from jobs.records import (
     Run,
     new_id,
 )
+from jobs.redaction import redact_all
 from jobs.states import JobState, RunState, check_transition
-
-R = TypeVar("R", Model, Dataset, Job)
 
 
 @dataclass(frozen=True)
@@ -62,33 +62,6 @@ def json_safe(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [json_safe(item) for item in value]
     return value
-
-
-# --- API keys ---------------------------------------------------------------------------
-
-
-def add_api_key(session: Session, *, project_id: str, name: str, hash: str) -> ApiKey:
-    """`hash`: the hex SHA-256 of the key."""
-    key = ApiKey(
-        id=new_id("api_key"),
-        project_id=project_id,
-        name=name,
-        hash=hash,
-        created_at=now(session),
-        revoked_at=None,
-    )
-    session.add(key)
-    session.flush()
-    return key
-
-
-def find_api_key(session: Session, hash: str) -> ApiKey | None:
-    """The key with this hash, unless it was revoked."""
-    return session.scalar(select(ApiKey).where(ApiKey.hash == hash, ApiKey.revoked_at.is_(None)))
-
-
-def has_api_keys(session: Session) -> bool:
-    return session.scalar(select(ApiKey.id).limit(1)) is not None
 
 
 # --- models and datasets ----------------------------------------------------------------
@@ -153,53 +126,24 @@ def add_dataset(
 
 
 def get_model(session: Session, id: str, *, project_id: str) -> Model:
-    return _get(session, Model, "model", id, project_id)
+    return get_of_project(session, Model, "model", id, project_id)
 
 
 def get_dataset(session: Session, id: str, *, project_id: str) -> Dataset:
-    return _get(session, Dataset, "dataset", id, project_id)
+    return get_of_project(session, Dataset, "dataset", id, project_id)
 
 
 def list_models(
     session: Session, *, project_id: str, after: str | None = None, limit: int = 50
 ) -> list[Model]:
     """Newest first; `after` is the id of the last one seen. NotFound if it does not exist."""
-    return _page(session, Model, "model", project_id, after, limit)
+    return page_of_project(session, Model, "model", project_id, after, limit)
 
 
 def list_datasets(
     session: Session, *, project_id: str, after: str | None = None, limit: int = 50
 ) -> list[Dataset]:
-    return _page(session, Dataset, "dataset", project_id, after, limit)
-
-
-def _get(session: Session, record: type[R], kind: str, id: str, project_id: str) -> R:
-    found = session.scalar(select(record).where(record.id == id, record.project_id == project_id))
-    if found is None:
-        raise NotFound(kind, id)
-    return found
-
-
-def _page(
-    session: Session,
-    record: type[R],
-    kind: str,
-    project_id: str,
-    after: str | None,
-    limit: int,
-    *conditions: Any,
-) -> list[R]:
-    query = select(record).where(record.project_id == project_id, *conditions)
-    if after is not None:
-        last = _get(session, record, kind, after, project_id)
-        query = query.where(
-            or_(
-                record.created_at < last.created_at,
-                and_(record.created_at == last.created_at, record.id < last.id),
-            )
-        )
-    query = query.order_by(record.created_at.desc(), record.id.desc()).limit(limit)
-    return list(session.scalars(query))
+    return page_of_project(session, Dataset, "dataset", project_id, after, limit)
 
 
 # --- jobs, as their users see them ------------------------------------------------------
@@ -247,7 +191,7 @@ def create_job(
 
 
 def get_job(session: Session, id: str, *, project_id: str) -> Job:
-    return _get(session, Job, "job", id, project_id)
+    return get_of_project(session, Job, "job", id, project_id)
 
 
 def get_report(session: Session, job_id: str, *, project_id: str) -> dict[str, Any]:
@@ -271,7 +215,7 @@ def list_jobs(
 ) -> list[Job]:
     """Newest first; `after` is the id of the last one seen. NotFound if it does not exist."""
     conditions = [] if state is None else [Job.state == state]
-    return _page(session, Job, "job", project_id, after, limit, *conditions)
+    return page_of_project(session, Job, "job", project_id, after, limit, *conditions)
 
 
 def list_events(
@@ -488,7 +432,7 @@ def finish_job(
     if error is not None:
         data["error"] = error
     job.report = json_safe(report)
-    job.error = json_safe(error)
+    job.error = redact_all(json_safe(error))
     _end(session, job, state, data, now(session))
 
 
@@ -647,7 +591,8 @@ def _add_event(
             project_id=job.project_id,
             fence=job.fence,
             kind=kind,
-            data=json_safe(data),
+            # What a job's process says goes to whoever reads the job.
+            data=redact_all(json_safe(data)),
             created_at=at,
         )
     )

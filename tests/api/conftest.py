@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,21 @@ import structlog
 
 from api.__main__ import Server, prepare
 from api.deps import Services
-from jobs import store
+from jobs import access, store
 from jobs.artifacts import run_prefix
+from jobs.db import now
 from jobs.records import DEFAULT_PROJECT
+from jobs.roles import Role
 from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.store import Claim
 from tests.builders import tiny_bert, tiny_dataset
+
+
+@dataclass(frozen=True)
+class Key:
+    id: str
+    secret: str
 
 
 @dataclass
@@ -39,6 +48,7 @@ class Service:
     services: Services
     client: httpx.Client
     _uploaded: dict[str, str] = field(default_factory=dict)
+    _clients: dict[str, httpx.Client] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -78,6 +88,40 @@ class Service:
         answer = self.client.post("/v1/jobs", json=self.job_body())
         assert answer.status_code == 202, answer.text
         return str(answer.json()["id"])
+
+    def as_key(self, secret: str) -> httpx.Client:
+        """The client that has this key in place of the first; open as long as the service."""
+        if secret not in self._clients:
+            headers = {"Authorization": f"Bearer {secret}"}
+            self._clients[secret] = httpx.Client(
+                base_url=self.url, headers=headers, timeout=60, trust_env=False
+            )
+        return self._clients[secret]
+
+    def close(self) -> None:
+        for client in self._clients.values():
+            client.close()
+
+    def new_key(
+        self, role: Role, *, project_id: str = DEFAULT_PROJECT, seconds: float | None = None
+    ) -> Key:
+        """A key past the API, which would make none that has expired already."""
+        secret = access.new_key()
+        with self.services.database.transaction() as session:
+            expires_at = None if seconds is None else now(session) + timedelta(seconds=seconds)
+            record = access.add_api_key(
+                session,
+                project_id=project_id,
+                name=f"a {role}'s",
+                hash=access.hash_key(secret),
+                role=role,
+                expires_at=expires_at,
+            )
+        return Key(record.id, secret)
+
+    def new_project(self) -> str:
+        with self.services.database.transaction() as session:
+            return access.add_project(session, name="another").id
 
     # What a worker would do, through the same store.
 
@@ -163,7 +207,11 @@ def serving(data_dir: Path, **settings: Any) -> Iterator[Service]:
         key = (data_dir / "api_key").read_text().strip()
         headers = {"Authorization": f"Bearer {key}"}
         with httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as client:
-            yield Service(url, configured, server.app.state.services, client)
+            running = Service(url, configured, server.app.state.services, client)
+            try:
+                yield running
+            finally:
+                running.close()
     finally:
         server.should_exit = True
         thread.join(60)

@@ -9,12 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api.auth import ensure_first_key, hash_key, new_key
-from jobs import store
+from api.auth import ensure_first_key
+from jobs.access import hash_key, new_key
 from jobs.db import Database
 from jobs.migrate import upgrade
-from jobs.records import DEFAULT_PROJECT, ApiKey
-from tests.api.conftest import Service, assert_problem
+from jobs.records import ApiKey
+from jobs.roles import Role
+from tests.api.conftest import Service, assert_problem, wait_for
 
 
 def bare_get(service: Service, path: str, authorization: str | None = None) -> httpx.Response:
@@ -57,16 +58,34 @@ def test_paths_outside_v1_are_open(service: Service) -> None:
         assert bare_get(service, path).status_code == 200
 
 
-def test_a_revoked_key_is_refused(service: Service) -> None:
-    key = new_key()
-    with service.services.database.transaction() as session:
-        record = store.add_api_key(
-            session, project_id=DEFAULT_PROJECT, name="short-lived", hash=hash_key(key)
-        )
-    assert bare_get(service, "/v1/jobs", f"Bearer {key}").status_code == 200
-    with service.services.database.transaction() as session:
-        session.get_one(ApiKey, record.id).revoked_at = record.created_at
-    assert_problem(bare_get(service, "/v1/jobs", f"Bearer {key}"), 401, "invalid-api-key")
+def test_a_use_is_written_down_once_the_answer_is_out(service: Service) -> None:
+    key = service.new_key(Role.VIEWER)
+    assert service.as_key(key.secret).get("/v1/jobs").status_code == 200
+
+    def last_used() -> str | None:
+        answer = service.client.get(f"/v1/keys/{key.id}")
+        return answer.json()["last_used_at"]  # type: ignore[no-any-return]
+
+    wait_for(last_used)
+    first = last_used()
+    assert service.as_key(key.secret).get("/v1/jobs").status_code == 200
+    assert last_used() == first  # within the same minute
+
+
+def test_a_use_that_cannot_be_written_down_keeps_nobody_out(service: Service) -> None:
+    key = service.new_key(Role.VIEWER)
+    refuse = (
+        "CREATE TRIGGER no_use BEFORE UPDATE OF last_used_at ON api_keys"
+        " BEGIN SELECT RAISE(ABORT, 'not now'); END"
+    )
+    with service.services.database.engine.begin() as connection:
+        connection.exec_driver_sql(refuse)
+    try:
+        for _ in range(2):
+            assert service.as_key(key.secret).get("/v1/jobs").status_code == 200
+    finally:
+        with service.services.database.engine.begin() as connection:
+            connection.exec_driver_sql("DROP TRIGGER no_use")
 
 
 def test_the_first_key_is_private_and_the_database_knows_its_hash_alone(

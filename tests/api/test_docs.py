@@ -19,6 +19,10 @@ ROUTES = {
     ("get", "/v1/jobs/{job_id}/subnetworks"), ("get", "/v1/jobs/{job_id}/artifacts"),
     ("post", "/v1/jobs/{job_id}/selection"),
     ("get", "/v1/artifacts/{artifact_id}"), ("get", "/v1/artifacts/{artifact_id}/content"),
+    ("get", "/v1/me"), ("get", "/v1/projects"), ("post", "/v1/projects"),
+    ("get", "/v1/projects/{project_id}"), ("get", "/v1/audit"),
+    ("get", "/v1/keys"), ("post", "/v1/keys"), ("get", "/v1/keys/{key_id}"),
+    ("post", "/v1/keys/{key_id}/revoke"),
     ("get", "/healthz"), ("get", "/readyz"),
 }  # fmt: skip
 
@@ -86,6 +90,10 @@ def test_answers_fit_their_documented_schemas(document: dict[str, Any], service:
         (f"/v1/jobs/{job_id}/events", "/v1/jobs/{job_id}/events"),
         (f"/v1/models/{service.model_id}", "/v1/models/{model_id}"),
         (f"/v1/datasets/{service.dataset_id}", "/v1/datasets/{dataset_id}"),
+        ("/v1/me", "/v1/me"),
+        ("/v1/projects", "/v1/projects"),
+        ("/v1/keys", "/v1/keys"),
+        ("/v1/audit", "/v1/audit"),
     ):
         content = document["paths"][template]["get"]["responses"]["200"]["content"]
         schema = content["application/json"]["schema"] | {"components": document["components"]}

@@ -67,6 +67,12 @@ def test_a_process_starts_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
             assert client.get("/readyz").status_code == 200
             assert client.get(f"/v1/jobs?oops={key}").status_code == 200
             assert client.get(f"/v1/{key}").status_code == 404
+            body = {"name": f"for {key}", "role": "viewer"}
+            made = client.post("/v1/keys", json=body, headers={"X-Request-ID": key}).json()["key"]
+            wrong = {"Authorization": f"Bearer {made}x"}
+            assert client.get("/v1/jobs", headers=wrong).status_code == 401
+            assert client.post(f"/v1/jobs/{made}/cancel").status_code == 404
+            assert key not in client.get("/v1/audit").text
         assert (data_dir / "api_key").stat().st_mode & 0o777 == 0o600
         assert data_dir.stat().st_mode & 0o777 == 0o700
     finally:
@@ -75,5 +81,6 @@ def test_a_process_starts_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
     told = log.read_text()
     assert str(data_dir / "api_key") in told  # where the key lies
     assert key not in told  # and never the key itself
+    assert made not in told
     assert "Traceback" not in told
     assert list((data_dir / "spool").glob("*/")) == []

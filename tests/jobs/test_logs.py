@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from jobs.logs import redact
+from jobs.redaction import redact, redact_all
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -16,6 +16,7 @@ configure_logging(Settings())
 settings = Settings(database_url="postgresql://u:s3cret@h/d")
 log = structlog.get_logger("ours")
 log.info("hello", key="wwk_s3cret-key", url="redis://u:s3cret@h/0")
+log.info("nested", headers={"authorization": ["Bearer wwk_s3cret"]}, keys=("wwk_s3cret",))
 logging.getLogger("theirs").warning("failed: %s", "postgresql://u:s3cret@h/d")
 try:
     raise ValueError("wwk_s3cret")
@@ -58,13 +59,30 @@ def test_json_lines_hold_no_secrets() -> None:
     lines = [json.loads(line) for line in run.stderr.splitlines()]
     assert [line["event"].split(":")[0] for line in lines] == [
         "hello",
+        "nested",
         "failed",
         "broken",
         "request",
     ]
-    assert "ValueError" in lines[2]["exception"]
+    assert "ValueError" in lines[3]["exception"]
 
 
 def test_redact_leaves_other_text_alone() -> None:
     text = "http://host:8000/v1/jobs?after=job_1 at 12:00, a@b"
     assert redact(text) == text
+
+
+def test_redact_all_reaches_into_what_is_nested_and_keeps_the_rest() -> None:
+    value = {"wwk_abc": [("x wwk_abc-d_e y", 1, None, 2.5, True)], "plain": "a@b"}
+    assert redact_all(value) == {"wwk_***": [["x wwk_*** y", 1, None, 2.5, True]], "plain": "a@b"}
+
+
+def test_a_key_is_found_wherever_it_stands() -> None:
+    for text in (
+        "Xwwk_secret",
+        "%20wwk_secret",
+        "key=wwk_secret&x",
+        '"wwk_secret"',
+        "\nwwk_secret",
+    ):
+        assert "secret" not in redact(text)

@@ -37,3 +37,14 @@ def test_settings_are_frozen_and_show_no_passwords() -> None:
     assert "hush" not in repr(settings)
     with pytest.raises(ValidationError):
         settings.port = 1  # type: ignore[misc]
+
+
+def test_origins_are_a_list_of_what_browsers_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings().cors_origins == ()
+    monkeypatch.setenv("WIDTHWISE_CORS_ORIGINS", "https://portal.example, http://[::1]:3000")
+    assert Settings().cors_origins == ("https://portal.example", "http://[::1]:3000")
+    for wrong in ("portal.example", "https://portal.example/", "https://*.example", "null",
+                  "https://Portal.example", "file://x"):  # fmt: skip
+        monkeypatch.setenv("WIDTHWISE_CORS_ORIGINS", wrong)
+        with pytest.raises(ValidationError, match="is no origin"):
+            Settings()

@@ -457,15 +457,13 @@ def test_checkpoints_are_spent_when_superseded_or_when_the_job_has_ended(
     assert spent(0) == {}
 
 
-def test_a_revoked_key_is_not_found(database: Database) -> None:
+def test_keys_and_passwords_never_reach_events_or_errors(database: Database) -> None:
+    job_id = seed_job(database)
+    run = claimed(database, job_id)
+    said = {"last_lines": ["GET wwk_secret-key", {"url": "postgresql://u:secret@h/d"}]}
     with database.transaction() as session:
-        assert not store.has_api_keys(session)
-        key = store.add_api_key(session, project_id=DEFAULT_PROJECT, name="k", hash="a" * 64)
-    with database.transaction() as session:
-        assert store.has_api_keys(session)
-        found = store.find_api_key(session, "a" * 64)
-        assert found is not None and found.id == key.id
-        assert store.find_api_key(session, "b" * 64) is None
-        found.revoked_at = now(session)
-    with database.reading() as session:
-        assert store.find_api_key(session, "a" * 64) is None
+        store.append_events(session, run, [("progress", said)])
+        store.finish_job(session, run, JobState.FAILED, error={"code": "x", "message": str(said)})
+    told = [event.data for event in events_of(database, job_id)] + [job_of(database, job_id).error]
+    assert "secret" not in repr(told)
+    assert told[2] == {"last_lines": ["GET wwk_***", {"url": "postgresql://u:***@h/d"}]}

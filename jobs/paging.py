@@ -1,0 +1,52 @@
+"""Records of one project, by id or as a page: what is another project's is not found."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from sqlalchemy import and_, or_, select
+from sqlalchemy.orm import Session
+
+from jobs.errors import NotFound
+from jobs.records import ApiKey, AuditEntry, Dataset, Job, Model, Project
+
+P = TypeVar("P", Model, Dataset, Job, ApiKey, AuditEntry)
+R = TypeVar("R", Model, Dataset, Job, ApiKey, AuditEntry, Project)
+
+
+def get_of_project(session: Session, record: type[P], kind: str, id: str, project_id: str) -> P:
+    """NotFound, with `kind` as its word, for an id that does not exist in this project."""
+    found = session.scalar(select(record).where(record.id == id, record.project_id == project_id))
+    if found is None:
+        raise NotFound(kind, id)
+    return found
+
+
+def page_of_project(
+    session: Session,
+    record: type[P],
+    kind: str,
+    project_id: str,
+    after: str | None,
+    limit: int,
+    *conditions: Any,
+) -> list[P]:
+    """Newest first; `after` is the id of the last one seen. NotFound if it does not exist."""
+    last = None if after is None else get_of_project(session, record, kind, after, project_id)
+    return newest_first(session, record, last, limit, record.project_id == project_id, *conditions)
+
+
+def newest_first(
+    session: Session, record: type[R], last: R | None, limit: int, *conditions: Any
+) -> list[R]:
+    """Up to `limit` records, from the one after `last` on."""
+    query = select(record).where(*conditions)
+    if last is not None:
+        query = query.where(
+            or_(
+                record.created_at < last.created_at,
+                and_(record.created_at == last.created_at, record.id < last.id),
+            )
+        )
+    query = query.order_by(record.created_at.desc(), record.id.desc()).limit(limit)
+    return list(session.scalars(query))

@@ -1,0 +1,26 @@
+"""What must never be written down: API keys, and passwords in addresses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_API_KEY = re.compile(r"wwk_[\w-]+")
+_URL_PASSWORD = re.compile(r"(://[^\s:/@]*):[^\s@]+@")
+
+
+def redact(text: str) -> str:
+    """`text` without API keys and without passwords in addresses."""
+    return _URL_PASSWORD.sub(r"\1:***@", _API_KEY.sub("wwk_***", text))
+
+
+def redact_all(value: Any) -> Any:
+    """`value` with every text in it redacted, also the keys and values of what it nests."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {redact_all(key): redact_all(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact_all(item) for item in value]
+    return value

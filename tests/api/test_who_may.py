@@ -1,0 +1,329 @@
+"""Every route of the OpenAPI document, asked with no key, a wrong one, a revoked one, an expired
+one, each role's, and another project's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.routing import APIRoute
+
+from api.main import ROUTES
+from jobs.access import new_key
+from jobs.roles import Role
+from jobs.states import JobState
+from tests.api.conftest import Key, Service, assert_problem
+
+# Who may at least, and with what body the request gets past its validation.
+VIEWER, SUBMITTER, ADMIN = Role
+ROLES: dict[tuple[str, str], Role] = {
+    ("GET", "/v1/models"): VIEWER,
+    ("POST", "/v1/models"): SUBMITTER,
+    ("PUT", "/v1/models"): SUBMITTER,
+    ("GET", "/v1/models/{model_id}"): VIEWER,
+    ("GET", "/v1/datasets"): VIEWER,
+    ("POST", "/v1/datasets"): SUBMITTER,
+    ("PUT", "/v1/datasets"): SUBMITTER,
+    ("GET", "/v1/datasets/{dataset_id}"): VIEWER,
+    ("GET", "/v1/jobs"): VIEWER,
+    ("POST", "/v1/jobs"): SUBMITTER,
+    ("GET", "/v1/jobs/{job_id}"): VIEWER,
+    ("POST", "/v1/jobs/{job_id}/cancel"): SUBMITTER,
+    ("GET", "/v1/jobs/{job_id}/events"): VIEWER,
+    ("GET", "/v1/jobs/{job_id}/subnetworks"): VIEWER,
+    ("GET", "/v1/jobs/{job_id}/artifacts"): VIEWER,
+    ("POST", "/v1/jobs/{job_id}/selection"): VIEWER,
+    ("GET", "/v1/artifacts/{artifact_id}"): VIEWER,
+    ("GET", "/v1/artifacts/{artifact_id}/content"): VIEWER,
+    ("GET", "/v1/me"): VIEWER,
+    ("GET", "/v1/projects"): VIEWER,
+    ("POST", "/v1/projects"): ADMIN,
+    ("GET", "/v1/projects/{project_id}"): VIEWER,
+    ("GET", "/v1/keys"): ADMIN,
+    ("POST", "/v1/keys"): ADMIN,
+    ("GET", "/v1/keys/{key_id}"): ADMIN,
+    ("POST", "/v1/keys/{key_id}/revoke"): ADMIN,
+    ("GET", "/v1/audit"): ADMIN,
+}
+OPEN = {"/healthz", "/readyz", "/docs", "/docs/{name}", "/openapi.json"}
+UNLISTED = {("PUT", "/v1/models"), ("PUT", "/v1/datasets")}  # as curl -T sends an upload
+BODIES: dict[tuple[str, str], Any] = {
+    ("POST", "/v1/jobs/{job_id}/selection"): {"constraints": {}},
+    ("POST", "/v1/keys"): {"name": "made by the walk", "role": "viewer"},
+    ("POST", "/v1/projects"): {"name": "made by the walk"},
+}
+EVERY = sorted(ROLES)
+
+
+@dataclass(frozen=True)
+class House:
+    """A service with two projects: the first one has a record of each kind."""
+
+    service: Service
+    ids: dict[str, str]
+    keys: dict[str, Key]
+
+    def ask(self, method: str, path: str, key: str | None = None) -> httpx.Response:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.request(
+            method,
+            self.service.url + path.format_map(self.ids),
+            json=BODIES.get((method, path)),
+            headers=headers,
+            timeout=60,
+            trust_env=False,
+        )
+
+
+@pytest.fixture(scope="module")
+def house(service: Service) -> Iterator[House]:
+    job_id = service.new_job()
+    claim = service.claim(job_id)
+    artifact_id = service.publish(claim, "w1/onnx/model.onnx", b"bytes")
+    service.finish(claim, report={"subnetworks": [], "selection": None})
+    keys = {role.value: service.new_key(role) for role in Role}
+    keys["revoked"] = service.new_key(Role.ADMIN)
+    keys["expired"] = service.new_key(Role.ADMIN, seconds=-1)
+    keys["victim"] = service.new_key(Role.VIEWER)
+    answer = service.client.post(f"/v1/keys/{keys['revoked'].id}/revoke")
+    assert answer.status_code == 200, answer.text
+    other = service.new_project()
+    keys["other"] = service.new_key(Role.ADMIN, project_id=other)
+    yield House(
+        service,
+        ids={
+            "model_id": service.model_id,
+            "dataset_id": service.dataset_id,
+            "job_id": job_id,
+            "artifact_id": artifact_id,
+            "key_id": keys["victim"].id,
+            "project_id": "prj_default",
+        },
+        keys=keys,
+    )
+
+
+def test_the_table_names_every_route_there_is(service: Service) -> None:
+    """Those of the document, and those of the application that are not in it."""
+    routed = {
+        (method, route.path)
+        for module in ROUTES
+        for route in module.router.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods
+    }
+    assert {entry for entry in routed if entry[1] not in OPEN} == set(ROLES)
+    assert {path for _, path in routed - set(ROLES)} == OPEN - {"/openapi.json"}
+    document = service.client.get("/openapi.json").json()
+    documented = {(m.upper(), path) for path, ops in document["paths"].items() for m in ops}
+    below = {entry for entry in documented if entry[1] not in OPEN}
+    assert below == set(ROLES) - UNLISTED
+    assert {path for _, path in documented - below} == {"/healthz", "/readyz"}
+    for (method, path), role in ROLES.items():
+        if (method, path) not in UNLISTED:
+            operation = document["paths"][path][method.lower()]
+            assert operation["description"].endswith(f"Needs the role `{role}`.")
+            assert ("403" in operation["responses"]) == (role != VIEWER)
+
+
+def test_what_is_open_is_named(house: House) -> None:
+    for path in ("/healthz", "/readyz", "/docs", "/docs/favicon.png", "/openapi.json"):
+        assert house.ask("GET", path).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), EVERY)
+def test_without_a_valid_key_nothing_answers(house: House, method: str, path: str) -> None:
+    assert_problem(house.ask(method, path), 401, "missing-api-key")
+    for key in (new_key(), house.keys["revoked"].secret, house.keys["expired"].secret):
+        assert_problem(house.ask(method, path, key), 401, "invalid-api-key")
+
+
+@pytest.mark.parametrize(("method", "path"), EVERY)
+def test_each_role_may_what_the_table_says(house: House, method: str, path: str) -> None:
+    for role in Role:
+        answer = house.ask(method, path, house.keys[role].secret)
+        if role.includes(ROLES[method, path]):
+            # Not the end of the story for a request without a body, but past the door.
+            assert answer.status_code in (200, 201, 400, 409, 415, 422), answer.text
+            if method == "GET" or (method, path) in BODIES:
+                assert answer.status_code in (200, 201), answer.text
+        else:
+            problem = assert_problem(answer, 403, "role-insufficient")
+            assert f"the role {ROLES[method, path]};" in problem["detail"]
+            assert 'error="insufficient_scope"' in answer.headers["www-authenticate"]
+
+
+@pytest.mark.parametrize(("method", "path"), EVERY)
+def test_another_projects_key_finds_nothing(house: House, method: str, path: str) -> None:
+    answer = house.ask(method, path, house.keys["other"].secret)
+    if "{" in path:
+        assert_problem(answer, 404, "not-found")
+    elif path == "/v1/projects" and method == "POST":
+        assert_problem(answer, 403, "operator-only")
+    elif method == "GET":
+        assert answer.status_code == 200
+        for id in house.ids.values():
+            assert id not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("listing", "kind"),
+    [("models", "model_id"), ("datasets", "dataset_id"), ("jobs", "job_id"), ("keys", "key_id")],
+)
+def test_another_projects_id_is_no_cursor(house: House, listing: str, kind: str) -> None:
+    client = house.service.as_key(house.keys["other"].secret)
+    answer = client.get(f"/v1/{listing}?after={house.ids[kind]}")
+    assert_problem(answer, 404, "not-found")
+
+
+def test_another_projects_audit_log_is_closed(house: House) -> None:
+    client = house.service.as_key(house.keys["other"].secret)
+    entries = house.service.client.get("/v1/audit").json()["items"]
+    assert_problem(client.get(f"/v1/audit?after={entries[0]['id']}"), 404, "not-found")
+    for query in (f"key={entries[0]['key']}", f"target={entries[0]['target']}"):
+        assert client.get(f"/v1/audit?{query}").json()["items"] == []
+
+
+def test_another_projects_model_is_an_unknown_reference(house: House) -> None:
+    body = {"model": house.ids["model_id"], "dataset": house.ids["dataset_id"]}
+    answer = house.service.as_key(house.keys["other"].secret).post("/v1/jobs", json=body)
+    assert_problem(answer, 422, "unknown-reference")
+
+
+@pytest.mark.parametrize("path", ["/v1/keys/%0A", "/v1/keys/a%2Fb", "/v1/audit/x", "/v1/keys/"])
+def test_odd_paths_do_not_lead_around_the_table(house: House, path: str) -> None:
+    assert_problem(house.ask("GET", path, house.keys["submitter"].secret), 403, "role-insufficient")
+
+
+def test_a_refused_upload_is_not_read(house: House) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(10_000):
+            yield b"x" * 100_000
+
+    client = house.service.as_key(house.keys["viewer"].secret)
+    try:
+        answer = client.post("/v1/models?filename=x.tar.gz", content=endless())
+    except httpx.WriteError:
+        return  # the connection was closed in the middle of the body
+    assert_problem(answer, 403, "role-insufficient")
+
+
+# --- what the routes of projects and keys do ------------------------------------------------
+
+
+def test_a_key_is_shown_once_works_and_ends_at_once(service: Service) -> None:
+    body = {"name": "CI", "role": "submitter", "expires_at": "2099-01-01T00:00:00+01:00"}
+    created = service.client.post("/v1/keys", json=body)
+    assert created.status_code == 201
+    assert created.headers["cache-control"] == "no-store"
+    secret, id = created.json()["key"], created.json()["id"]
+    assert re.fullmatch(r"wwk_[A-Za-z0-9_-]{43}", secret)
+    assert created.headers["location"] == f"/v1/keys/{id}"
+
+    client = service.as_key(secret)
+    me = client.get("/v1/me").json()
+    assert (me["key"], me["role"], me["is_operator"]) == (id, "submitter", False)
+    assert me["project"]["id"] == "prj_default"
+    assert me["expires_at"] == "2098-12-31T23:00:00Z"
+    revoked = service.client.post(f"/v1/keys/{id}/revoke").json()
+    assert revoked["revoked_at"] is not None
+    assert_problem(client.get("/v1/me"), 401, "invalid-api-key")
+    assert service.client.post(f"/v1/keys/{id}/revoke").json() == revoked
+    for path in ("/v1/keys", f"/v1/keys/{id}", "/v1/audit"):
+        assert secret not in service.client.get(path).text
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({"name": "x", "role": "owner"}, "/role"),
+        ({"name": "x"}, "/role"),
+        ({"name": " ", "role": "viewer"}, "/name"),
+        ({"name": "x", "role": "viewer", "expires_at": "2020-01-01T00:00:00Z"}, "/expires_at"),
+        ({"name": "x", "role": "viewer", "expires_at": "2099-01-01T00:00:00"}, "/expires_at"),
+        ({"name": "x", "role": "viewer", "expires_at": "9999-12-31T23:59:59-12:00"}, "/expires_at"),
+        ({"name": "x", "role": "viewer", "expires_at": "0001-01-01T00:00:00+12:00"}, "/expires_at"),
+        ({"name": "x", "role": "viewer", "project_id": "prj_x"}, "/project_id"),
+    ],
+)
+def test_a_key_that_would_be_wrong_is_not_made(
+    service: Service, body: dict[str, Any], pointer: str
+) -> None:
+    before = service.client.get("/v1/keys?limit=200").json()
+    problem = assert_problem(service.client.post("/v1/keys", json=body), 422, "invalid-request")
+    assert problem["pointer"] == pointer
+    assert service.client.get("/v1/keys?limit=200").json() == before
+
+
+def test_a_new_project_is_its_admins_own(service: Service) -> None:
+    created = service.client.post("/v1/projects", json={"name": "Search"}).json()
+    listed = service.client.get("/v1/projects?limit=200").json()["items"]
+    assert created["id"] in [project["id"] for project in listed]
+    assert service.client.get(f"/v1/projects/{created['id']}").status_code == 200
+    client = service.as_key(created["first_key"]["key"])
+    own = client.get("/v1/projects").json()
+    assert [project["id"] for project in own["items"]] == [created["id"]]
+    assert client.get("/v1/me").json()["role"] == "admin"
+    made = client.post("/v1/keys", json={"name": "x", "role": "viewer"}).json()
+    assert client.get("/v1/models").json()["items"] == []
+    # The operator made the project, and sees nothing of what it holds.
+    assert service.client.get(f"/v1/keys/{made['id']}").status_code == 404
+    assert made["id"] not in service.client.get("/v1/audit?limit=200").text
+    (entry,) = client.get("/v1/audit").json()["items"]
+    assert (entry["action"], entry["target"]) == ("key.created", made["id"])
+
+
+def test_an_event_stream_ends_with_its_key(service: Service) -> None:
+    job_id = service.new_job()
+    key = service.new_key(Role.VIEWER)
+    accept = {"Accept": "text/event-stream"}
+    client = service.as_key(key.secret)
+    with client.stream("GET", f"/v1/jobs/{job_id}/events", headers=accept) as answer:
+        lines = answer.iter_lines()
+        while not next(lines).startswith("data:"):
+            pass
+        service.client.post(f"/v1/keys/{key.id}/revoke")
+        claim = service.claim(job_id)  # which would be the next event
+        assert not any(line.startswith("data:") for line in lines)  # and it ends
+    service.finish(claim, JobState.FAILED, error={})
+
+
+# --- the audit log --------------------------------------------------------------------------
+
+
+def test_every_change_leaves_one_entry(service: Service) -> None:
+    """Exactly those routes that change something, each by what it did."""
+    client = service.client
+    service.model_id, service.dataset_id  # noqa: B018
+    job = client.post("/v1/jobs", json=service.job_body(), headers={"X-Request-ID": "r-17"}).json()
+    client.post(f"/v1/jobs/{job['id']}/cancel")
+    key = client.post("/v1/keys", json={"name": "k", "role": "viewer"}).json()
+    client.post(f"/v1/keys/{key['id']}/revoke")
+    client.post(f"/v1/keys/{key['id']}/revoke")
+    project = client.post("/v1/projects", json={"name": "p"}).json()
+    client.post("/v1/jobs?dry_run=true", json=service.job_body())
+    client.post(f"/v1/jobs/{job['id']}/selection", json={"constraints": {}})
+
+    me = client.get("/v1/me").json()["key"]
+    expected = {
+        service.model_id: ["model.uploaded"],
+        service.dataset_id: ["dataset.uploaded"],
+        job["id"]: ["job.cancel_requested", "job.created"],
+        key["id"]: ["key.revoked", "key.created"],
+        project["id"]: ["project.created"],
+    }
+    for target, actions in expected.items():
+        entries = client.get(f"/v1/audit?target={target}").json()["items"]
+        assert [entry["action"] for entry in entries] == actions
+        assert {entry["key"] for entry in entries} == {me}
+        assert {entry["client"] for entry in entries} == {"127.0.0.1"}
+    (_, created) = client.get(f"/v1/audit?target={job['id']}").json()["items"]
+    assert created["request_id"] == "r-17"
+    paged = client.get("/v1/audit?limit=2").json()
+    rest = client.get(f"/v1/audit?limit=200&after={paged['next']}").json()["items"]
+    every = client.get("/v1/audit?limit=200").json()["items"]
+    assert [*paged["items"], *rest] == every
