@@ -4,14 +4,16 @@ MiniLM-L6 with a random head, SST-2, batch 32, widths 1, 3/4, 1/2, 1/4. Every si
 of its own, loaded once, and only one runs at a time: a round gives each of them its turn of
 `--steps` steps, batches made and optimizer included, after one that is not timed (the others'
 turns last minutes, in which the caches go cold and an idle process's memory may be reclaimed).
-Ours is `compression.distillation.distil`, which computes the teacher at each step; the reference
-is PaddleSlim's loop with the mends that make it run (`compression/reference`). Both see the same
+Ours is `compression.distillation.distil` with the spec's defaults (so without dropout), which
+computes the teacher at each step; the reference is PaddleSlim's loop with the mends that make it
+run (`compression/reference`), and with the model's own dropout, as shipped. Both see the same
 rows, once each.
 
 - `step_s`, `reference_step_s`: medians over rounds of a step's mean seconds. The reference pads
   every batch to 64 tokens and its teacher records gradients, as shipped; `_no_grad`: the same
   with the teacher under no_grad; `_longest`: padded to the batch's longest row, as PaddleSlim's
   demo/ofa/bert/run_glue_ofa.py does; `_default_env`: with no variable set, as Paddle starts.
+- `dropout_step_s`, `ratio_dropout`: ours with the model's own dropout too.
 - `cached_step_s`: ours with the teacher's answers read from the file that
   `distillation.teacher_cache_mb` allows; writing it, once a job, is not in it.
 - `ratio_same_env` = reference_step_s / step_s, both in the environment that the worker chooses
@@ -88,16 +90,20 @@ class Turns:
 def play_ours(args: argparse.Namespace) -> None:
     from compression.distillation import distil
     from compression.encoder import build_encoder
+    from compression.pipeline import learning_config
     from compression.spec import DistillationSpec, TaskSpec
     from compression.supernet import subnetwork_of
     from compression.tasks import make_task
     from compression.teacher_states import KeptStates
 
     turns = Turns()
-    inputs_of = {"ours": sst2, "cached": sst2, "memory": minilm, "base": random_base}
-    config, weights, data = inputs_of[args.side](args)
-    batch_size = BASE_BATCH if args.side == "base" else BATCH
-    teacher, supernet = build_encoder(config, weights), build_encoder(config, weights)
+    inputs_of = {"memory": minilm, "base": random_base}
+    config, weights, data = inputs_of.get(args.side, sst2)(args)
+    spec = DistillationSpec(epochs=1, batch_size=BASE_BATCH if args.side == "base" else BATCH)
+    if args.side == "dropout":
+        spec = spec.model_copy(update={"dropout": None})
+    teacher = build_encoder(config, weights)
+    supernet = build_encoder(learning_config(config, spec), weights)
     del weights
     replicas = replica_count(os.environ, cores=core_count())
     kept = None
@@ -121,7 +127,7 @@ def play_ours(args: argparse.Namespace) -> None:
         teacher,
         data,
         [subnetwork_of(config, Fraction(width)) for width in WIDTHS],
-        DistillationSpec(epochs=1, batch_size=batch_size),
+        spec,
         make_task(TaskSpec(), ("0", "1")),
         seed=0,
         on_step=on_step,
@@ -292,6 +298,7 @@ def random_rows(vocabulary: int, batch_size: int) -> Any:
 SIDES: dict[str, Callable[[argparse.Namespace], None]] = {
     "ours": play_ours,
     "cached": play_ours,
+    "dropout": play_ours,
     "memory": play_ours,
     "base": play_ours,
     "reference": play_reference,
@@ -426,6 +433,7 @@ def main() -> None:
             for name, environment in (
                 ("ours", ours_env),
                 ("cached", ours_env),
+                ("dropout", ours_env),
                 ("reference", {**ours_env, **every_core}),
                 ("default_env", bare),
                 ("roofline", {**ours_env, **every_core}),
@@ -434,6 +442,7 @@ def main() -> None:
         turns = [
             ("ours", "ours", "go"),
             ("ours cached", "cached", "go"),
+            ("ours dropout", "dropout", "go"),
             *((f"reference {variant}", "reference", variant) for variant in REFERENCES),
             ("reference default_env", "default_env", "shipped"),
             ("roofline", "roofline", "go"),
@@ -465,9 +474,11 @@ def main() -> None:
                 "ratio_default_env": ratio("reference default_env"),
                 "ratio_no_grad": ratio("reference no_grad"),
                 "ratio_longest": ratio("reference longest"),
+                "ratio_dropout": round(median["reference shipped"] / median["ours dropout"], 2),
                 "roofline": round(median["roofline"] / step_s, 3),
                 "step_s": round(step_s, 3),
                 "cached_step_s": round(median["ours cached"], 3),
+                "dropout_step_s": round(median["ours dropout"], 3),
                 "reference_step_s": round(median["reference shipped"], 3),
                 "reference_no_grad_step_s": round(median["reference no_grad"], 3),
                 "reference_longest_step_s": round(median["reference longest"], 3),
