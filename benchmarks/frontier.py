@@ -1,0 +1,453 @@
+"""The fastest artifact that loses at most a point: MiniLM-L6 on SST-2, several seeds, one command.
+
+A seed is a teacher (nine tenths of train; the hold-out of the rest chooses its epoch) and then one
+compression job, as the library runs it: every sub-network in fp32 and in int8, judged on dev and
+measured beside the teacher at batch 1 and 16, 64 tokens, one and two threads. The artifact is the
+one whose drop on dev is at most `--max-drop` points as a mean over seeds and whose mean latency
+(batch 1, one thread) is the smallest; only it is judged on test.
+
+References in the same run: the teacher in ONNX Runtime in fp32 and in its dynamic int8, which is
+what one would do instead of compressing. `speedup_*` are ratios of medians of the first seed's
+files, timed in turns with both teachers in one last measurement; those of the other seeds have the
+same shapes. `_b16`: batch 16, two threads. `accuracy_drop`, `accuracy_drop_test`: points against
+the teacher, dev and test, means over seeds; `drop_ci_high`: the upper end of dev's 95 % bootstrap
+interval, rows resampled, the same for both. `size_ratio`: bytes of the file over the fp32
+teacher's.
+
+Finished parts are kept in `--work-dir` and not run again, and a job goes on from its checkpoint. A
+table of all candidates is `front.md` there, and a plot `front.svg`. Source of the data: SST-2
+(Socher et al. 2013), as benchmarks/inputs.py says. The last line of standard output is one JSON
+object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import inputs
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from compression.batches import Encoded
+    from compression.report import CompressionReport, LatencyReport
+    from compression.spec import Format, Spec
+
+SEQ_LEN = 64
+ALONE, BATCHED = (1, 1), (16, 2)  # (rows of a call, threads)
+FP32: Format = "onnx"
+INT8: Format = "onnx-int8-dynamic"
+LABELS = ("0", "1")
+RESAMPLES = 2000
+CALIBRATION_ROWS = 128
+TEACHER = "teacher"
+
+
+def spec_of(seed: int, args: argparse.Namespace) -> Spec:
+    """The job of one seed."""
+    from compression.spec import Spec
+
+    return Spec.model_validate(
+        {
+            "seed": seed,
+            "task": {
+                "text": "sentence",
+                "label": "label",
+                "labels": LABELS,
+                "max_seq_len": SEQ_LEN,
+            },
+            "teacher": {"when": "never"},
+            "supernet": {"width_mults": args.widths},
+            "distillation": {
+                "epochs": args.distil_epochs,
+                "max_steps": args.max_steps,
+                "lambda_rep": args.lambda_rep,
+                "learning_rate": args.learning_rate,
+            },
+            "constraints": {"max_accuracy_drop": args.max_drop, "objective": "latency"},
+            "export": {"formats": [FP32, INT8]},
+            "latency": {
+                "batch_size": ALONE[0],
+                "threads": ALONE[1],
+                "batch_sizes": [BATCHED[0]],
+                "thread_counts": [BATCHED[1]],
+                "seq_len": SEQ_LEN,
+                "rounds": args.rounds,
+                "baselines": [INT8],
+            },
+        }
+    )
+
+
+def run_seed(seed: int, args: argparse.Namespace) -> CompressionReport:
+    """The seed's report; its teacher, files and checkpoints stay in its folder."""
+    from compression.pipeline import compress
+    from compression.report import CompressionReport
+
+    folder = args.work_dir / f"seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "job" / "report.json"
+    if not kept.exists():
+        log(seed, "teacher")
+        model = teacher_folder(seed, folder, args)
+        said: dict[str, int] = {}
+
+        def on_progress(progress: Any) -> None:
+            tenth = 10 * progress.step // max(progress.total, 1)
+            if said.get(progress.stage) != tenth:
+                said[progress.stage] = tenth
+                log(seed, f"{progress.stage} {progress.step}/{progress.total} {progress.message}")
+
+        compress(
+            spec_of(seed, args),
+            model,
+            args.data / "sst2",
+            folder / "job",
+            on_progress,
+            checkpoint_seconds=60.0,
+        )
+    report = CompressionReport.model_validate_json(kept.read_text())
+    if report.spec != spec_of(seed, args):
+        sys.exit(f"{kept} is of another spec: move {folder / 'job'} away, or name another work-dir")
+    return report
+
+
+def teacher_folder(seed: int, folder: Path, args: argparse.Namespace) -> Path:
+    """A model folder of the teacher, trained to its plateau: the best epoch on the hold-out."""
+    import numpy as np
+
+    from benchmarks.accuracy import train_teacher
+    from compression.encoder import build_encoder
+    from compression.spec import TaskSpec
+    from compression.tasks import make_task
+    from compression.teachers import write_checkpoint
+    from compression.tokenization import save_tokenizer
+
+    kept = folder / TEACHER
+    if kept.exists():
+        return kept
+    train = inputs.read_rows(args.model, args.data, max_seq_len=SEQ_LEN)["train"]
+    order = np.random.default_rng([seed, 1]).permutation(len(train))
+    holdout, learnt = train.take(order[: len(train) // 10]), train.take(order[len(train) // 10 :])
+    config, weights = inputs.read_model(args.model, seed=seed)
+    best, epochs = train_teacher(
+        seed,
+        build_encoder(config, weights),
+        learnt,
+        holdout,
+        make_task(TaskSpec(), LABELS),
+        args,
+    )
+    unfinished = folder / "unfinished"
+    save_tokenizer(args.model, unfinished)
+    write_checkpoint(unfinished, config, best, LABELS)
+    (unfinished / "holdout_accuracy_by_epoch.json").write_text(json.dumps(epochs))
+    os.replace(unfinished, kept)
+    return kept
+
+
+# --- the candidates --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """A sub-network in a format: means over seeds."""
+
+    subnetwork: str
+    format: Format
+    accuracy_drop: float  # points, dev
+    drops: tuple[float, ...]  # of each seed
+    p50_ms: float  # batch 1, one thread
+    p50_ms_batched: float
+    size_mb: float
+
+    @property
+    def kind(self) -> str:
+        precision = "int8" if self.format == INT8 else "fp32"
+        return f"uniform widths, {precision}"
+
+
+def points(reports: Sequence[CompressionReport]) -> list[Point]:
+    """Of every sub-network and format that each seed has published, the fastest first."""
+    found: dict[tuple[str, Format], list[tuple[float, float, float, float]]] = {}
+    for report in reports:
+        for subnetwork in report.subnetworks:
+            for own in subnetwork.formats:
+                if own.published and own.latencies:
+                    drop = own.accuracy_drop
+                    found.setdefault((subnetwork.name, own.format), []).append(
+                        (
+                            subnetwork.accuracy_drop if drop is None else drop,
+                            at(own.latencies, ALONE).p50_ms,
+                            at(own.latencies, BATCHED).p50_ms,
+                            own.size_bytes / 1e6,
+                        )
+                    )
+    made = []
+    for (name, fmt), rows in found.items():
+        if len(rows) == len(reports):
+            drop, alone, batched, size = (statistics.mean(each) for each in zip(*rows, strict=True))
+            drops = tuple(row[0] for row in rows)
+            made.append(Point(name, fmt, drop, drops, alone, batched, size))
+    return sorted(made, key=lambda point: point.p50_ms)
+
+
+def at(latencies: Sequence[LatencyReport], setting: tuple[int, int]) -> LatencyReport:
+    return next(each for each in latencies if (each.batch_size, each.threads) == setting)
+
+
+def baselines(reports: Sequence[CompressionReport]) -> dict[Format, tuple[float, float, float]]:
+    """Of the teacher in each format: p50 alone and batched in ms, MB; means over seeds."""
+    found = {}
+    for fmt in (FP32, INT8):
+        own = [next(f for f in report.teacher.formats if f.format == fmt) for report in reports]
+        found[fmt] = (
+            statistics.mean(at(each.latencies, ALONE).p50_ms for each in own),
+            statistics.mean(at(each.latencies, BATCHED).p50_ms for each in own),
+            statistics.mean(each.size_bytes / 1e6 for each in own),
+        )
+    return found
+
+
+def table(found: Sequence[Point], teacher: dict[Format, tuple[float, float, float]]) -> str:
+    """Markdown, the fastest first."""
+    lines = [
+        "| sub-network | format | points lost on dev (by seed) | ms, batch 1 | times fp32 | times "
+        "int8 | ms, batch 16 | MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def row(name: str, fmt: str, drop: str, alone: float, batched: float, size: float) -> str:
+        against = [f"{teacher[each][0] / alone:.2f}" for each in (FP32, INT8)]
+        cells = [name, fmt, drop, f"{alone:.2f}", *against, f"{batched:.2f}", f"{size:.1f}"]
+        return f"| {' | '.join(cells)} |"
+
+    for fmt, (alone, batched, size) in teacher.items():
+        lines.append(row(TEACHER, fmt, "", alone, batched, size))
+    for point in found:
+        by_seed = " ".join(f"{drop:.2f}" for drop in point.drops)
+        lines.append(
+            row(
+                point.subnetwork,
+                point.format,
+                f"{point.accuracy_drop:.2f} ({by_seed})",
+                point.p50_ms,
+                point.p50_ms_batched,
+                point.size_mb,
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(
+    found: Sequence[Point],
+    teacher: dict[Format, tuple[float, float, float]],
+    chosen: Point | None,
+    path: Path,
+) -> None:
+    """Points lost against latency, a series for each kind of sub-network."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for kind in sorted({point.kind for point in found}):
+        own = [point for point in found if point.kind == kind]
+        axes.plot(
+            [point.p50_ms for point in own],
+            [point.accuracy_drop for point in own],
+            marker="o",
+            label=kind,
+        )
+        for point in own:
+            place = (point.p50_ms, point.accuracy_drop)
+            axes.annotate(point.subnetwork, place, fontsize=7)
+    for fmt, (alone, _, _) in teacher.items():
+        axes.axvline(alone, linestyle="--", linewidth=1, color="grey")
+        axes.text(alone, 0, f" teacher, {fmt}", rotation=90, fontsize=7, color="grey")
+    if chosen is not None:
+        place = ([chosen.p50_ms], [chosen.accuracy_drop])
+        axes.scatter(*place, s=160, facecolors="none", edgecolors="black", label="chosen")
+    axes.set_xlabel(f"ms a call (p50, batch 1, {SEQ_LEN} tokens, one thread)")
+    axes.set_ylabel("points lost on dev")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+# --- the chosen one --------------------------------------------------------------------------
+
+
+def judged(
+    chosen: Point, args: argparse.Namespace, reports: Sequence[CompressionReport]
+) -> dict[str, Any]:
+    """Drops on dev and test with the served files, and their interval."""
+    import numpy as np
+
+    splits = inputs.read_rows(args.model, args.data, max_seq_len=SEQ_LEN)
+    against: dict[str, list[np.ndarray]] = {"dev": [], "test": []}
+    for seed, _ in zip(args.seeds, reports, strict=True):
+        kept = args.work_dir / f"seed-{seed}" / f"answers-{chosen.subnetwork}-{chosen.format}.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(dict(answers(seed, chosen, args, splits))))
+        right = json.loads(kept.read_text())
+        for split, own in against.items():
+            own.append(
+                np.array(right[f"{TEACHER} {split}"], int) - np.array(right[f"own {split}"], int)
+            )
+    lost = {split: 100 * np.mean(own, axis=0) for split, own in against.items()}  # by row
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, len(lost["dev"]), (RESAMPLES, len(lost["dev"])))
+    within = np.quantile(lost["dev"][rows].mean(axis=1), [0.025, 0.975])
+    return {
+        "accuracy_drop": round(float(lost["dev"].mean()), 2),
+        "accuracy_drop_test": round(float(lost["test"].mean()), 2),
+        "drop_ci_low": round(float(within[0]), 2),
+        "drop_ci_high": round(float(within[1]), 2),
+        "drop_test_by_seed": [round(100 * float(own.mean()), 2) for own in against["test"]],
+    }
+
+
+def answers(
+    seed: int, chosen: Point, args: argparse.Namespace, splits: dict[str, Encoded]
+) -> Iterator[tuple[str, list[int]]]:
+    """("teacher" or "own", split) -> which rows are right, by the served files."""
+    from compression.int8 import served_predictions
+
+    folder = args.work_dir / f"seed-{seed}"
+    files = {
+        TEACHER: (FP32, teacher_files(seed, args) / FP32),
+        "own": (
+            chosen.format,
+            folder / "job" / "artifacts" / chosen.subnetwork / chosen.format,
+        ),
+    }
+    for name, (fmt, path) in files.items():
+        for split in ("dev", "test"):
+            rows = splits[split]
+            found = served_predictions(
+                fmt, path, rows, batch_size=64, pad_token_id=args.pad_token_id, work=folder
+            )
+            yield f"{name} {split}", (found.argmax(-1) == rows.labels).astype(int).tolist()
+
+
+def teacher_files(seed: int, args: argparse.Namespace) -> Path:
+    """The folder of the teacher's own files in fp32 and int8."""
+    import numpy as np
+
+    from compression.batches import pad
+    from compression.encoder import build_encoder
+    from compression.export import Int8Source, export_formats
+    from compression.teachers import read_checkpoint
+
+    folder = args.work_dir / f"seed-{seed}"
+    kept = folder / "teacher-files"
+    if not kept.exists():
+        checkpoint = read_checkpoint(folder / TEACHER)
+        work = folder / "teacher-int8"
+        work.mkdir(exist_ok=True)
+        train = inputs.read_rows(args.model, args.data, max_seq_len=SEQ_LEN)["train"]
+        calibration = work / "calibration.npz"
+        np.savez(calibration, **pad(train, range(CALIBRATION_ROWS), pad_id=args.pad_token_id))
+        written = export_formats(
+            [FP32, INT8],
+            build_encoder(checkpoint.config, checkpoint.tensors),
+            folder / "unfinished-files",
+            labels=LABELS,
+            int8=Int8Source(calibration, work),
+        )
+        for files in written.values():
+            if files.error is not None:
+                sys.exit(f"the teacher as {files.format}: {files.error}")
+        os.replace(folder / "unfinished-files", kept)
+    return kept
+
+
+def timed(chosen: Point, args: argparse.Namespace) -> dict[str, Any]:
+    """The first seed's file and both teachers in turns, at both settings."""
+    from compression.latency import Served, measure
+
+    seed = args.seeds[0]
+    own = args.work_dir / f"seed-{seed}" / "job" / "artifacts" / chosen.subnetwork / chosen.format
+    served = {fmt: Served(fmt, teacher_files(seed, args) / fmt) for fmt in (FP32, INT8)}
+    measured = measure(
+        {**{str(fmt): item for fmt, item in served.items()}, "own": Served(chosen.format, own)},
+        spec_of(seed, args).latency.model_copy(update={"rounds": args.final_rounds}),
+        seq_len=SEQ_LEN,
+        vocab_size=args.vocab_size,
+    )
+    found: dict[str, Any] = {}
+    for suffix, setting in (("", ALONE), ("_b16", BATCHED)):
+        p50 = {name: at(each, setting).p50_ms for name, each in measured.items()}
+        found[f"speedup_vs_ort_fp32{suffix}"] = round(p50[FP32] / p50["own"], 2)
+        found[f"speedup_vs_ort_int8{suffix}"] = round(p50[INT8] / p50["own"], 2)
+        found[f"p50_ms{suffix}"] = {name: round(value, 3) for name, value in p50.items()}
+    return found
+
+
+def log(seed: int, text: str) -> None:
+    print(f"[seed {seed}] {time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    inputs.add_arguments(parser)
+    parser.add_argument("--work-dir", type=Path, default=inputs.ROOT / "build" / "bench-frontier")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--widths", nargs="+", default=["1", "3/4", "1/2", "1/4"])
+    parser.add_argument("--max-drop", type=float, default=1.0, help="points on dev")
+    parser.add_argument("--teacher-epochs", type=int, default=6)
+    parser.add_argument("--distil-epochs", type=float, default=3)
+    parser.add_argument("--lambda-rep", type=float, default=1.0)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--max-steps", type=int, help="cuts all trainings short, to try it out")
+    parser.add_argument("--rounds", type=int, default=50, help="of every candidate's latency")
+    parser.add_argument("--final-rounds", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    inputs.check(args)
+    inputs.require_environment("benchmarks.frontier")
+    config, _ = inputs.read_model(args.model, seed=0)
+    args.pad_token_id, args.vocab_size = config.pad_token_id, config.vocab_size
+    started = time.monotonic()
+    reports = [run_seed(seed, args) for seed in args.seeds]
+    found, teacher = points(reports), baselines(reports)
+    chosen = next((point for point in found if point.accuracy_drop <= args.max_drop), None)
+    (args.work_dir / "front.md").write_text(table(found, teacher))
+    plot(found, teacher, chosen, args.work_dir / "front.svg")
+    print(table(found, teacher), file=sys.stderr)
+    result: dict[str, Any] = {
+        "benchmark": "frontier",
+        "reference": "the teacher in ONNX Runtime, fp32 and dynamic int8",
+        "seeds": args.seeds,
+        "teacher_accuracy": round(statistics.mean(r.teacher.accuracy for r in reports), 4),
+        "teacher_accuracy_by_seed": [round(r.teacher.accuracy, 4) for r in reports],
+        "chosen": None,
+    }
+    if chosen is not None:
+        result |= {
+            "chosen": f"{chosen.subnetwork} {chosen.format}",
+            **judged(chosen, args, reports),
+            **timed(chosen, args),
+            "size_ratio": round(chosen.size_mb / teacher[FP32][2], 3),
+        }
+    result |= {"threads": args.threads, "wall_s": round(time.monotonic() - started, 1)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
