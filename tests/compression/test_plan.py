@@ -295,7 +295,7 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
         parts["teacher"] / (parts["teacher"] + parts["importance"] + parts["distil"])
     )
     assert until["final"] == until["depth"] == until["distil"]
-    deep = {**spec, "supernet": {"depth_mults": [1, "1/2"]}}
+    deep = {"max_minutes": 20, "supernet": {"depth_mults": [1, "1/2"]}}
     deeper = deadlines(Spec.model_validate(deep), plan_of(deep, large, train=TRAIN, dev=DEV))
     assert deeper["distil"] is not None and deeper["depth"] is not None
     assert deeper["distil"] < deeper["depth"] == deeper["final"]
