@@ -182,7 +182,11 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> Manifest:
             flops=subnetwork.flops,
         ),
         subnetwork=ManifestSubnetwork(
-            width_mult=str(subnetwork.width_mult), heads=subnetwork.heads, ffn=subnetwork.ffn
+            width_mult=str(subnetwork.width_mult),
+            depth_mult=str(subnetwork.depth_mult),
+            layers=subnetwork.layers,
+            heads=subnetwork.heads,
+            ffn=subnetwork.ffn,
         ),
         provenance=ManifestProvenance(
             **dict(facts.provenance),
@@ -203,12 +207,13 @@ def model_card(facts: BundleFacts) -> str:
     metric = METRIC_NAMES[facts.spec.task.main_metric]
     pair = f" and {_code(dataset.text_pair)}" if dataset.text_pair else ""
     parts = [
-        f"# {subnetwork.name}: a {teacher.family} {KIND_NAMES[facts.spec.task.kind]} at width "
-        f"{subnetwork.width_mult}",
+        f"# {subnetwork.name}: a {teacher.family} {KIND_NAMES[facts.spec.task.kind]} at "
+        f"{_size(subnetwork)}",
         f"It reads {_code(dataset.text)}{pair} and answers with {_answer(facts)}. "
-        f"It is the sub-network of width {subnetwork.width_mult} of a supernet that was distilled "
-        "from the uploaded model with DynaBERT's method (arXiv:2004.04037, width stage, without "
-        "data augmentation).",
+        f"It is the sub-network of {_size(subnetwork)} of a supernet that was distilled "
+        "from the uploaded model with DynaBERT's method (arXiv:2004.04037, width "
+        f"{'and depth stages' if facts.spec.supernet.has_depth else 'stage'}, without data "
+        "augmentation).",
         "## How good it is",
         _table(
             ("", "this model", "teacher"),
@@ -326,7 +331,7 @@ def _flips_words(report: RegressionReport) -> str:
 def _steps(facts: BundleFacts) -> list[str]:
     """The job's stages as a numbered list, with the settings that shaped them."""
     spec, teacher, subnetwork = facts.spec, facts.teacher, facts.subnetwork
-    layers = len(subnetwork.heads)
+    layers = int(len(subnetwork.heads) / subnetwork.depth_mult)
     moved = (
         f" At full width that moved no logit by more than {facts.reorder_max_abs:.1e}."
         if facts.reorder_max_abs is not None
@@ -349,13 +354,25 @@ def _steps(facts: BundleFacts) -> list[str]:
         f"{spec.distillation.lambda_logit:g} for logits.",
         *(
             [
+                f"All depths ({', '.join(map(str, spec.supernet.depth_mults))}) of all widths were "
+                f"then distilled{_training_words(facts, 'depth')} from what that made of the full "
+                f"depth, four sub-networks a step: batches of {spec.depth.batch_size} rows, "
+                f"learning rate {spec.depth.learning_rate:g}, weights {spec.depth.lambda_rep:g} "
+                f"and {spec.depth.lambda_logit:g}."
+            ]
+            if spec.supernet.has_depth
+            else []
+        ),
+        *(
+            [
                 "All widths were then fine-tuned together on the labels of train"
                 f"{_training_words(facts, 'final')}."
             ]
             if spec.final.when == "always"
             else []
         ),
-        f"This width was cut out: {_each(subnetwork.heads)} heads and {_each(subnetwork.ffn)} "
+        f"This {'width' if subnetwork.depth_mult == 1 else 'sub-network'} was cut out: "
+        f"{_kept(subnetwork)}{_each(subnetwork.heads)} heads and {_each(subnetwork.ffn)} "
         "neurons a layer. It was judged on dev, written in each format, reloaded in a fresh "
         "process and compared.",
     ]
@@ -372,6 +389,18 @@ def _training_words(facts: BundleFacts, stage: str) -> str:
         "time": ", until the time was up",
     }[training.ended]
     return f" for {training.steps} of {training.planned_steps} steps{ended}"
+
+
+def _size(subnetwork: SubnetworkReport) -> str:
+    """ "width 1/2", with the depth where that is not the full one."""
+    depth = "" if subnetwork.depth_mult == 1 else f" and depth {subnetwork.depth_mult}"
+    return f"width {subnetwork.width_mult}{depth}"
+
+
+def _kept(subnetwork: SubnetworkReport) -> str:
+    if subnetwork.depth_mult == 1:
+        return ""
+    return f"the layers {', '.join(map(str, subnetwork.layers))} (from 0), "
 
 
 def _each(counts: Sequence[int]) -> str:

@@ -80,15 +80,20 @@ class ProgressBar:
 
 def table(report: CompressionReport) -> str:
     """The teacher (the baselines) and the sub-networks as text, a line for each served format."""
+    networks = [
+        ("teacher", report.teacher),
+        *(
+            (str(each.width_mult) if each.depth_mult == 1 else each.name, each)
+            for each in report.subnetworks
+        ),
+    ]
+    room = max(len(name) for name, _ in networks)
     lines = [
-        f"{'width':>7} {'format':>17} {'params':>8} {'size MB':>8} {report.main_metric:>11} "
+        f"{'width':>{room}} {'format':>17} {'params':>8} {'size MB':>8} {report.main_metric:>11} "
         f"{'drop':>6} {'p50 ms':>7} {'95 %':>15} {'p95 ms':>7} {'speedup':>8} {'95 %':>12}  "
         "pareto selected"
     ]
-    for name, network in (
-        ("teacher", report.teacher),
-        *((str(each.width_mult), each) for each in report.subnetworks),
-    ):
+    for name, network in networks:
         for fmt in network.formats:
             if (latency := fmt.latency) is None:
                 continue
@@ -100,7 +105,7 @@ def table(report: CompressionReport) -> str:
             if speedup is None and fmt.format not in INT8_FORMATS:  # the teacher against itself
                 speedup = 1.0
             lines.append(
-                f"{name:>7} {fmt.format:>17} {network.parameters / 1e6:>7.1f}M "
+                f"{name:>{room}} {fmt.format:>17} {network.parameters / 1e6:>7.1f}M "
                 f"{fmt.size_bytes / 1e6:>8.1f} {shown(accuracy, 4):>11} "
                 f"{shown(drop, 2):>6} {latency.p50_ms:>7.2f} "
                 f"{within(latency.p50_intervals):>15} {latency.p95_ms:>7.2f} "

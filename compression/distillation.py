@@ -1,13 +1,13 @@
-"""Distillation of the supernet: DynaBERT (arXiv:2004.04037), width stage.
+"""Distillation of the supernet: DynaBERT (arXiv:2004.04037), width stage and depth stage.
 
-Left out: data augmentation and the depth stage. Letters: B rows, T tokens, H
-hidden size, C classes.
+Left out: data augmentation. Letters: B rows, T tokens, H hidden size, C classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import paddle
 from paddle import Tensor
@@ -17,13 +17,26 @@ from compression.encoder import Encoder, EncoderStates
 from compression.layout import Layout, Packed, Padded
 from compression.noise import Noise
 from compression.report import TrainingReport
-from compression.spec import DistillationSpec
-from compression.supernet import Subnetwork
+from compression.sampling import Sandwich
+from compression.spec import DepthSpec, DistillationSpec
+from compression.supernet import Subnetwork, replaced_states, subnetwork_of
 from compression.tasks.base import Count, Task
 from compression.teacher_states import KeptStates
 from compression.training import Step, Surroundings, train
 
 DISTILLATION = Surroundings("distil", "distillation")  # with nothing to go on from, and no limit
+DEPTH = Surroundings("depth", "depth")  # the same
+
+
+class LossWeights(Protocol):
+    """What a spec section says of the loss."""
+
+    @property
+    def lambda_rep(self) -> float: ...
+    @property
+    def lambda_logit(self) -> float: ...
+    @property
+    def padded_mean(self) -> bool: ...
 
 
 def representation_loss(
@@ -49,7 +62,7 @@ def distillation_loss(
     teacher: EncoderStates,
     batch: Batch,
     layout: Layout,
-    spec: DistillationSpec,
+    spec: LossWeights,
     task: Task,
     *,
     share_of: Batch | None = None,
@@ -71,7 +84,7 @@ def distillation_loss(
     return loss
 
 
-def layout_of(batch: Batch, spec: DistillationSpec) -> Layout:
+def layout_of(batch: Batch, spec: LossWeights) -> Layout:
     """Packed, but where the mean of a loss is to be over padding too."""
     if spec.padded_mean:
         return Padded(batch.attention_mask, counts_padding=True)
@@ -80,11 +93,7 @@ def layout_of(batch: Batch, spec: DistillationSpec) -> Layout:
 
 @dataclass(frozen=True)
 class SupernetLosses:
-    """Every sub-network's loss against the teacher, which runs once, without gradients.
-
-    The embedding output is computed once and shared by all sub-networks (and so is its
-    dropout), and the gradients that it gets from all of them go back together.
-    """
+    """Every sub-network's loss against the teacher, which runs once, without gradients."""
 
     teacher: Encoder
     subnetworks: Sequence[Subnetwork]
@@ -93,7 +102,12 @@ class SupernetLosses:
     kept: KeptStates | None = None  # the teacher's answers about all rows
 
     def __call__(
-        self, supernet: Encoder, share: Batch, whole: Batch, noise: Noise | None
+        self,
+        supernet: Encoder,
+        share: Batch,
+        whole: Batch,
+        noise: Noise | None,
+        step: int | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         layout = layout_of(share, self.spec)
         if self.kept is None:
@@ -101,27 +115,88 @@ class SupernetLosses:
                 targets = self.teacher.encode(*share.inputs, layout=layout)
         else:
             targets = self.kept(share, layout)
-        embedded = layout.states(
-            supernet.embeddings(share.input_ids, share.token_type_ids, noise=noise)
-        )
-        shared = embedded.detach()
-        shared.stop_gradient = embedded.stop_gradient
-        for subnetwork in self.subnetworks:
-            # No name for the states: they would keep one pass's memory through the next.
-            yield (
-                subnetwork.name,
-                distillation_loss(
-                    supernet.encode_embedded(shared, layout, subnetwork=subnetwork, noise=noise),
-                    targets,
-                    share,
-                    layout,
-                    self.spec,
-                    self.task,
-                    share_of=whole,
-                ),
+
+        def loss(student: EncoderStates, subnetwork: Subnetwork) -> Tensor:
+            return distillation_loss(
+                student, targets, share, layout, self.spec, self.task, share_of=whole
             )
-        if shared.grad is not None:
-            embedded.backward(shared.grad)
+
+        yield from losses_of_each(supernet, self.subnetworks, share, layout, noise, loss)
+
+
+@dataclass(frozen=True)
+class DepthLosses:
+    """Each sampled sub-network's loss against the frozen supernet of the width stage.
+
+    That runs at full depth and the same width, once for each width of the step.
+    """
+
+    frozen: Encoder
+    sampled: Sandwich
+    spec: DepthSpec
+    task: Task
+
+    def __call__(
+        self,
+        supernet: Encoder,
+        share: Batch,
+        whole: Batch,
+        noise: Noise | None,
+        step: int | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        layout = layout_of(share, self.spec)
+        with paddle.no_grad():
+            ids, types, _ = share.inputs
+            embedded = layout.states(self.frozen.embeddings(ids, types))
+        known: dict[Subnetwork, EncoderStates] = {}
+
+        def loss(student: EncoderStates, subnetwork: Subnetwork) -> Tensor:
+            config = self.frozen.config
+            deep = subnetwork_of(config, subnetwork.width_mult)
+            if deep not in known:
+                known.clear()  # the step's sub-networks come width by width
+                with paddle.no_grad():
+                    known[deep] = self.frozen.encode_embedded(embedded, layout, subnetwork=deep)
+            states = replaced_states(config.layers, subnetwork.depth_mult)
+            targets = EncoderStates(
+                [known[deep].hidden[state] for state in states], known[deep].logits
+            )
+            return distillation_loss(
+                student, targets, share, layout, self.spec, self.task, share_of=whole
+            )
+
+        yield from losses_of_each(supernet, self.sampled.at(step), share, layout, noise, loss)
+
+
+def losses_of_each(
+    supernet: Encoder,
+    subnetworks: Sequence[Subnetwork],
+    share: Batch,
+    layout: Layout,
+    noise: Noise | None,
+    loss: Callable[[EncoderStates, Subnetwork], Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and loss of each sub-network on a share of a batch, one after the other.
+
+    The embedding output is computed once and shared by all of them (and so is its dropout), and
+    the gradients that it gets from all of them go back together.
+    """
+    embedded = layout.states(
+        supernet.embeddings(share.input_ids, share.token_type_ids, noise=noise)
+    )
+    shared = embedded.detach()
+    shared.stop_gradient = embedded.stop_gradient
+    for subnetwork in subnetworks:
+        # No name for the states: they would keep one pass's memory through the next.
+        yield (
+            subnetwork.name,
+            loss(
+                supernet.encode_embedded(shared, layout, subnetwork=subnetwork, noise=noise),
+                subnetwork,
+            ),
+        )
+    if shared.grad is not None:
+        embedded.backward(shared.grad)
 
 
 def distil(
@@ -152,5 +227,34 @@ def distil(
         seed=seed,
         replicas=replicas,
         keep_length=spec.padded_mean,
+        on_step=on_step,
+    )
+
+
+def distil_depth(
+    supernet: Encoder,
+    frozen: Encoder,
+    data: Encoded,
+    sampled: Sandwich,
+    spec: DepthSpec,
+    task: Task,
+    surroundings: Surroundings = DEPTH,
+    *,
+    seed: int,
+    on_step: Callable[[Step], None],
+    replicas: int = 1,
+) -> TrainingReport:
+    """Trains the supernet in place at the sampled widths and depths: DynaBERT's second stage.
+
+    `frozen` is what the width stage made of it. `replicas` threads share each batch.
+    """
+    return train(
+        supernet,
+        data,
+        spec,
+        surroundings,
+        DepthLosses(frozen, sampled, spec, task),
+        seed=seed,
+        replicas=replicas,
         on_step=on_step,
     )

@@ -35,7 +35,7 @@ POOLER_ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class EncoderStates:
-    """`hidden[0]` is the embedding output, `hidden[i]` layer i's output.
+    """`hidden[0]` is the embedding output, `hidden[i]` the output of the i-th layer that ran.
 
     Each is [B, T, H], or [N, H] where the tokens were packed.
     """
@@ -171,13 +171,13 @@ class Encoder(nn.Layer):
     ) -> EncoderStates:
         """The same from the embedding output x in its layout, which all sub-networks share."""
         hidden = [x]
-        for i, layer in enumerate(self.layers):
-            x = layer(
+        for i, number in enumerate(subnetwork.layers if subnetwork else range(len(self.layers))):
+            x = self.layers[number](
                 x,
                 layout,
                 heads=subnetwork.heads[i] if subnetwork else None,
                 neurons=subnetwork.ffn[i] if subnetwork else None,
-                gates=head_gates[i] if head_gates is not None else None,
+                gates=head_gates[number] if head_gates is not None else None,
                 noise=noise,
             )
             hidden.append(x)

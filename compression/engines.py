@@ -38,6 +38,13 @@ def check_paddleslim(spec: Spec, config: EncoderConfig) -> None:
                 "neurons to other numbers; leave it out, or use the engine widthwise",
                 pointer=f"/supernet/width_mults/{i}",
             )
+    for i, depth in enumerate(spec.supernet.depth_mults):
+        if depth != 1:
+            raise InvalidSpec(
+                f"the engine paddleslim trains the full depth alone, not {depth} of the layers; "
+                "leave it out, or use the engine widthwise",
+                pointer=f"/supernet/depth_mults/{i}",
+            )
 
 
 def rounds_exactly(width: Fraction, *, heads: int, head_dim: int, ffn: int) -> bool:

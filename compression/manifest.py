@@ -80,9 +80,11 @@ class ManifestMetrics(Frozen):
 
 
 class ManifestSubnetwork(Frozen):
-    """Heads and FFN neurons of each layer."""
+    """Heads and FFN neurons of each layer; `layers` are the supernet's that it keeps, from 0."""
 
     width_mult: str
+    depth_mult: str = "1"
+    layers: tuple[int, ...] = ()
     heads: tuple[int, ...]
     ffn: tuple[int, ...]
 

@@ -1,4 +1,4 @@
-"""One compression job from folders to a report: DynaBERT's width method, a call a stage."""
+"""One compression job from folders to a report: DynaBERT's method, a call a stage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from compression.checkpoint import (
     host_facts,
     resumed_replicas,
 )
-from compression.distillation import distil
+from compression.distillation import distil, distil_depth
 from compression.encoder import (
     Encoder,
     build_encoder,
@@ -84,6 +84,7 @@ from compression.report import (
     TrainingReport,
 )
 from compression.runtime_env import core_count, replica_count
+from compression.sampling import Sandwich
 from compression.spec import (
     INT8_FORMATS,
     SERVED_FORMATS,
@@ -103,7 +104,12 @@ from compression.training import Step, Surroundings, fine_tune
 
 PARITY_ROWS = 64
 PARITY_TOLERANCE = 1e-4  # fp32
-SECTIONS = {"teacher": "teacher", "distil": "distillation", "final": "final"}  # of trainings
+SECTIONS = {  # of trainings
+    "teacher": "teacher",
+    "distil": "distillation",
+    "depth": "depth",
+    "final": "final",
+}
 UNITS = ("heads", "neurons")
 TEACHER = "teacher"
 REFERENCE = "reference"
@@ -240,6 +246,8 @@ def compress(
             SubnetworkReport(
                 name=subnetwork.name,
                 width_mult=subnetwork.width_mult,
+                depth_mult=subnetwork.depth_mult,
+                layers=subnetwork.layers,
                 heads=subnetwork.heads,
                 ffn=subnetwork.ffn,
                 parameters=cost.parameters(config),
@@ -254,7 +262,7 @@ def compress(
             for subnetwork, own_metrics, own_drops, flips in zip(
                 subnetworks, metrics, drops_within, regressions, strict=True
             )
-            for config in [supernet.config.narrowed(subnetwork.width_mult)]
+            for config in [subnetwork.config(supernet.config)]
         ]
         chosen = selection.select(
             selection.candidates(reports, spec.constraints),
@@ -317,6 +325,7 @@ def compress(
             subnetworks=tuple(reports),
             selection=chosen,
             distillation_steps=trainings["distil"].steps,
+            depth_steps=trainings["depth"].steps if "depth" in trainings else 0,
             final_steps=trainings["final"].steps if "final" in trainings else 0,
             step_seconds=trainings["distil"].step_seconds,
             stage_seconds=stages.seconds,
@@ -496,8 +505,12 @@ def learn(job: Job, checkpoints: Checkpoints, stages: Stages, group: Group, work
     subnetworks = planned_subnetworks(job, supernet)
     with stages("distil") as advance:
         trainings["distil"] = train_supernet(
-            job, supernet, teacher, subnetworks, around("distil"), advance, orders, work
+            job, supernet, teacher, around("distil"), advance, orders, work
         )
+    with stages("depth") as advance:
+        deepened = train_depths(job, supernet, subnetworks, around("depth"), advance)
+        if deepened is not None:
+            trainings["depth"] = deepened
     with stages("final") as advance:
         tuned = fine_tune_subnetworks(job, supernet, subnetworks, around("final"), advance)
         if tuned is not None:
@@ -547,9 +560,8 @@ def follow(
     )
     subnetworks = planned_subnetworks(job, supernet)
     nothing = Orders([], [])
-    train_supernet(
-        job, supernet, teacher, subnetworks, around("distil"), silent, nothing, run_dir / "work"
-    )
+    train_supernet(job, supernet, teacher, around("distil"), silent, nothing, run_dir / "work")
+    train_depths(job, supernet, subnetworks, around("depth"), silent)
     fine_tune_subnetworks(job, supernet, subnetworks, around("final"), silent)
 
 
@@ -567,7 +579,10 @@ def surroundings_of(
 
 
 def planned_subnetworks(job: Job, supernet: Encoder) -> list[Subnetwork]:
-    return [subnetwork_of(supernet.config, each.width_mult) for each in job.plan.subnetworks]
+    return [
+        subnetwork_of(supernet.config, each.width_mult, each.depth_mult)
+        for each in job.plan.subnetworks
+    ]
 
 
 def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -> Job:
@@ -721,25 +736,23 @@ def train_supernet(
     job: Job,
     supernet: Encoder,
     teacher: Encoder,
-    subnetworks: Sequence[Subnetwork],
     surroundings: Surroundings,
     advance: Advance,
     orders: Orders,
     work: Path,
 ) -> TrainingReport:
-    """Distils the supernet in place.
+    """Distils the supernet in place: every width at full depth.
 
-    The teacher's answers are all that is learnt, so rows without labels serve as well. The
-    engine paddleslim reorders and trains a supernet of its own, whose weights come into ours.
+    The engine paddleslim reorders and trains a supernet of its own, whose weights come into ours.
     """
-    rows = job.splits["train"]
-    if "unlabelled" in job.splits:
-        rows = rows.joined(job.splits["unlabelled"])
+    rows = imitated_rows(job)
+    widths = dict.fromkeys(each.width_mult for each in job.plan.subnetworks)
+    subnetworks = [subnetwork_of(supernet.config, width) for width in widths]
 
     def on_step(step: Step) -> None:
         advance(step.done, step.total, losses=dict(step.losses))
 
-    trained_further = job.spec.final.when != "never"
+    trained_further = job.spec.supernet.has_depth or job.spec.final.when != "never"
     if job.spec.engine == "paddleslim":
         request = Request(job.spec, teacher.config, numpy_weights(teacher), rows, orders)
 
@@ -772,6 +785,45 @@ def train_supernet(
         return report.model_copy(update={"notes": notes})
 
     return finished(supernet, surroundings, train, trained_further=trained_further)
+
+
+def imitated_rows(job: Job) -> Encoded:
+    """The teacher's answers are all that is learnt of these, so rows without labels serve too."""
+    rows = job.splits["train"]
+    return rows.joined(job.splits["unlabelled"]) if "unlabelled" in job.splits else rows
+
+
+def train_depths(
+    job: Job,
+    supernet: Encoder,
+    subnetworks: Sequence[Subnetwork],
+    surroundings: Surroundings,
+    advance: Advance,
+) -> TrainingReport | None:
+    """DynaBERT's second stage, in place, where the spec asks for other depths than the full one.
+
+    Full depth is trained along where it is among them, so that it is not forgotten.
+    """
+    if not job.spec.supernet.has_depth:
+        return None
+
+    def train() -> TrainingReport:
+        frozen = build_encoder(supernet.config, numpy_weights(supernet))
+        surroundings.group.take_from_the_first(frozen)
+        return distil_depth(
+            supernet,
+            frozen,
+            imitated_rows(job),
+            Sandwich(subnetworks, job.spec.seed),
+            job.spec.depth,
+            job.task,
+            surroundings,
+            seed=job.spec.seed,
+            replicas=job.replicas,
+            on_step=lambda step: advance(step.done, step.total, losses=dict(step.losses)),
+        )
+
+    return finished(supernet, surroundings, train, trained_further=job.spec.final.when != "never")
 
 
 def kept_states(
@@ -811,7 +863,9 @@ def fine_tune_subnetworks(
             job.spec.final,
             job.task,
             surroundings,
-            subnetworks=subnetworks,
+            subnetworks=Sandwich(subnetworks, job.spec.seed)
+            if job.spec.supernet.has_depth
+            else subnetworks,
             seed=job.spec.seed,
             replicas=job.replicas,
             on_step=lambda step: advance(step.done, step.total, losses=dict(step.losses)),
@@ -831,7 +885,7 @@ def extract(
 ) -> Encoder:
     """The physically smaller network; its config keeps the model's dropout."""
     return build_encoder(
-        dataclasses.replace(config, heads=subnetwork.heads, ffn=subnetwork.ffn),
+        subnetwork.config(config),
         extract_weights(config, weights, subnetwork),
     )
 
@@ -1084,11 +1138,12 @@ def with_test(
     rows, task = job.splits["test"], job.task
 
     def on_test(report: SubnetworkReport) -> Predictions:
-        subnetwork = subnetwork_of(supernet.config, report.width_mult)
+        subnetwork = subnetwork_of(supernet.config, report.width_mult, report.depth_mult)
         return predict(supernet, rows, subnetwork=subnetwork, threads=job.replicas)
 
     name, other = TEACHER, teacher_on_test
-    full = next((r for r in reports if r.width_mult == 1 and r is not selected), None)
+    largest = (r for r in reports if r.width_mult == r.depth_mult == 1)
+    full = next((r for r in largest if r is not selected), None)
     if full is not None and full.accuracy > teacher_accuracy:
         name, other = full.name, on_test(full)
     fmt, own = in_int8 if in_int8 is not None else (None, on_test(selected))

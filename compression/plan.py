@@ -32,10 +32,12 @@ from compression.examples import (
     sequence_columns,
 )
 from compression.report import METRIC_NAMES
+from compression.sampling import RANDOM
 from compression.selection import check_latency_at
 from compression.spec import (
     INT8_FORMATS,
     SERVED_FORMATS,
+    DepthMult,
     Format,
     Frozen,
     LatencySpec,
@@ -44,7 +46,7 @@ from compression.spec import (
     WidthMult,
     fp32_format,
 )
-from compression.supernet import subnetwork_name
+from compression.supernet import Subnetwork, kept_layers, subnetwork_of
 from compression.tables import (
     LABELLED_SPLITS,
     MAX_LABELS,
@@ -121,6 +123,8 @@ class PlannedSubnetwork(Frozen):
 
     name: str
     width_mult: WidthMult
+    depth_mult: DepthMult = Fraction(1)
+    layers: tuple[int, ...] = Field((), description="The supernet's that it keeps, from 0.")
     heads: tuple[int, ...]
     ffn: tuple[int, ...]
     parameters: int
@@ -162,8 +166,8 @@ class Plan(Frozen):
         "seconds an export. Half or double is no surprise."
     )
     predicted_stage_seconds: Mapping[str, float] = Field(
-        description='The same, apart: "teacher" (its fine-tuning), "importance", "distil", and '
-        '"finish" for all after it. A time budget is shared out by these.',
+        description='The same, apart: "teacher" (its fine-tuning), "importance", "distil", '
+        '"depth", "final", and "finish" for all after them. A time budget is shared out by these.',
     )
     warnings: tuple[str, ...]
 
@@ -250,7 +254,8 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
     _check_slices(spec, dataset)
     _check_lengths(spec, encoder, pair=columns.text_pair is not None)
     full = dataclasses.replace(encoder, num_labels=len(label_names), head=spec.task.head)
-    configs = _narrowed(spec, model, full)
+    networks = _subnetworks(spec, model, full)
+    configs = [network.config(full) for network in networks]
     if spec.engine == "paddleslim":
         check_paddleslim(spec, encoder)
     rows = {split: dataset.splits[split].rows for split in SPLITS if split in dataset.splits}
@@ -273,8 +278,10 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
     seq_len = spec.latency.seq_len or _tokens(spec, dataset, columns, percentile_95=True)
     subnetworks = tuple(
         PlannedSubnetwork(
-            name=subnetwork_name(width),
-            width_mult=width,
+            name=network.name,
+            width_mult=network.width_mult,
+            depth_mult=network.depth_mult,
+            layers=network.layers,
             heads=config.heads,
             ffn=config.ffn,
             parameters=cost.parameters(config),
@@ -284,13 +291,13 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
                 for fmt in spec.export.formats
             },
         )
-        for width, config in configs.items()
+        for network, config in zip(networks, configs, strict=True)
     )
     windows = _windows(spec, dataset, columns)
     seconds = _predicted_stage_seconds(
         spec,
         full,
-        list(configs.values()),
+        configs,
         {split: math.ceil(count * windows) for split, count in rows.items()},
         tokens=_tokens(spec, dataset, columns, percentile_95=False),
         seq_len=seq_len,
@@ -610,20 +617,32 @@ def _measured_settings(latency: LatencySpec) -> dict[str, list[int]]:
     }
 
 
-def _narrowed(
-    spec: Spec, model: ModelInfo, encoder: EncoderConfig
-) -> dict[Fraction, EncoderConfig]:
-    configs = {}
+def _subnetworks(spec: Spec, model: ModelInfo, encoder: EncoderConfig) -> list[Subnetwork]:
+    """Every width at every depth, the largest first and the smallest last."""
     for i, width in enumerate(spec.supernet.width_mults):
         try:
-            configs[width] = encoder.narrowed(width)
+            encoder.narrowed(width)
         except InvalidSpec as error:
             legal = ", ".join(str(each) for each in model.legal_widths)
             raise InvalidSpec(
                 f"{error.message}; this model can have the widths {legal}",
                 pointer=f"/supernet/width_mults/{i}",
             ) from error
-    return dict(sorted(configs.items(), reverse=True))  # widest first, whatever the spec's order
+    for i, depth in enumerate(spec.supernet.depth_mults):
+        try:
+            kept_layers(encoder.layers, depth)
+        except InvalidSpec as error:
+            counts = range(encoder.layers, 0, -1)
+            legal = ", ".join(str(Fraction(count, encoder.layers)) for count in counts)
+            raise InvalidSpec(
+                f"{error.message}; this model can have the depths {legal}",
+                pointer=f"/supernet/depth_mults/{i}",
+            ) from error
+    return [  # whatever the spec's order
+        subnetwork_of(encoder, width, depth)
+        for width in sorted(spec.supernet.width_mults, reverse=True)
+        for depth in sorted(spec.supernet.depth_mults, reverse=True)
+    ]
 
 
 def _tokens(
@@ -667,7 +686,15 @@ def _predicted_stage_seconds(
     fine_tune: bool,
 ) -> dict[str, float]:
     teacher = cost.flops(full, tokens)
-    students = sum(cost.flops(config, tokens) for config in subnetworks)
+    all_students = [cost.flops(config, tokens) for config in subnetworks]
+    students = sum(all_students)
+    widths = [
+        cost.flops(full.narrowed(width), tokens)
+        for width in sorted(spec.supernet.width_mults, reverse=True)
+    ]
+    has_depth = spec.supernet.has_depth
+    deepened = _trained_rows(spec.depth, rows["train"] + rows.get("unlabelled", 0)) * has_depth
+    sampled = _of_a_step(all_students) if has_depth else students
     fine_tuned = _trained_rows(spec.teacher, rows["train"]) if fine_tune else 0
     distilled = _trained_rows(spec.distillation, rows["train"] + rows.get("unlabelled", 0))
     tuned = _trained_rows(spec.final, rows["train"]) if spec.final.when == "always" else 0
@@ -686,8 +713,10 @@ def _predicted_stage_seconds(
     flops = {
         "teacher": fine_tuned * BACKWARD_AND_FORWARD * teacher,
         "importance": min(spec.importance.rows, rows["train"]) * BACKWARD_AND_FORWARD * teacher,
-        "distil": distilled * (teacher + BACKWARD_AND_FORWARD * students),
-        "final": tuned * BACKWARD_AND_FORWARD * students,
+        "distil": distilled * (teacher + BACKWARD_AND_FORWARD * sum(widths)),
+        # Teachers: at most, where the four sub-networks of a step are of four widths.
+        "depth": deepened * (_of_a_step(widths) + BACKWARD_AND_FORWARD * sampled),
+        "final": tuned * BACKWARD_AND_FORWARD * sampled,
         "finish": (rows["dev"] + rows.get("test", 0)) * (teacher + students)
         + len(in_int8) * rows["dev"] * students  # the least: once, without parts back in fp32
         + spec.latency.rounds * timed,
@@ -706,12 +735,27 @@ def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
     training may take the share that it is predicted to need.
     """
     if spec.max_minutes is None:
-        return {"teacher": None, "distil": None, "final": None}
+        return {"teacher": None, "distil": None, "depth": None, "final": None}
     predicted = plan.predicted_stage_seconds
     left = max(0.0, 60 * spec.max_minutes - predicted["finish"])
     distilled = predicted["teacher"] + predicted["importance"] + predicted["distil"]
-    share = left / (distilled + predicted["final"])
-    return {"teacher": predicted["teacher"] * share, "distil": distilled * share, "final": left}
+    deepened = distilled + predicted["depth"]
+    share = left / (deepened + predicted["final"])
+    return {
+        "teacher": predicted["teacher"] * share,
+        "distil": distilled * share,
+        "depth": deepened * share,
+        "final": left,
+    }
+
+
+def _of_a_step(flops: Sequence[int]) -> float:
+    """What the sub-networks cost that the sandwich rule takes: the largest first, the smallest
+    last, and of those between as many as it draws, which cost their mean."""
+    if len(flops) <= RANDOM + 2:
+        return sum(flops)
+    between = flops[1:-1]
+    return flops[0] + flops[-1] + RANDOM * sum(between) / len(between)
 
 
 def _trained_rows(training: TrainingSpec, rows: int) -> int:

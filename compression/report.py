@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 from pydantic import Field
 
 from compression.regression import RegressionReport
-from compression.spec import Format, Frozen, LatencySetting, Spec, WidthMult
+from compression.spec import DepthMult, Format, Frozen, LatencySetting, Spec, WidthMult
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ STAGES = (
     "importance",
     "reorder",
     "distil",
+    "depth",
     "final",
     "evaluate",
     "export",
@@ -158,7 +160,9 @@ class ComparisonOnTest(Frozen):
     is to be held against.
     """
 
-    reference: str = Field(description='"teacher", or the name of the sub-network of width 1.')
+    reference: str = Field(
+        description='"teacher", or the name of the sub-network of width 1 at full depth.'
+    )
     reference_accuracy: float = Field(description="Its main metric on test.")
     accuracy: float = Field(description="The selected one's.")
     accuracy_drop: float = Field(description="Points lost against the reference.")
@@ -169,10 +173,18 @@ class ComparisonOnTest(Frozen):
 
 
 class SubnetworkReport(Frozen):
-    """`name` is the folder-safe name, for example "w3_4" for width 3/4."""
+    """`name` is the folder-safe name, for example "w3_4" for width 3/4, "w3_4-d1_2" at half depth.
+
+    `heads` and `ffn` count per layer of the sub-network, in its order.
+    """
 
     name: str
     width_mult: WidthMult
+    depth_mult: DepthMult = Fraction(1)
+    layers: tuple[int, ...] = Field(
+        (),
+        description="The supernet's that it keeps, from 0; none in reports that predate depth.",
+    )
     heads: tuple[int, ...]
     ffn: tuple[int, ...]
     parameters: int
@@ -338,13 +350,16 @@ class CompressionReport(Frozen):
     subnetworks: tuple[SubnetworkReport, ...]
     selection: Selection
     distillation_steps: int
+    depth_steps: int = Field(0, description="Steps of the depth stage.")
     final_steps: int = Field(0, description="Steps of the last fine-tuning on labels.")
     step_seconds: float = Field(description="Median seconds of a distillation step.")
     stage_seconds: Mapping[str, float] = Field(
         description="In the job's last run: a stage that a checkpoint spared it takes no time."
     )
     trainings: Mapping[str, TrainingReport] = Field(
-        default_factory=dict, description='By stage: "teacher" where it was fine-tuned, "distil".'
+        default_factory=dict,
+        description='By stage: "teacher" where it was fine-tuned, "distil", "depth" and "final" '
+        "where the spec asks for them.",
     )
     environment: Mapping[str, str] = Field(description="Device and library versions measured on.")
     device: DeviceFingerprint | None = Field(None, description="The machine that measured.")

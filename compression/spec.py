@@ -26,24 +26,33 @@ _DECIMAL = re.compile(r"\s*([0-9]{1,4}|[0-9]{0,4}\.[0-9]{1,9})\s*")
 
 def parse_width_mult(value: Any) -> Fraction:
     """An exact fraction from "3/4", "0.5", 0.5 or 1; never evaluated. ValueError else."""
+    return _parse_mult(value, "width")
+
+
+def parse_depth_mult(value: Any) -> Fraction:
+    """The same of a depth."""
+    return _parse_mult(value, "depth")
+
+
+def _parse_mult(value: Any, what: str) -> Fraction:
     if isinstance(value, Fraction):
-        width = value
+        mult = value
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         # repr gives the decimal that a reader wrote: 0.1 is 1/10, not its binary neighbour.
         if not 0 < value <= 1:
-            raise ValueError("a width must be greater than 0 and at most 1")
-        width = Fraction(repr(value))
+            raise ValueError(f"a {what} must be greater than 0 and at most 1")
+        mult = Fraction(repr(value))
     elif isinstance(value, str) and (match := _FRACTION.fullmatch(value)):
         if int(match[2]) == 0:
-            raise ValueError("a width cannot have the denominator 0")
-        width = Fraction(int(match[1]), int(match[2]))
+            raise ValueError(f"a {what} cannot have the denominator 0")
+        mult = Fraction(int(match[1]), int(match[2]))
     elif isinstance(value, str) and (match := _DECIMAL.fullmatch(value)):
-        width = Fraction(match[1])
+        mult = Fraction(match[1])
     else:
-        raise ValueError('write a width as a fraction or decimal, for example "3/4" or 0.5')
-    if not 0 < width <= 1:
-        raise ValueError("a width must be greater than 0 and at most 1")
-    return width
+        raise ValueError(f'write a {what} as a fraction or decimal, for example "3/4" or 0.5')
+    if not 0 < mult <= 1:
+        raise ValueError(f"a {what} must be greater than 0 and at most 1")
+    return mult
 
 
 WidthMult = Annotated[
@@ -52,6 +61,14 @@ WidthMult = Annotated[
     PlainSerializer(str, return_type=str),
     WithJsonSchema(
         {"anyOf": [{"type": "string"}, {"type": "number"}], "examples": ["3/4", 0.5, 1]}
+    ),
+]
+DepthMult = Annotated[
+    Fraction,
+    BeforeValidator(parse_depth_mult),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "number"}], "examples": ["2/3", 0.5, 1]}
     ),
 ]
 
@@ -232,12 +249,25 @@ class SupernetSpec(_Asked):
         max_length=16,
         description="Each must leave whole heads and whole neurons in every layer.",
     )
+    depth_mults: tuple[DepthMult, ...] = Field(
+        (Fraction(1),),
+        min_length=1,
+        max_length=16,
+        description="Each must leave whole layers. Every width is had at every depth; name 1 to "
+        "keep the full depth among them.",
+    )
 
-    @field_validator("width_mults")
+    @property
+    def has_depth(self) -> bool:
+        """Whether there is anything for the depth stage to train."""
+        return self.depth_mults != (1,)
+
+    @field_validator("width_mults", "depth_mults")
     @classmethod
-    def _distinct(cls, value: tuple[Fraction, ...]) -> tuple[Fraction, ...]:
+    def _distinct(cls, value: tuple[Fraction, ...], info: ValidationInfo) -> tuple[Fraction, ...]:
         if len(set(value)) != len(value):
-            raise ValueError("each width may be named once")
+            kind = "width" if info.field_name == "width_mults" else "depth"
+            raise ValueError(f"each {kind} may be named once")
         return value
 
 
@@ -272,10 +302,35 @@ class DistillationSpec(TrainingSpec):
         return self
 
 
+class DepthSpec(TrainingSpec):
+    """DynaBERT's second stage, with its defaults; only where `supernet.depth_mults` asks for it.
+
+    The teacher is the supernet of the width stage, frozen, at full depth and the same width. Each
+    step trains the largest sub-network, the smallest and two others drawn by seed and step, with
+    distillation's dropout.
+    """
+
+    learning_rate: float = Field(2e-5, gt=0, lt=1)
+    lambda_rep: float = Field(1.0, ge=0)
+    lambda_logit: float = Field(1.0, ge=0)
+
+    @property
+    def padded_mean(self) -> bool:
+        """As in DistillationSpec, but there is nothing to compare this stage with."""
+        return False
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> DepthSpec:
+        if self.lambda_rep == 0 and self.lambda_logit == 0:
+            raise ValueError("lambda_rep and lambda_logit are both 0: nothing would be learnt")
+        return self
+
+
 class FinalSpec(TrainingSpec):
     """DynaBERT's optional last stage: all sub-networks are fine-tuned on train's labels.
 
-    One optimizer step after all widths, as in distillation, and with its dropout.
+    One optimizer step after all widths (with depth: the four of a step, as in the depth stage),
+    and with distillation's dropout.
     """
 
     when: Literal["never", "always"] = "never"
@@ -508,6 +563,7 @@ class Spec(_Asked):
     importance: ImportanceSpec = ImportanceSpec()
     supernet: SupernetSpec = SupernetSpec()
     distillation: DistillationSpec = DistillationSpec()
+    depth: DepthSpec = DepthSpec()
     final: FinalSpec = FinalSpec()
     latency: LatencySpec = LatencySpec()
     constraints: ConstraintSpec = ConstraintSpec()

@@ -29,6 +29,7 @@ from compression.parallel import Replicas, balanced
 from compression.precision import Kind, Precision
 from compression.ranks import ALONE, Group
 from compression.report import TrainingReport
+from compression.sampling import Sandwich
 from compression.supernet import Subnetwork
 from compression.tasks.base import Task
 from compression.token_rows import put_back, used_tokens, with_token_rows
@@ -217,11 +218,17 @@ class Losses(Protocol):
 
     A loss may be differentiated before the next is asked for. It is the share's part of the
     `whole` batch's, so that the shares' losses and gradients add up. `encoder` is the one to
-    run, a replica of the model; `noise` None is a pass outside training.
+    run, a replica of the model. `step` counts from 1, and is for what is drawn for each step
+    alike in all shares; `noise` and `step` None are a pass outside training.
     """
 
     def __call__(
-        self, encoder: Encoder, share: Batch, whole: Batch, noise: Noise | None
+        self,
+        encoder: Encoder,
+        share: Batch,
+        whole: Batch,
+        noise: Noise | None,
+        step: int | None = None,
     ) -> Iterator[tuple[str, Tensor]]: ...
 
 
@@ -265,7 +272,7 @@ class BatchGradients:
                 share = make_batch(self.data, micro, pad_id=pad_id, length=length)
                 noise = Noise([self.seed, step, int(micro[0])])
                 with self.precision.cast():
-                    for name, loss in self.losses(member, share, whole, noise):
+                    for name, loss in self.losses(member, share, whole, noise, step):
                         self.precision.scaled(loss if weight else loss * weight).backward()
                         found[name] = found.get(name, 0.0) + weight * float(loss)
                         del loss  # or its graph would live through the next one's pass
@@ -573,7 +580,7 @@ def fine_tune(
     task: Task,
     surroundings: Surroundings = FINE_TUNING,
     *,
-    subnetworks: Sequence[Subnetwork | None] = (None,),
+    subnetworks: Sequence[Subnetwork | None] | Sandwich = (None,),
     seed: int,
     on_step: Callable[[Step], None],
     replicas: int = 1,
@@ -586,11 +593,16 @@ def fine_tune(
     """
 
     def losses(
-        member: Encoder, share: Batch, whole: Batch, noise: Noise | None
+        member: Encoder,
+        share: Batch,
+        whole: Batch,
+        noise: Noise | None,
+        step: int | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         total = task.count(whole)
         layout = Packed(share.lengths, share.input_ids.shape[1])
-        for subnetwork in subnetworks:
+        chosen = subnetworks.at(step) if isinstance(subnetworks, Sandwich) else subnetworks
+        for subnetwork in chosen:
             logits = member.encode(
                 *share.inputs, layout=layout, subnetwork=subnetwork, noise=noise
             ).logits

@@ -23,7 +23,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from compression.batches import Encoded, pad
-from compression.bundle import BundleFacts, input_digests, model_card, write_bundle
+from compression.bundle import (
+    BundleFacts,
+    build_manifest,
+    input_digests,
+    model_card,
+    write_bundle,
+)
 from compression.encoder import Encoder, build_encoder
 from compression.export import Parity, export_formats, format_report
 from compression.manifest import SCHEMA, Manifest, Provenance, code_digest, schema_bytes
@@ -492,6 +498,24 @@ def test_the_card_says_how_it_was_made(case: Case) -> None:
         assert words in step
     short = model_card(case.facts).split("## How it was made\n\n")[1].split("\n\n")[0]
     assert "labels of train" not in short
+
+
+def test_a_shallow_networks_card_and_manifest_say_which_layers_it_keeps(case: Case) -> None:
+    spec = Spec.model_validate({"supernet": {"depth_mults": [1, "2/3"]}})
+    subnetwork = case.facts.subnetwork.model_copy(
+        update={"name": "w1_2-d2_3", "depth_mult": Fraction(2, 3), "layers": (0, 1)}
+    )
+    facts = replace(case.facts, spec=spec, subnetwork=subnetwork)
+    card = model_card(facts)
+    assert "at width 1/2 and depth 2/3" in card
+    assert "width and depth stages" in card
+    assert "The teacher, of 3 layers, was" in card
+    assert "All depths (1, 2/3) of all widths were then distilled from" in card
+    assert "the layers 0, 1 (from 0), 2 heads and 32 neurons a layer" in card
+    kept = build_manifest(facts, []).subnetwork
+    assert (kept.width_mult, kept.depth_mult, kept.layers) == ("1/2", "2/3", (0, 1))
+    plain = model_card(case.facts)
+    assert "depth" not in plain and "The teacher, of 2 layers, was" in plain
 
 
 def test_the_card_and_a_file_say_what_flipped(case: Case, tmp_path: Path) -> None:

@@ -9,11 +9,19 @@ import paddle
 import pytest
 
 from compression.batches import make_batch
-from compression.distillation import distil, distillation_loss, layout_of, representation_loss
-from compression.encoder import numpy_weights
+from compression.distillation import (
+    DepthLosses,
+    distil,
+    distil_depth,
+    distillation_loss,
+    layout_of,
+    representation_loss,
+)
+from compression.encoder import Encoder, numpy_weights
 from compression.evaluate import predict
 from compression.layout import Layout, Packed, Padded
-from compression.spec import DistillationSpec
+from compression.sampling import Sandwich
+from compression.spec import DepthSpec, DistillationSpec
 from compression.supernet import subnetwork_of
 from tests.encoders import CLASSIFICATION, clear, gradients, random_rows, tiny_encoder
 
@@ -199,6 +207,119 @@ def test_micro_batches_change_nothing_but_rounding() -> None:
             DistillationSpec(max_steps=3, batch_size=8, micro_batch=size, learning_rate=1e-3),
             CLASSIFICATION,
             seed=9,
+            on_step=lambda step, seen=seen: seen.append(dict(step.losses)),
+        )
+        ends.append(numpy_weights(supernet))
+        losses.append(seen)
+    for whole, parts in zip(*losses, strict=True):
+        assert parts == pytest.approx(whole, rel=1e-4)
+    for name, value in ends[0].items():
+        if not name.endswith("key.bias"):  # without a gradient: AdamW scales rounding up
+            np.testing.assert_allclose(ends[1][name], value, atol=2e-5, err_msg=name)
+
+
+# --- the depth stage ------------------------------------------------------------------------
+
+CALM = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+DEEP = {**CALM, "layers": 4, "heads": (4,) * 4, "ffn": (16,) * 4}
+
+
+def combinations(encoder: Encoder, *depths: str) -> Sandwich:
+    return Sandwich(
+        [
+            subnetwork_of(encoder.config, Fraction(width), Fraction(depth))
+            for width in ("1", "1/2")
+            for depth in depths
+        ],
+        seed=3,
+    )
+
+
+def test_a_shallow_network_learns_the_states_that_its_layers_had_at_full_depth() -> None:
+    """The loss worked out by hand: the width stage's own states 0, 2, 4 of the same width."""
+    supernet, frozen, data = tiny_encoder(1, **DEEP), tiny_encoder(2, **DEEP), random_rows(5)
+    batch = make_batch(data, range(5), pad_id=0)
+    spec = DepthSpec(lambda_rep=0.7, lambda_logit=0.3)
+    sampled = combinations(supernet, "1/2")
+    losses = dict(DepthLosses(frozen, sampled, spec, CLASSIFICATION)(supernet, batch, batch, None))
+    assert list(losses) == ["w1-d1_2", "w1_2-d1_2"]
+    real = batch.attention_mask.numpy().astype(bool)
+    for shallow in sampled.subnetworks:
+        deep = subnetwork_of(frozen.config, shallow.width_mult)
+        own = supernet.encode(*batch.inputs, subnetwork=shallow)
+        target = frozen.encode(*batch.inputs, subnetwork=deep)
+        states = sum(
+            np.square(own.hidden[i].numpy() - target.hidden[j].numpy())[real].mean()
+            for i, j in ((0, 0), (1, 2), (2, 4))
+        )
+        logits = CLASSIFICATION.logit_loss(student=own.logits, teacher=target.logits, batch=batch)
+        expected = 0.7 * states + 0.3 * float(logits)
+        assert float(losses[shallow.name]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_at_the_start_full_depth_has_only_its_entropy_to_lose() -> None:
+    """Frozen and supernet are then one: no state is wrong, and no logit pulls."""
+    supernet, frozen, data = tiny_encoder(1, **DEEP), tiny_encoder(1, **DEEP), random_rows(5)
+    batch = make_batch(data, range(5), pad_id=0)
+    spec = DepthSpec(lambda_logit=0)
+    sampled = combinations(supernet, "1", "1/2")
+    losses = dict(DepthLosses(frozen, sampled, spec, CLASSIFICATION)(supernet, batch, batch, None))
+    assert [float(losses["w1"]), float(losses["w1_2"])] == [0, 0]
+    assert float(losses["w1-d1_2"]) > 0 and float(losses["w1_2-d1_2"]) > 0
+
+
+def test_the_depth_stage_brings_shallow_networks_nearer_and_keeps_full_depth() -> None:
+    supernet, frozen, data = tiny_encoder(1, **DEEP), tiny_encoder(1, **DEEP), random_rows(64)
+    before = numpy_weights(frozen)
+    sampled = combinations(supernet, "1", "3/4", "1/2", "1/4")
+
+    def distances() -> dict[str, float]:
+        found = {}
+        for each in sampled.subnetworks:
+            target = predict(frozen, data, subnetwork=subnetwork_of(frozen.config, each.width_mult))
+            own = predict(supernet, data, subnetwork=each)
+            found[each.name] = float(np.abs(own - target).mean())
+        return found
+
+    start, seen = distances(), []
+    report = distil_depth(
+        supernet,
+        frozen,
+        data,
+        sampled,
+        DepthSpec(epochs=30, batch_size=16, learning_rate=3e-3),
+        CLASSIFICATION,
+        seed=0,
+        on_step=seen.append,
+    )
+    assert report.steps == len(seen) == 120
+    assert all(len(step.losses) == 4 for step in seen)
+    assert {name for step in seen for name in step.losses} == set(start)
+    end = distances()
+    for name, distance in start.items():
+        if "-d" in name:
+            assert end[name] < 0.7 * distance, name
+        else:  # no further from what it was than the shallow ones have come to it
+            assert end[name] < min(end[other] for other in start if "-d" in other), name
+    assert gradients(frozen) == {}
+    for name, value in numpy_weights(frozen).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+def test_micro_batches_of_the_depth_stage_change_nothing_but_rounding() -> None:
+    ends, losses = [], []
+    for size in (None, 3):
+        supernet, frozen = tiny_encoder(1, **DEEP), tiny_encoder(2, **DEEP)
+        seen: list[dict[str, float]] = []
+        distil_depth(
+            supernet,
+            frozen,
+            random_rows(24),
+            combinations(supernet, "1", "1/2", "1/4"),
+            DepthSpec(max_steps=3, batch_size=8, micro_batch=size, learning_rate=1e-3),
+            CLASSIFICATION,
+            seed=9,
+            replicas=1 if size is None else 2,
             on_step=lambda step, seen=seen: seen.append(dict(step.losses)),
         )
         ends.append(numpy_weights(supernet))

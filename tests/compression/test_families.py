@@ -278,11 +278,12 @@ def test_importance_reordering_and_extraction(tmp_path: Path, family: str) -> No
         np.testing.assert_allclose(other.numpy(), own.numpy(), atol=1e-5)
     np.testing.assert_allclose(after.logits.numpy(), before.logits.numpy(), atol=1e-5)
 
-    half = subnetwork_of(config, Fraction(1, 2))
-    small = build_encoder(config.narrowed(Fraction(1, 2)), extract_weights(config, ordered, half))
-    np.testing.assert_array_equal(
-        small(*batch.inputs).numpy(), supernet(*batch.inputs, subnetwork=half).numpy()
-    )
+    for depth in (Fraction(1), Fraction(1, config.layers)):
+        half = subnetwork_of(config, Fraction(1, 2), depth)
+        small = build_encoder(half.config(config), extract_weights(config, ordered, half))
+        np.testing.assert_array_equal(
+            small(*batch.inputs).numpy(), supernet(*batch.inputs, subnetwork=half).numpy()
+        )
 
 
 # All that families have beyond BERT, at once: with and without token types.

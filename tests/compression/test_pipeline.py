@@ -630,6 +630,56 @@ def test_an_illegal_width_ends_before_anything_is_trained(tmp_path: Path) -> Non
     assert {p.stage for p in seen} == {"load"}
 
 
+def test_an_illegal_depth_ends_before_anything_is_trained(tmp_path: Path) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=None, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 80, "dev": 40}, seed=1)
+    seen: list[Progress] = []
+    spec = small_spec(supernet={"depth_mults": ["1", "2/3"]})
+    with pytest.raises(InvalidSpec, match="can have the depths 1, 1/2") as error:
+        compress(spec, model, dataset, tmp_path / "run", seen.append)
+    assert error.value.pointer == "/supernet/depth_mults/1"
+    assert {p.stage for p in seen} == {"load"}
+
+
+def test_a_shallow_network_goes_through_to_its_bundle(tmp_path: Path) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=2, layers=4, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 80, "dev": 40, "test": 20}, seed=1)
+    seen: list[Progress] = []
+    spec = small_spec(
+        supernet={"width_mults": ["1", "1/2"], "depth_mults": ["1/2"]},
+        distillation={"max_steps": 2},
+        depth={"max_steps": 3, "learning_rate": 1e-3},
+        constraints={"objective": "size"},
+        export={"formats": ["safetensors", "onnx"]},
+    )
+    report = compress(spec, model, dataset, tmp_path / "run", seen.append)
+    assert CompressionReport.model_validate_json(report.model_dump_json()) == report
+    assert (report.depth_steps, report.trainings["depth"].ended) == (3, "complete")
+    steps = [p for p in seen if p.stage == "depth" and "losses" in p.figures]
+    assert [set(p.figures["losses"]) for p in steps] == [{"w1-d1_2", "w1_2-d1_2"}] * 3
+    widths = [p for p in seen if p.stage == "distil" and "losses" in p.figures]
+    assert [set(p.figures["losses"]) for p in widths] == [{"w1", "w1_2"}] * 2
+    wide, half = report.subnetworks
+    assert (wide.name, half.name) == ("w1-d1_2", "w1_2-d1_2")
+    assert (half.layers, half.heads, half.ffn) == ((0, 2), (2, 2), (32, 32))
+    assert half.regression is not None
+    assert half.parameters < wide.parameters < report.teacher.parameters
+    for fmt in (*wide.formats, *half.formats):
+        assert fmt.published, fmt.error
+    assert report.selection.subnetwork == "w1_2-d1_2"
+    assert half.test is not None and half.test.reference == "teacher"  # full depth is not there
+    checkpoint = read_checkpoint(tmp_path / "run" / "artifacts" / "w1_2-d1_2" / "safetensors")
+    assert checkpoint.config.layers == 2
+    texts = ["a very good film", "the plot was dull and slow"]
+    rows = Encoded(
+        *map(list, zip(*encode(load_tokenizer(model), texts, None, 32), strict=True)), None
+    )
+    logits = evaluate.predict(build_encoder(checkpoint.config, checkpoint.tensors), rows)
+    exponents = np.exp(logits)
+    for answer, own in zip(ask(tmp_path, "w1_2-d1_2", *texts), exponents, strict=True):
+        assert list(answer["probabilities"].values()) == pytest.approx(own / own.sum(), abs=1e-4)
+
+
 class Stopping:
     """Stops a job at the `step`th sign of life of a stage."""
 
@@ -648,6 +698,8 @@ def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: P
     dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 80, "dev": 40, "test": 20}, seed=1)
     spec = small_spec(
         distillation={"epochs": 2, "learning_rate": 1e-3, "dropout": None},
+        supernet={"width_mults": ["1", "3/4", "1/2"], "depth_mults": ["1", "1/2"]},
+        depth={"epochs": 1, "learning_rate": 1e-3},
         final={"when": "always", "epochs": 1},
     )
 
@@ -659,13 +711,14 @@ def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: P
 
     run_until("export", 0, tmp_path / "whole")
     _, whole, _ = newest_snapshot(tmp_path / "whole" / "checkpoints")
-    assert whole is not None and list(whole.stages) == ["teacher", "importance", "distil", "final"]
+    assert whole is not None
+    assert list(whole.stages) == ["teacher", "importance", "distil", "depth", "final"]
 
     out = tmp_path / "parts"
     went_on = []
     for stage, step in (
-        ("load", 1), ("teacher", 2), ("importance", 0), ("reorder", 0), ("distil", 3), ("final", 2),
-        ("export", 0),
+        ("load", 1), ("teacher", 2), ("importance", 0), ("reorder", 0), ("distil", 3), ("depth", 2),
+        ("final", 2), ("export", 0),
     ):  # fmt: skip
         seen = run_until(stage, step, out)
         went_on.append(next(p.message for p in seen if p.stage == "load" and p.step == 1))
@@ -676,6 +729,7 @@ def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: P
         "goes on from the end of teacher",
         "goes on from the end of importance",
         "goes on from step 3 of distil",
+        "goes on from step 2 of depth",
         "goes on from step 2 of final",
     ]
     _, parts, _ = newest_snapshot(out / "checkpoints")

@@ -22,9 +22,9 @@ from compression.plan import (
     make_plan,
     model_info,
     resolve_rows,
-    subnetwork_name,
 )
 from compression.spec import Spec
+from compression.supernet import subnetwork_name
 from compression.tables import Table, profile
 from compression.teachers import Checkpoint, EncoderConfig
 
@@ -152,6 +152,33 @@ def test_a_width_without_whole_heads_is_refused(widths: list[Any], index: int) -
     assert "1, 3/4, 1/2, 1/4" in message
 
 
+def test_every_width_is_planned_at_every_depth() -> None:
+    info = model(layers=6, heads=(4,) * 6, ffn=(64,) * 6)
+    spec = {"supernet": {"width_mults": ["1/2", 1], "depth_mults": ["1/2", 1, "2/3"]}}
+    plan = plan_of(spec, info, train=TRAIN, dev=DEV)
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    assert [each.name for each in plan.subnetworks] == [
+        "w1", "w1-d2_3", "w1-d1_2", "w1_2", "w1_2-d2_3", "w1_2-d1_2"
+    ]  # fmt: skip
+    full, _, half_depth, *_, smallest = plan.subnetworks
+    assert (half_depth.layers, half_depth.heads) == ((0, 2, 4), (4, 4, 4))
+    assert (smallest.layers, smallest.ffn) == ((0, 2, 4), (32, 32, 32))
+    shallow = dataclasses.replace(CONFIG, layers=3, heads=(4,) * 3, ffn=(64,) * 3)
+    assert half_depth.parameters == cost.parameters(shallow)
+    assert half_depth.flops == cost.flops(shallow, plan.seq_len)
+    assert half_depth.predicted_bytes["onnx"] < full.predicted_bytes["onnx"]
+
+
+@pytest.mark.parametrize(("depths", "index"), [(["1", "3/4"], 1), (["1/12"], 0), ([0.7, 1], 0)])
+def test_a_depth_without_whole_layers_is_refused(depths: list[Any], index: int) -> None:
+    info = model(layers=6, heads=(4,) * 6, ffn=(64,) * 6)
+    message = refused_spec(
+        f"/supernet/depth_mults/{index}", {"supernet": {"depth_mults": depths}}, info
+    )
+    assert "of the 6 layers is" in message
+    assert message.endswith("this model can have the depths 1, 5/6, 2/3, 1/2, 1/3, 1/6")
+
+
 def test_a_width_must_suit_every_layer() -> None:
     info = model(heads=(4, 2))
     message = refused_spec(
@@ -216,6 +243,20 @@ def test_more_work_is_predicted_to_take_longer() -> None:
     assert seconds(distillation={"epochs": 100, "max_steps": 1}) < usual
     assert seconds(supernet={"width_mults": [1]}) < usual
     assert seconds(teacher={"when": "always", "epochs": 100}) > usual
+    assert seconds(supernet={"depth_mults": [1, "1/2"]}) > usual
+
+
+def test_a_step_of_the_depth_stage_costs_no_more_for_more_combinations() -> None:
+    large = model(hidden=3200, head_dim=800, layers=12, heads=(4,) * 12, ffn=(64,) * 12)
+
+    def depth(*depths: str) -> float:
+        spec = {"supernet": {"depth_mults": ["1", *depths, "1/12"]}}
+        plan = plan_of(spec, large, train=TRAIN, dev=DEV)
+        return plan.predicted_stage_seconds["depth"]
+
+    assert plan_of({}, large, train=TRAIN, dev=DEV).predicted_stage_seconds["depth"] == 0
+    assert depth("1/2") > 0
+    assert depth("5/6", "2/3", "1/3", "1/6") == pytest.approx(depth("1/2"), rel=0.2)
 
 
 def test_int8_is_predicted_to_need_its_own_answers_and_the_teacher_in_fp32_alone() -> None:
@@ -239,6 +280,7 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
     assert deadlines(Spec(), plan_of({}, large, train=TRAIN, dev=DEV)) == {
         "teacher": None,
         "distil": None,
+        "depth": None,
         "final": None,
     }
     spec = {"max_minutes": 2}
@@ -252,7 +294,11 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
     assert until["teacher"] / until["distil"] == pytest.approx(
         parts["teacher"] / (parts["teacher"] + parts["importance"] + parts["distil"])
     )
-    assert until["final"] == until["distil"]
+    assert until["final"] == until["depth"] == until["distil"]
+    deep = {"max_minutes": 20, "supernet": {"depth_mults": [1, "1/2"]}}
+    deeper = deadlines(Spec.model_validate(deep), plan_of(deep, large, train=TRAIN, dev=DEV))
+    assert deeper["distil"] is not None and deeper["depth"] is not None
+    assert deeper["distil"] < deeper["depth"] == deeper["final"]
     tuned = {**spec, "final": {"when": "always"}}
     later = deadlines(Spec.model_validate(tuned), plan_of(tuned, large, train=TRAIN, dev=DEV))
     assert later["final"] == until["final"]
@@ -260,7 +306,7 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
     # A model that keeps its head is not fine-tuned, and a budget can be too small for anything.
     kept = plan_of({}, model(hidden=3200, head_dim=800), train=TRAIN, dev=DEV)
     assert kept.predicted_stage_seconds["teacher"] == 0
-    assert deadlines(Spec(max_minutes=0.1), plan) == {"teacher": 0, "distil": 0, "final": 0}
+    assert set(deadlines(Spec(max_minutes=0.1), plan).values()) == {0}
     (warning,) = (each for each in plan.warnings if "max_minutes" in each)
     assert "training will stop early" in warning
     long = plan_of({"max_minutes": 1000}, large, train=TRAIN, dev=DEV)

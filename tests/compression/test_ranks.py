@@ -44,6 +44,7 @@ class JobFiles:
             "task": {"max_seq_len": 32},
             "teacher": {"epochs": 1, "learning_rate": 2e-3, "patience": 2, "evaluate_every": 1},
             "distillation": {"epochs": 1, "learning_rate": 1e-3},
+            "depth": {"epochs": 1, "learning_rate": 1e-3},
             "final": {"when": "always", "epochs": 1},
             "supernet": {"width_mults": ["1", "1/2"]},
             "importance": {"rows": 64},
@@ -57,13 +58,16 @@ class JobFiles:
         arguments += ["--out", self.root / name]
         return [sys.executable, "-m", "compression", *map(str, arguments), *options]
 
-    def run(self, name: str, *options: str, **changes: Any) -> dict[str, np.ndarray]:
-        """The weights of the full width that the job ends with."""
+    def run(
+        self, name: str, *options: str, network: str = "w1", **changes: Any
+    ) -> dict[str, np.ndarray]:
+        """The weights of a sub-network that the job ends with."""
         done = subprocess.run(
             self.command(name, *options, **changes), cwd=REPOSITORY, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        return load_file(self.root / name / "artifacts" / "w1" / "safetensors/model.safetensors")
+        folder = self.root / name / "artifacts" / network
+        return load_file(folder / "safetensors" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +111,10 @@ def others_of(pid: int) -> list[int]:
 
 
 def test_two_processes_end_with_the_weights_of_one(files: JobFiles) -> None:
-    """All three trainings, early stopping among them."""
-    one, two = files.run("one"), files.run("two", processes=2)
+    """All four trainings, early stopping among them; a layer is in none of the last two."""
+    supernet = {"width_mults": ["1", "1/2"], "depth_mults": ["1/2"]}
+    one = files.run("one", network="w1-d1_2", supernet=supernet)
+    two = files.run("two", network="w1-d1_2", supernet=supernet, processes=2)
     assert one.keys() == two.keys()
     for name, array in one.items():
         if not name.endswith("key.bias"):  # without effect: AdamW scales rounding up

@@ -40,7 +40,7 @@ def equal(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None
         np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("teacher", 1), ("distil", 2)])
+@pytest.mark.parametrize(("kind", "seed"), [("teacher", 1), ("distil", 2), ("depth", 3)])
 def test_killed_twice_at_random_steps_and_resumed_it_ends_the_same(
     tmp_path: Path, kind: str, seed: int
 ) -> None:

@@ -127,6 +127,28 @@ def test_widths_keep_their_order_and_each_is_named_once() -> None:
         SupernetSpec.model_validate({"width_mults": ["1/2", 0.5]})
 
 
+def test_depths_are_told_from_widths_where_they_are_wrong() -> None:
+    depths = SupernetSpec.model_validate({"depth_mults": ["2/3", 1, 0.5]}).depth_mults
+    assert depths == (Fraction(2, 3), 1, Fraction(1, 2))
+    for written, said in (
+        (["1/2", 0.5], "each depth may be named once"),
+        (["3/2"], "a depth must be greater than 0"),
+        (["1/0"], "a depth cannot have the denominator 0"),
+        (["deep"], "write a depth as a fraction"),
+        ([], "at least 1 item"),
+    ):
+        with pytest.raises(ValidationError, match=said):
+            SupernetSpec.model_validate({"depth_mults": written})
+
+
+def test_a_job_without_depth_is_the_job_that_it_was_before_there_was_depth() -> None:
+    """Its checkpoints know it by this text."""
+    for document in ({}, {"supernet": {"depth_mults": ["1"]}}):
+        assert Spec.model_validate(document).model_dump_json(exclude_defaults=True) == "{}"
+    assert not Spec.model_validate({"supernet": {"depth_mults": ["1"]}}).supernet.has_depth
+    assert Spec.model_validate({"supernet": {"depth_mults": ["1/2"]}}).supernet.has_depth
+
+
 @pytest.mark.parametrize("widths", [[], [Fraction(1, n) for n in range(1, 18)], "1", None])
 def test_one_to_sixteen_widths(widths: Any) -> None:
     with pytest.raises(ValidationError):
@@ -158,6 +180,7 @@ def test_unknown_fields_are_refused_everywhere(section: str | None) -> None:
     [
         {"distillation": {"lambda_rep": 0, "lambda_logit": 0}},
         {"distillation": {"lambda_rep": -1}},
+        {"depth": {"lambda_rep": 0, "lambda_logit": 0}},
         {"distillation": {"epochs": 0}},
         {"distillation": {"epochs": float("inf")}},
         {"distillation": {"learning_rate": float("nan")}},
@@ -215,7 +238,8 @@ def specs(draw: st.DrawFn) -> Spec:
                 "max_seq_len": draw(st.integers(8, 512)),
             },
             "supernet": {
-                "width_mults": draw(st.lists(widths, min_size=1, max_size=16, unique=True))
+                "width_mults": draw(st.lists(widths, min_size=1, max_size=16, unique=True)),
+                "depth_mults": draw(st.lists(widths, min_size=1, max_size=16, unique=True)),
             },
             "distillation": {"learning_rate": draw(st.floats(1e-8, 0.5))},
             "constraints": {

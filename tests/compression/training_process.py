@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from compression.checkpoint import Checkpoints, host_facts
-from compression.distillation import distil
+from compression.distillation import distil, distil_depth
 from compression.encoder import numpy_weights
 from compression.report import TrainingReport
-from compression.spec import DistillationSpec, FineTuneSpec
+from compression.sampling import Sandwich
+from compression.spec import DepthSpec, DistillationSpec, FineTuneSpec
 from compression.supernet import subnetwork_of
 from compression.training import Step, Surroundings, fine_tune
 from tests.encoders import CLASSIFICATION, random_rows, tiny_encoder
@@ -31,6 +32,7 @@ SETTINGS = {
     "evaluate_every": 3,
     "micro_batch": 5,
 }
+DEEP = {"layers": 4, "heads": (4,) * 4, "ffn": (16,) * 4}
 
 
 def checkpoints_in(folder: Path, every_seconds: float = 0.0) -> Checkpoints:
@@ -53,6 +55,27 @@ def run(
             model,
             data,
             FineTuneSpec(**SETTINGS, learning_rate=1e-2),
+            CLASSIFICATION,
+            surroundings,
+            seed=seed,
+            on_step=on_step,
+            replicas=2,
+        )
+    elif kind == "depth":
+        model = tiny_encoder(1, **DEEP)
+        report = distil_depth(
+            model,
+            tiny_encoder(2, **DEEP),
+            data,
+            Sandwich(
+                [
+                    subnetwork_of(model.config, Fraction(width), Fraction(depth))
+                    for width in ("1", "1/2")
+                    for depth in ("1", "3/4", "1/2")
+                ],
+                seed,
+            ),
+            DepthSpec(**SETTINGS, learning_rate=1e-2),
             CLASSIFICATION,
             surroundings,
             seed=seed,
