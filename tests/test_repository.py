@@ -15,7 +15,8 @@ import jsonschema
 import pytest
 import yaml
 
-from jobs.settings import Settings
+from jobs.settings import Settings, variable_of
+from tools.settings_page import PAGE, render
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ("api", "worker", "dev", "demo")
@@ -188,7 +189,7 @@ def test_strict_typing_covers_what_the_import_contract_calls_paddle_free() -> No
     assert {"jobs", "tools"} <= typed
 
 
-@pytest.mark.parametrize("target", ["demo", "serve", "test", "check", "lock", "clean"])
+@pytest.mark.parametrize("target", ["demo", "serve", "test", "check", "docs", "lock", "clean"])
 def test_make_knows_the_documented_targets(target: str) -> None:
     found = subprocess.run(
         ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
@@ -212,15 +213,16 @@ def test_an_unknown_benchmark_is_named() -> None:
     assert "no benchmarks/nothing.py" in found.stderr
 
 
-def test_the_readme_tells_every_setting_and_its_default() -> None:
-    table = re.findall(r"^\| `WIDTHWISE_(\w+)` \| (.+?) \|", (ROOT / "README.md").read_text(), re.M)
-    told = {name.lower(): default for name, default in table}
-    assert told.keys() == Settings.model_fields.keys()
-    for name, field in Settings.model_fields.items():
-        if field.default_factory is None:
-            default = field.default
-            shown = str(default).lower() if isinstance(default, bool) else str(default)
-            assert told[name] == shown, name
+def test_the_page_of_settings_is_what_the_code_says() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render(), "docs/settings.md is stale: run make docs"
+
+
+def test_the_documents_name_no_setting_that_is_not_there() -> None:
+    known = {variable_of(name) for name in Settings.model_fields}
+    known |= {f"{name}_FILE" for name in known}
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        told = set(re.findall(r"WIDTHWISE_[A-Z0-9_]*[A-Z0-9]", document.read_text()))
+        assert told <= known, document.name
 
 
 def test_the_readmes_commands_name_what_exists() -> None:

@@ -54,7 +54,7 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     database = Database(settings.database_url)
     upgrade(database)
-    objects = open_store(settings.store_url)
+    objects = open_store(settings.store_url, **settings.s3_credentials)
     app = make_celery(settings)
     runner = Runner(
         settings,
