@@ -1,4 +1,4 @@
-# Widthwise: make demo | serve | test | check | bench-NAME | docs | lock | clean
+# Widthwise: make demo | serve | test | check | bench-NAME | docs | secrets | lock | clean
 #
 # All that is assumed on a new machine is make and Python 3.11 or 3.12 (with venv and pip).
 # Two environments, because paddlenlp pins packages that the API should not be held to, and
@@ -33,6 +33,7 @@ help:
 	echo "make check        formatting, lint, types, import contracts"
 	echo "make bench-NAME   run benchmarks/NAME.py; the last line is JSON (ARGS='...' passes arguments)"
 	echo "make docs         write docs/settings.md again from jobs/settings.py"
+	echo "make secrets      make the passwords and keys that docker-compose.yml needs"
 	echo "make lock         resolve requirements/*.in into the locks again"
 	echo "make clean        remove the environments, caches and build results (never data/)"
 
@@ -88,6 +89,10 @@ check: development
 .PHONY: docs
 docs: runtime
 	$(API) -m tools.settings_page
+
+.PHONY: secrets
+secrets: python
+	"$(PYTHON)" -m tools.compose_secrets
 
 .PHONY: servers
 servers:
