@@ -1,4 +1,4 @@
-# Widthwise: make demo | serve | test | check | bench-NAME | lock | clean
+# Widthwise: make demo | serve | test | check | bench-NAME | docs | secrets | lock | clean
 #
 # All that is assumed on a new machine is make and Python 3.11 or 3.12 (with venv and pip).
 # Two environments, because paddlenlp pins packages that the API should not be held to, and
@@ -32,6 +32,8 @@ help:
 	echo "make test         every check and every test, from a new machine"
 	echo "make check        formatting, lint, types, import contracts"
 	echo "make bench-NAME   run benchmarks/NAME.py; the last line is JSON (ARGS='...' passes arguments)"
+	echo "make docs         write docs/settings.md again from jobs/settings.py"
+	echo "make secrets      make the passwords and keys that docker-compose.yml needs"
 	echo "make lock         resolve requirements/*.in into the locks again"
 	echo "make clean        remove the environments, caches and build results (never data/)"
 
@@ -83,6 +85,14 @@ check: development
 	.venv/worker/bin/mypy --no-error-summary
 	echo "== import contracts"
 	.venv/worker/bin/lint-imports --no-logo || { echo "an import crosses a layer" >&2; exit 1; }
+
+.PHONY: docs
+docs: runtime
+	$(API) -m tools.settings_page
+
+.PHONY: secrets
+secrets: python
+	"$(PYTHON)" -m tools.compose_secrets
 
 .PHONY: servers
 servers:

@@ -88,7 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
         services = Services(
             settings=settings,
             database=Database(settings.database_url),
-            store=open_store(settings.store_url),
+            store=open_store(settings.store_url, **settings.s3_credentials),
             spool=Spool(settings.data_dir / "spool"),
             celery=make_celery(settings),
             counter=make_counter(settings),

@@ -6,7 +6,8 @@ RUN python -m venv /venv \
     && /venv/bin/python -m pip install --no-cache-dir --require-hashes --no-deps -r /build/api.txt
 
 FROM python:3.11-slim-bookworm
-RUN useradd --system --uid 10001 --create-home --shell /usr/sbin/nologin widthwise \
+RUN groupadd --system --gid 10001 widthwise \
+    && useradd --system --uid 10001 --gid 10001 --create-home --shell /usr/sbin/nologin widthwise \
     && install -d -o widthwise -g widthwise /data
 COPY --from=build /venv /venv
 COPY LICENSE /app/
@@ -20,7 +21,7 @@ ENV PATH=/venv/bin:$PATH \
     WIDTHWISE_HOST=0.0.0.0 \
     WIDTHWISE_LOG_FORMAT=json
 WORKDIR /app
-USER widthwise
+USER 10001:10001
 VOLUME /data
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=6 \

@@ -138,15 +138,16 @@ class ObjectStore:
         self.size("readiness-probe")
 
 
-def open_store(url: str) -> ObjectStore:
-    """`file:///folder` (made if absent) or `s3://bucket/prefix`."""
+def open_store(url: str, **credentials: Any) -> ObjectStore:
+    """`file:///folder` (made if absent) or `s3://bucket/prefix`, with S3's `access_key_id` and
+    `secret_access_key` unless obstore is to look for them itself."""
     parts = urlsplit(url)
     if parts.scheme == "file":
         folder = Path(unquote(parts.path))
         folder.mkdir(parents=True, exist_ok=True)
         return ObjectStore(LocalStore(folder, automatic_cleanup=True))
     if parts.scheme == "s3":
-        return ObjectStore(S3Store.from_url(url))
+        return ObjectStore(S3Store.from_url(url, **credentials))
     raise ValueError(f"unknown object store {parts.scheme!r}: use file:// or s3://")
 
 

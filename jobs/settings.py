@@ -1,18 +1,37 @@
 """The service's settings: the only reader of the environment (variables `WIDTHWISE_...`).
 
-S3 credentials are not settings: obstore reads the standard AWS variables itself.
+A secret may also stand in a file, which `WIDTHWISE_NAME_FILE` names: so orchestrators hand them to
+containers. Secrets are the fields that `repr` leaves out. Where the S3 credentials are not set,
+obstore takes them from AWS's variables or the host's role. `make docs` makes a page of this file.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import quote, urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
+PREFIX = "WIDTHWISE_"
 GIB = 1024**3
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?")
 
@@ -40,81 +59,203 @@ def _sqlite_url(values: dict[str, Any]) -> str:
     return f"sqlite:///{values['data_dir'] / 'widthwise.db'}" if "data_dir" in values else ""
 
 
+def _add_password(url: str, password: str) -> str:
+    parts = urlsplit(url)
+    if not parts.hostname:
+        raise ValueError("a password is set, and the URL names no server that would ask for it")
+    if parts.password is not None:
+        raise ValueError("the URL has a password already: remove it there, or the separate one")
+    host = parts.netloc.rpartition("@")[2]
+    user = parts.username or ""
+    return parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}").geturl()
+
+
 def _local_store_url(values: dict[str, Any]) -> str:
     return (values["data_dir"] / "objects").as_uri() if "data_dir" in values else ""
+
+
+class _SecretFiles(PydanticBaseSettingsSource):
+    """Secrets out of the files that `WIDTHWISE_NAME_FILE` names."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        variable = variable_of(field_name)
+        path = os.environ.get(f"{variable}_FILE") if is_secret(field) else None
+        if not path:
+            return None, field_name, False
+        if os.environ.get(variable):
+            raise SettingsError(f"{variable} and {variable}_FILE are both set: keep one of them.")
+        try:
+            secret = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{variable}_FILE: {path} cannot be read ({error}).") from error
+        if not secret:
+            raise SettingsError(f"{variable}_FILE: {path} is empty.")
+        return secret, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        found = {
+            name: self.get_field_value(field, name)[0]
+            for name, field in self.settings_cls.model_fields.items()
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class Settings(BaseSettings):
     """Everything that differs between the embedded and the production profile."""
 
     model_config = SettingsConfigDict(
-        env_prefix="WIDTHWISE_", env_ignore_empty=True, frozen=True, extra="ignore"
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="ignore",
+        hide_input_in_errors=True,  # it may be a password
     )
 
     data_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
         Path("data"), validate_default=True, description="All local files live below it."
     )
+    database_password: str | None = Field(
+        None, repr=False, description="Goes into `WIDTHWISE_DATABASE_URL`, which then has none."
+    )
     database_url: str = Field(
         default_factory=_sqlite_url,
+        validate_default=True,
         repr=False,  # may hold a password
-        description="sqlite:///... or postgresql+psycopg://...",
+        description="`sqlite:///...` or `postgresql+psycopg://...`",
+        json_schema_extra={"shown_default": "SQLite in the data folder"},
+    )
+    broker_password: str | None = Field(
+        None, repr=False, description="Goes into `WIDTHWISE_BROKER_URL`, which then has none."
     )
     broker_url: str = Field(
-        "filesystem://", repr=False, description="filesystem:// (in data_dir) or redis://..."
+        "filesystem://",
+        validate_default=True,
+        repr=False,
+        description="The queue: `filesystem://` (in the data folder) or `redis://...`",
     )
     store_url: str = Field(
-        default_factory=_local_store_url, description="file:///folder or s3://bucket/prefix"
+        default_factory=_local_store_url,
+        description="Models, datasets, artifacts: `file:///folder` or `s3://bucket/prefix`",
+        json_schema_extra={"shown_default": "a folder in the data folder"},
+    )
+    s3_access_key_id: str | None = Field(
+        None,
+        repr=False,
+        description="Of the S3 store; without it, AWS's variables or the host's role are used.",
+    )
+    s3_secret_access_key: str | None = Field(
+        None, repr=False, description="Belongs to `WIDTHWISE_S3_ACCESS_KEY_ID`."
     )
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    max_upload_bytes: int = Field(4 * GIB, ge=1)
+    host: str = Field("127.0.0.1", description="Address that the API listens on.")
+    port: int = Field(8000, ge=0, le=65535, description="Its port.")
+    max_upload_bytes: int = Field(4 * GIB, ge=1, description="Largest upload.")
     rate_limit_per_minute: int = Field(
         3000, ge=0, le=10**9, description="Requests that each API key has; 0: no limit."
     )
     cors_origins: Annotated[
         tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_origins)
     ] = Field(
-        default_factory=tuple,
-        description="Origins (https://portal.example, separated by commas; * for any) whose pages "
-        "may call the API.",
+        (),
+        description="Origins whose pages may call the API: "
+        "`https://portal.example,http://localhost:3000`; `*` for any.",
     )
 
     lease_seconds: float = Field(60, gt=0, description="A run that is silent this long is lost.")
-    reconcile_seconds: float = Field(30, gt=0)
-    cancel_poll_seconds: float = Field(2, gt=0, le=5)
-    stop_grace_seconds: float = Field(8, ge=0, description="Between SIGTERM and SIGKILL.")
+    reconcile_seconds: float = Field(
+        30, gt=0, description="How often a worker looks for jobs that nobody nudged."
+    )
+    cancel_poll_seconds: float = Field(
+        2, gt=0, le=5, description="How often a run asks whether it was cancelled."
+    )
+    stop_grace_seconds: float = Field(
+        8,
+        ge=0,
+        description="Between SIGTERM and SIGKILL of a job's process: time for a last checkpoint.",
+    )
     checkpoint_seconds: float = Field(
         300, gt=0, description="Between two checkpoints of a training."
     )
     max_runs: int = Field(3, ge=1, description="Automatic runs of a job before it fails.")
     worker_slots: int = Field(1, ge=1, le=64, description="Jobs at once in one worker.")
     orphan_grace_seconds: float = Field(
-        3600, ge=0, description="Age at which the objects of runs that came to nothing go."
+        3600,
+        ge=0,
+        description="Age at which the objects of runs that came to nothing are deleted.",
     )
 
     measure_training: bool = Field(
         True,
-        description="Whether a worker measures once, when it first starts, which threads and math "
-        "library settings train fastest on its machine.",
+        description="A worker measures when it first starts (less than a minute) which threads and "
+        "math library settings train fastest there, and keeps the answer in the data folder. "
+        "`OMP_*`, `MKL_*` and `MALLOC_*` that it was started with win; a resumed job keeps those "
+        "that it began with.",
     )
 
     signing_key: Annotated[Path, AfterValidator(_absolute)] | None = Field(
-        None, description="File of the Ed25519 private key that a worker signs bundles with."
+        None,
+        description="File of the Ed25519 private key that a worker signs bundles with; read when "
+        "it starts.",
     )
 
-    sandbox_seconds: float = Field(300, gt=0)
-    sandbox_memory_bytes: int = Field(4 * GIB, ge=1)
-    sandbox_output_bytes: int = Field(8 * GIB, ge=1)
-    sandbox_max_files: int = Field(1000, ge=1)
+    sandbox_seconds: float = Field(300, gt=0, description="Longest inspection of an upload.")
+    sandbox_memory_bytes: int = Field(
+        4 * GIB, ge=1, description="Memory that an inspection may take."
+    )
+    sandbox_output_bytes: int = Field(8 * GIB, ge=1, description="What an upload may unpack to.")
+    sandbox_max_files: int = Field(1000, ge=1, description="Files that an upload may unpack to.")
 
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="`debug`, `info`, `warning` or `error`"
+    )
+    log_format: Literal["console", "json"] = Field("console", description="`console` or `json`")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _SecretFiles(settings_cls)
+
+    @field_validator("database_url", "broker_url")
+    @classmethod
+    def _with_password(cls, url: str, info: ValidationInfo) -> str:
+        password = info.data.get(str(info.field_name).replace("_url", "_password"))
+        return url if password is None else _add_password(url, password)
+
+    @model_validator(mode="after")
+    def _whole_credentials(self) -> Self:
+        if (self.s3_access_key_id is None) != (self.s3_secret_access_key is None):
+            raise ValueError("s3_access_key_id and s3_secret_access_key: set both or neither")
+        return self
+
+    @property
+    def s3_credentials(self) -> dict[str, str]:
+        """What `open_store` takes; empty where they are looked for elsewhere."""
+        if self.s3_access_key_id is None or self.s3_secret_access_key is None:
+            return {}
+        return {
+            "access_key_id": self.s3_access_key_id,
+            "secret_access_key": self.s3_secret_access_key,
+        }
 
     @property
     def work_dir(self) -> Path:
         """Folders of runs in progress on this host."""
         return self.data_dir / "work"
+
+
+def variable_of(field_name: str) -> str:
+    return PREFIX + field_name.upper()
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Whether it may hold a secret: then it is not shown, and may stand in a file."""
+    return not field.repr
 
 
 @cache

@@ -31,6 +31,13 @@ def postgresql_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def s3_variables() -> Iterator[dict[str, str]]:
+    """The environment by which an S3 server of this test session is found."""
+    with services.s3_server() as variables:
+        yield variables
+
+
+@pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with the newest schema, to be copied."""
     path = tmp_path_factory.mktemp("schema") / "widthwise.db"

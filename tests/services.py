@@ -10,9 +10,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,13 +57,14 @@ def wait_until(
 
 
 @contextmanager
-def redis_server() -> Iterator[str]:
-    """The URL of a fresh, empty Redis."""
+def redis_server(options: Sequence[str] = ("--save", "", "--appendonly", "no")) -> Iterator[str]:
+    """The URL of a fresh, empty Redis; `options` are its program's, and may name a folder."""
     program = find_program("redis-server", package="redis-server")
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="widthwise-redis-") as folder:
-        command = [program, "--port", str(port), "--bind", "127.0.0.1", "--dir", folder]
-        command += ["--save", "", "--appendonly", "no"]
+        command = [program, *options, "--port", str(port), "--bind", "127.0.0.1"]
+        if "--dir" not in options:
+            command += ["--dir", folder]
         with _running(command, folder=Path(folder)):
             url = f"redis://127.0.0.1:{port}/0"
             client = redis.Redis.from_url(url)
@@ -69,6 +72,8 @@ def redis_server() -> Iterator[str]:
             def answers() -> bool:
                 try:
                     return bool(client.ping())
+                except redis.AuthenticationError:
+                    return True
                 except redis.ConnectionError:
                     return False
 
@@ -77,12 +82,16 @@ def redis_server() -> Iterator[str]:
             yield url
 
 
+def postgresql_program(name: str) -> str:
+    """One of PostgreSQL's, also where Debian keeps those that are not on the PATH."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return find_program(name, package="postgresql", folders=folders)
+
+
 @contextmanager
 def postgresql_server() -> Iterator[str]:
     """The URL of a fresh PostgreSQL, without a database's name: see `new_database`."""
-    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    initdb = find_program("initdb", package="postgresql", folders=folders)
-    postgres = find_program("postgres", package="postgresql", folders=folders)
+    initdb, postgres = postgresql_program("initdb"), postgresql_program("postgres")
     # PostgreSQL refuses to run as root.
     user = "postgres" if os.getuid() == 0 else None
     folder = Path(tempfile.mkdtemp(prefix="widthwise-postgresql-"))
@@ -122,6 +131,33 @@ def new_database(server_url: str, name: str) -> str:
     with psycopg.connect(address, autocommit=True) as connection:
         connection.execute(f'CREATE DATABASE "{name}"'.encode())
     return f"{server_url}/{name}"
+
+
+@contextmanager
+def s3_server() -> Iterator[dict[str, str]]:
+    """A fresh S3 server (moto's) with a bucket named "bucket": the variables by which it is
+    found, as an operator sets them."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(prefix="widthwise-s3-") as folder:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        with _running(command, folder=Path(folder)):
+
+            def answers() -> bool:
+                try:
+                    request = urllib.request.Request(f"{url}/bucket", method="PUT")
+                    return bool(urllib.request.urlopen(request, timeout=5).status == 200)
+                except OSError:
+                    return False
+
+            wait_until(answers, "moto's server answers")
+            yield {
+                "AWS_ENDPOINT_URL": url,
+                "AWS_ALLOW_HTTP": "true",
+                "AWS_ACCESS_KEY_ID": "tests",
+                "AWS_SECRET_ACCESS_KEY": "tests",
+                "AWS_REGION": "us-east-1",
+            }
 
 
 @contextmanager

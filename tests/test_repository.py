@@ -13,9 +13,13 @@ from typing import Any
 import check_jsonschema
 import jsonschema
 import pytest
+import redis
 import yaml
 
-from jobs.settings import Settings
+from jobs.settings import Settings, variable_of
+from tests.services import redis_server
+from tools.compose_secrets import new_secrets, write
+from tools.settings_page import PAGE, render
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = ("api", "worker", "dev", "demo")
@@ -44,15 +48,123 @@ def test_compose_file_is_valid_against_the_compose_schema(compose: dict[str, Any
 
 def test_what_the_compose_file_names_exists(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert {"api", "worker", "worker-gpu", "redis", "migrations"} <= set(services)
+    assert services.keys() == {
+        "redis", "postgres", "storage", "migrations", "api", "scheduler", "worker-cpu", "worker-gpu"
+    }  # fmt: skip
+    assert compose["secrets"].keys() == new_secrets().keys()
+    for name, secret in compose["secrets"].items():
+        assert Path(secret["file"]).name == name
     for name, service in services.items():
         for needed in service.get("depends_on", ()):
             assert needed in services, f"{name} depends on {needed}"
         for volume in service.get("volumes", ()):
-            assert volume.split(":")[0] in compose["volumes"], f"{name} mounts {volume}"
+            source = volume.split(":")[0]
+            assert source.startswith("/") or source in compose["volumes"], f"{name}: {volume}"
+        for network in service["networks"]:
+            assert network in compose["networks"], f"{name} is on {network}"
         if build := service.get("build"):
             assert (ROOT / build["context"] / build["dockerfile"]).is_file(), name
     assert services["worker-gpu"]["profiles"] == ["gpu"]
+    (device,) = services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+
+
+def _healthcheck_of(service: dict[str, Any]) -> list[str]:
+    """The command that tells whether a service is well, of compose file or image."""
+    if "healthcheck" in service:
+        return list(service["healthcheck"].get("test", []))
+    dockerfile = (ROOT / service["build"]["dockerfile"]).read_text()
+    (found,) = re.findall(r"^HEALTHCHECK .*\\\n +CMD (.*)$", dockerfile, re.MULTILINE)
+    return ["CMD", *json.loads(found)]
+
+
+def test_no_service_of_the_compose_file_is_root_or_writes_to_its_image(
+    compose: dict[str, Any],
+) -> None:
+    for name, service in compose["services"].items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["restart"] == ("no" if name == "migrations" else "unless-stopped")
+        assert bool(_healthcheck_of(service)) is (name != "migrations")
+        if "build" in service:
+            lines = (ROOT / service["build"]["dockerfile"]).read_text().splitlines()
+            user = [line.removeprefix("USER ") for line in lines if line.startswith("USER ")][-1]
+        else:
+            user = service["user"]
+        assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user), name
+        # Whatever else it writes to is a volume or memory.
+        assert "/tmp" in service["tmpfs"], name
+
+
+def test_the_services_of_the_compose_file_read_their_secrets(
+    compose: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path)
+    used = set()
+    for name, service in compose["services"].items():
+        environment = service.get("environment", {})
+        mounted = {f"/run/secrets/{secret}" for secret in service.get("secrets", ())}
+        told = json.dumps([environment, service.get("command"), _healthcheck_of(service)])
+        assert set(re.findall(r"/run/secrets/\w+", told)) == mounted, name
+        used |= mounted
+        for variable, value in environment.items():
+            secret_file = value.startswith("/run/secrets/") and variable.endswith("_FILE")
+            assert secret_file or not re.search("PASSWORD|KEY|SECRET", variable), variable
+        if "build" not in service:
+            continue
+        with monkeypatch.context() as patch:
+            for variable, value in environment.items():
+                known = {variable_of(field) for field in Settings.model_fields}
+                assert variable.removesuffix("_FILE") in known or variable.startswith("AWS_")
+                patch.setenv(variable, value.replace("/run/secrets", str(tmp_path)))
+            settings = Settings()
+        password = (tmp_path / "postgres_password").read_text().strip()
+        assert f"widthwise:{password}@postgres:5432" in settings.database_url
+        if name != "migrations":
+            key = (tmp_path / "s3_access_key_id").read_text().strip()
+            assert settings.s3_credentials["access_key_id"] == key
+            assert settings.store_url == "s3://widthwise"
+    assert used == {f"/run/secrets/{secret}" for secret in compose["secrets"]}
+
+
+def test_secrets_are_written_once_and_for_their_owner(tmp_path: Path) -> None:
+    folder = tmp_path / "secrets"
+    files = write(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o444}
+    before = [file.read_text() for file in files]
+    files[0].unlink()
+    with pytest.raises(FileExistsError, match="redis_password"):
+        write(folder)
+    assert not files[0].exists()
+    assert [file.read_text() for file in files[1:]] == before[1:]
+    assert write(tmp_path / "others")[1].read_text() != before[1]
+
+
+def test_redis_starts_as_the_compose_file_says_keeps_its_data_and_asks_for_the_password(
+    compose: dict[str, Any], tmp_path: Path
+) -> None:
+    service = compose["services"]["redis"]
+    write(tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+
+    def here(line: str) -> str:
+        return line.replace("/run/secrets", str(tmp_path)).replace("/data", str(data))
+
+    kind, check = _healthcheck_of(service)
+    assert kind == "CMD-SHELL"
+    for start in (1, 2):
+        with redis_server(options=[here(word) for word in service["command"][1:]]) as url:
+            port = url.split(":")[2].split("/")[0]
+            command = here(check).replace("$$", "$").replace("redis-cli", f"redis-cli -p {port}")
+            assert subprocess.run(["sh", "-c", command]).returncode == 0
+            wrong = command.replace("redis_password", "postgres_password")
+            assert subprocess.run(["sh", "-c", wrong], stderr=subprocess.DEVNULL).returncode != 0
+            password = (tmp_path / "redis_password").read_text().strip()
+            with redis.Redis.from_url(url, password=password) as client:
+                assert client.incr("starts") == start
 
 
 @pytest.mark.parametrize(
@@ -66,7 +178,9 @@ def test_containers_run_the_commands_of_make_serve(
     lines = (ROOT / f"docker/{image}.Dockerfile").read_text().splitlines()
     (found,) = [line for line in lines if line.startswith("CMD ")]
     assert json.loads(found.removeprefix("CMD ")) == ["python", "-m", command]
-    assert "command" not in compose["services"][image]
+    service = {"worker": "worker-cpu"}.get(image, image)
+    assert compose["services"][service]["build"]["dockerfile"] == f"docker/{image}.Dockerfile"
+    assert "command" not in compose["services"][service]
     assert '[python, "-m", name]' in (ROOT / "tools/serve.py").read_text()
 
 
@@ -76,10 +190,25 @@ def test_images_copy_what_exists_and_drop_root(image: str) -> None:
     sources = [line.split()[1] for line in lines if re.match(r"COPY (?!--from)", line)]
     assert sources
     assert [source for source in sources if not (ROOT / source).exists()] == []
-    assert "USER widthwise" in lines
-    assert lines.index("USER widthwise") < max(
+    assert "USER 10001:10001" in lines
+    assert lines.index("USER 10001:10001") < max(
         number for number, line in enumerate(lines) if line.startswith("CMD ")
     )
+
+
+def test_hadolint_finds_nothing_in_the_images_and_can_find(tmp_path: Path) -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+
+    def lint(*files: Path) -> subprocess.CompletedProcess[str]:
+        command = [hadolint, "--no-color", *files]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    good = lint(*(ROOT / f"docker/{image}.Dockerfile" for image in DOCKERFILES))
+    assert (good.returncode, good.stdout) == (0, "")
+    (tmp_path / "Dockerfile").write_text("FROM debian\nRUN cd / && sudo ls\n")
+    bad = lint(tmp_path / "Dockerfile")
+    assert bad.returncode != 0
+    assert "DL3006" in bad.stdout and "DL3004" in bad.stdout
 
 
 def test_the_api_image_has_no_paddle() -> None:
@@ -188,7 +317,9 @@ def test_strict_typing_covers_what_the_import_contract_calls_paddle_free() -> No
     assert {"jobs", "tools"} <= typed
 
 
-@pytest.mark.parametrize("target", ["demo", "serve", "test", "check", "lock", "clean"])
+@pytest.mark.parametrize(
+    "target", ["demo", "serve", "test", "check", "docs", "secrets", "lock", "clean"]
+)
 def test_make_knows_the_documented_targets(target: str) -> None:
     found = subprocess.run(
         ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
@@ -212,15 +343,16 @@ def test_an_unknown_benchmark_is_named() -> None:
     assert "no benchmarks/nothing.py" in found.stderr
 
 
-def test_the_readme_tells_every_setting_and_its_default() -> None:
-    table = re.findall(r"^\| `WIDTHWISE_(\w+)` \| (.+?) \|", (ROOT / "README.md").read_text(), re.M)
-    told = {name.lower(): default for name, default in table}
-    assert told.keys() == Settings.model_fields.keys()
-    for name, field in Settings.model_fields.items():
-        if field.default_factory is None:
-            default = field.default
-            shown = str(default).lower() if isinstance(default, bool) else str(default)
-            assert told[name] == shown, name
+def test_the_page_of_settings_is_what_the_code_says() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render(), "docs/settings.md is stale: run make docs"
+
+
+def test_the_documents_name_no_setting_that_is_not_there() -> None:
+    known = {variable_of(name) for name in Settings.model_fields}
+    known |= {f"{name}_FILE" for name in known}
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        told = set(re.findall(r"WIDTHWISE_[A-Z0-9_]*[A-Z0-9]", document.read_text()))
+        assert told <= known, document.name
 
 
 def test_the_readmes_commands_name_what_exists() -> None:

@@ -32,6 +32,7 @@ from jobs.settings import Settings, get_settings
 from worker.environment import measured
 from worker.reconciler import reconcile
 from worker.runner import CHILD_COMMAND, Runner
+from worker.scheduler import reconcile_forever
 from worker.tasks import add_tasks
 
 _STOP_SECONDS = 12.0  # under the 15 within which whoever stops us may expect the end
@@ -54,7 +55,7 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     database = Database(settings.database_url)
     upgrade(database)
-    objects = open_store(settings.store_url)
+    objects = open_store(settings.store_url, **settings.s3_credentials)
     app = make_celery(settings)
     runner = Runner(
         settings,
@@ -71,14 +72,6 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
         reconcile(settings, database, objects, nudge=lambda job_id: enqueue_job(app, job_id))
         runner.fill()
 
-    def reconcile_forever() -> None:
-        while not stopping.is_set():
-            try:
-                reconcile_now()
-            except Exception:
-                log.exception("the reconciliation failed")
-            stopping.wait(settings.reconcile_seconds)
-
     def begin_to_stop(**_: Any) -> None:
         stopping.set()
         runner.stop()
@@ -93,7 +86,12 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
     add_tasks(app, runner, reconcile_now)
     signals.worker_shutting_down.connect(begin_to_stop, weak=False)
     signals.setup_logging.connect(_keep_our_logging)
-    reconciler = threading.Thread(target=reconcile_forever, name="reconciler", daemon=True)
+    reconciler = threading.Thread(
+        target=reconcile_forever,
+        args=(reconcile_now, settings, stopping),
+        name="reconciler",
+        daemon=True,
+    )
     try:
         reconciler.start()
         log.info("worker started", worker=worker, slots=settings.worker_slots)

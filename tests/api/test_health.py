@@ -25,11 +25,22 @@ def test_readiness_leaves_nothing_in_the_store(service: Service) -> None:
 def test_a_database_without_the_newest_schema_is_not_ready(tmp_path: Path) -> None:
     with serving(tmp_path / "data") as service:
         with service.services.database.engine.begin() as connection:
-            connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'older'")
+            connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
         problem = assert_problem(service.client.get("/readyz"), 503, "not-ready")
         assert "migrate" in problem["checks"]["database"]
         assert problem["checks"]["store"] == "ok"
         assert service.client.get("/healthz").status_code == 200
+        with service.services.database.engine.begin() as connection:
+            connection.exec_driver_sql("DELETE FROM alembic_version")
+        assert_problem(service.client.get("/readyz"), 503, "not-ready")
+
+
+def test_a_database_of_a_newer_version_is_ready(tmp_path: Path) -> None:
+    """While an upgrade is under way, the API of the version before goes on answering."""
+    with serving(tmp_path / "data") as service:
+        with service.services.database.engine.begin() as connection:
+            connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'newer'")
+        assert service.client.get("/readyz").json()["checks"]["database"] == "ok"
 
 
 def test_a_store_that_cannot_be_written_is_not_ready(tmp_path: Path) -> None:

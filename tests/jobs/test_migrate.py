@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 
 from jobs import access, store
 from jobs.db import Database, now
-from jobs.migrate import upgrade
+from jobs.migrate import is_behind, upgrade
 from jobs.records import DEFAULT_PROJECT, Project, Record
 from jobs.roles import Role
+from tests.seeds import seed_job
 from tests.services import new_database
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -99,6 +101,30 @@ def test_data_of_the_revision_before_keeps_its_meaning_and_its_writers(empty_url
             )
             assert claim is not None
     database.close()
+
+
+def test_a_database_that_a_newer_version_migrated_is_left_and_used(database_url: str) -> None:
+    """A worker of the version before is started again after the upgrade."""
+    database = Database(database_url)
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'newer'")
+        connection.exec_driver_sql("ALTER TABLE jobs ADD COLUMN added VARCHAR(9) DEFAULT 'x'")
+    try:
+        upgrade(database)
+        with database.engine.connect() as connection:
+            assert not is_behind(connection)
+        job_id = seed_job(database)
+        with database.transaction() as session:
+            assert store.claim_job(session, job_id, worker="w", lease_seconds=60, max_runs=3)
+            assert session.scalar(text("SELECT added FROM jobs")) == "x"
+            assert session.scalar(text("SELECT version_num FROM alembic_version")) == "newer"
+    finally:
+        with database.engine.begin() as connection:  # others use this PostgreSQL database
+            connection.exec_driver_sql("ALTER TABLE jobs DROP COLUMN added")
+        head = ScriptDirectory(str(REPOSITORY / "jobs/migrations")).get_current_head()
+        with database.engine.begin() as connection:
+            connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{head}'")
+        database.close()
 
 
 def test_every_record_carries_its_project(database: Database) -> None:

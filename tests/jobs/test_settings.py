@@ -3,7 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import redis
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
+from sqlalchemy import make_url
 
 from jobs.settings import Settings
 
@@ -48,3 +51,69 @@ def test_origins_are_a_list_of_what_browsers_send(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("WIDTHWISE_CORS_ORIGINS", wrong)
         with pytest.raises(ValidationError, match="is no origin"):
             Settings()
+
+
+PASSWORD = "p@ss/w:rd %41"  # each of these means something else in a URL
+
+
+def test_secrets_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "database_password",
+        "broker_password",
+        "s3_access_key_id",
+        "s3_secret_access_key",
+    ):
+        (tmp_path / name).write_text(f"{PASSWORD}\n")
+        monkeypatch.setenv(f"WIDTHWISE_{name.upper()}_FILE", str(tmp_path / name))
+    monkeypatch.setenv("WIDTHWISE_DATABASE_URL", "postgresql+psycopg://widthwise@db:5432/w?a=b")
+    monkeypatch.setenv("WIDTHWISE_BROKER_URL", "redis://[::1]:6379/0")
+    settings = Settings()
+    database = make_url(settings.database_url)
+    assert (database.username, database.password) == ("widthwise", PASSWORD)
+    assert (database.host, database.port, database.query) == ("db", 5432, {"a": "b"})
+    broker = redis.ConnectionPool.from_url(settings.broker_url).connection_kwargs
+    assert (broker["host"], broker["port"], broker["password"]) == ("::1", 6379, PASSWORD)
+    assert settings.s3_credentials == {"access_key_id": PASSWORD, "secret_access_key": PASSWORD}
+    assert "p@ss" not in repr(settings) and "p%40ss" not in repr(settings)
+
+
+def test_a_secret_file_that_is_no_use_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "password"
+    monkeypatch.setenv("WIDTHWISE_DATABASE_PASSWORD_FILE", str(file))
+    with pytest.raises(
+        SettingsError, match=f"WIDTHWISE_DATABASE_PASSWORD_FILE: {file} cannot be read"
+    ):
+        Settings()
+    file.write_text("\n")
+    with pytest.raises(SettingsError, match="is empty"):
+        Settings()
+    file.write_bytes(b"\xff")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        Settings()
+    file.write_text("hush")
+    monkeypatch.setenv("WIDTHWISE_DATABASE_PASSWORD", "hush")
+    with pytest.raises(SettingsError, match="both set"):
+        Settings()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"database_password": "hush"}, "no server"),  # SQLite
+        ({"broker_password": "hush"}, "no server"),  # a folder
+        (
+            {"database_url": "postgresql+psycopg://u:hush@h/d", "database_password": "hush"},
+            "already",
+        ),
+        ({"s3_access_key_id": "hush"}, "both or neither"),
+        ({"s3_secret_access_key": "hush"}, "both or neither"),
+    ],
+)
+def test_secrets_that_do_not_fit_are_refused_and_not_shown(
+    wrong: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message) as caught:
+        Settings(**wrong)
+    assert "hush" not in str(caught.value)
