@@ -98,13 +98,15 @@ test: check servers test-api test-worker
 test-api: development
 	echo "== tests of the API, paddle absent"
 	$(API) -m pytest tests/api $(PYTEST_ARGS)
+	echo "== hostile files"
+	$(API) -m pytest tests/hostile --numprocesses 2 $(PYTEST_ARGS)
 
 .PHONY: test-worker
 test-worker: development
 	echo "== tests of compression"
 	$(WORKER) -m pytest tests/compression --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 	echo "== all other tests"
-	$(WORKER) -m pytest tests --ignore=tests/api --ignore=tests/compression $(PYTEST_ARGS)
+	$(WORKER) -m pytest tests --ignore=tests/api --ignore=tests/hostile --ignore=tests/compression $(PYTEST_ARGS)
 
 # benchmarks/NAME.py runs in the worker's environment; a hyphen in NAME may stand for an underscore.
 bench-%: benchmarks-exist-% runtime
