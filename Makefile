@@ -1,4 +1,4 @@
-# Widthwise: make demo | serve | test | check | bench-NAME | lock | clean
+# Widthwise: make demo | serve | test | check | fuzz | bench-NAME | lock | clean
 #
 # All that is assumed on a new machine is make and Python 3.11 or 3.12 (with venv and pip).
 # Two environments, because paddlenlp pins packages that the API should not be held to, and
@@ -31,6 +31,7 @@ help:
 	echo "make serve        start the API and a worker here; Ctrl-C stops both"
 	echo "make test         every check and every test, from a new machine"
 	echo "make check        formatting, lint, types, import contracts"
+	echo "make fuzz         a long walk over the OpenAPI document (ARGS='--examples 500 --seed 7')"
 	echo "make bench-NAME   run benchmarks/NAME.py; the last line is JSON (ARGS='...' passes arguments)"
 	echo "make lock         resolve requirements/*.in into the locks again"
 	echo "make clean        remove the environments, caches and build results (never data/)"
@@ -107,6 +108,11 @@ test-worker: development
 	$(WORKER) -m pytest tests/compression --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 	echo "== all other tests"
 	$(WORKER) -m pytest tests --ignore=tests/api --ignore=tests/hostile --ignore=tests/compression $(PYTEST_ARGS)
+
+# A long walk over the OpenAPI document: ARGS="--examples 500 --seed 7". Its last line is JSON.
+.PHONY: fuzz
+fuzz: development
+	exec $(API) -m tests.hostile.fuzzing $(ARGS)
 
 # benchmarks/NAME.py runs in the worker's environment; a hyphen in NAME may stand for an underscore.
 bench-%: benchmarks-exist-% runtime

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -35,8 +35,10 @@ from compression.tokenization import TOKENIZER_FILES
 from jobs import archives, pickles
 from jobs.errors import UploadRejected, as_json
 from jobs.sandbox import Limits, bound_memory, run_sandboxed
-from jobs.settings import Settings, get_settings
 from jobs.tokenizer_trial import try_tokenizer
+
+if TYPE_CHECKING:  # the sandbox's child, which imports this module, starts faster without it
+    from jobs.settings import Settings
 
 _MAX_PARAMETERS_NAMED = 10
 # Address space that an inspection may take: an interpreter with its libraries, and for each byte
@@ -235,6 +237,8 @@ def _inspect_dataset(folder: Path, out_dir: Path, limits: Limits) -> dict[str, A
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m jobs.inspection model|dataset SRC OUT`; SRC is an archive, a file or a folder."""
+    from jobs.settings import get_settings
+
     parser = argparse.ArgumentParser(prog="python -m jobs.inspection", description=__doc__)
     parser.add_argument("kind", choices=("model", "dataset"))
     parser.add_argument("src", type=Path)
