@@ -81,12 +81,13 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     InvalidModel where there is none, where it cannot be read, where it adds no
     [CLS] and [SEP], or where its vocabulary is larger than the model's.
     """
+    rows = read_config(model_dir).encoder.vocab_size
     if (model_dir / TOKENIZER_FILE).is_file():
-        tokenizer, file = _fast_tokenizer(model_dir / TOKENIZER_FILE), TOKENIZER_FILE
+        tokenizer, file = _fast_tokenizer(model_dir / TOKENIZER_FILE, rows), TOKENIZER_FILE
     elif (model_dir / BYTE_VOCABULARY_FILE).is_file():
         tokenizer, file = _byte_level(model_dir), BYTE_VOCABULARY_FILE
     elif (model_dir / VOCABULARY_FILE).is_file():
-        tokenizer, file = _wordpiece(model_dir), VOCABULARY_FILE
+        tokenizer, file = _wordpiece(model_dir, rows), VOCABULARY_FILE
     else:
         raise invalid_tokenizer(
             f"the model folder has neither {TOKENIZER_FILE} nor {VOCABULARY_FILE}, nor "
@@ -99,14 +100,18 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
         raise invalid_tokenizer(
             f"{file}: the tokenizer adds no [CLS] and [SEP] to a text", pointer=file
         )
-    rows = read_config(model_dir).encoder.vocab_size
-    last = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if last >= rows:
+    _check_last(
+        max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1), rows=rows, file=file
+    )
+    return tokenizer
+
+
+def _check_last(number: int, *, rows: int, file: str) -> None:
+    if number >= rows:
         raise invalid_tokenizer(
-            f"{file} has token ids up to {last}, but the model embeds only {rows} tokens",
+            f"{file} has token ids up to {number}, but the model embeds only {rows} tokens",
             pointer=file,
         )
-    return tokenizer
 
 
 def save_tokenizer(model_dir: Path, out_dir: Path) -> list[Path]:
@@ -154,8 +159,12 @@ def encode_rows(
     return encoded
 
 
-def _fast_tokenizer(path: Path) -> Tokenizer:
-    read_json_object(path)  # size, encoding and nesting, before the Rust parser sees it
+def _fast_tokenizer(path: Path, rows: int) -> Tokenizer:
+    document = read_json_object(path)  # size, encoding and nesting, before the Rust parser sees it
+    model = document.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, (dict, list)):  # many tokens take seconds to build
+        _check_last(len(vocabulary) - 1, rows=rows, file=path.name)
     with panics_as_errors():
         try:
             return Tokenizer.from_file(str(path))
@@ -165,10 +174,11 @@ def _fast_tokenizer(path: Path) -> Tokenizer:
             ) from error
 
 
-def _wordpiece(model_dir: Path) -> Tokenizer:
+def _wordpiece(model_dir: Path, rows: int) -> Tokenizer:
     path = model_dir / VOCABULARY_FILE
     settings = _optional_json(model_dir / SETTINGS_FILE)
     vocabulary = _read_vocabulary(path)
+    _check_last(max(vocabulary.values()), rows=rows, file=path.name)
     special, present = _special_tokens(model_dir, settings, _SPECIAL_TOKENS, vocabulary, path)
     fields = Fields(settings, file=SETTINGS_FILE)
     lowercase = True if settings.get("do_lower_case") is None else fields.flag("do_lower_case")

@@ -91,11 +91,17 @@ def convert(source: Path, out: Path) -> None:
         _write(weights, out, size=size, name=source.name)
     except UploadRejected:
         raise
+    except _NotPlain as error:
+        raise _unsafe(source.name, f"it holds {error}") from error
     except (
         ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, EOFError,
         RecursionError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error,
     ) as error:  # fmt: skip
         raise _damaged(source.name, str(error)) from error
+
+
+class _NotPlain(ValueError):
+    """An array of what is not plain numbers."""
 
 
 def _damaged(name: str, why: str) -> UploadRejected:
@@ -404,7 +410,7 @@ def _reconstruct(subtype: Any, shape: Any, _typecode: Any) -> _Array:
 
 def _dtype(code: Any, _align: Any = False, _copy: Any = True) -> _DType:
     if not isinstance(code, str) or code not in _NUMPY_TYPES:
-        raise ValueError(f"an array of the type {str(code)[:20]!r}, not of plain numbers")
+        raise _NotPlain(f"an array of the type {str(code)[:20]!r}, not of plain numbers")
     return _DType(code)
 
 
@@ -505,7 +511,7 @@ def _from_bytes(dtype: Any, shape: Any, data: Any, *, fortran: Any) -> Stored:
     if isinstance(data, str):  # as Python 2 wrote bytes
         data = data.encode("latin-1")
     if not isinstance(data, (bytes, bytearray)):
-        raise ValueError("an array of objects, not of plain numbers")
+        raise _NotPlain("an array of objects, not of plain numbers")
     name, stored = _NUMPY_TYPES[dtype.code], np.dtype(dtype.order + dtype.code)
     checked = _shape(shape)
     if math.prod(checked) * stored.itemsize != len(data):

@@ -64,8 +64,8 @@ class Limits:
 class Usage:
     """What a child and all that it started took, as the kernel counted it.
 
-    `peak_bytes` is resident memory, and never less than what this process itself held when it
-    started the child: a new program inherits the mark of the one that it replaces.
+    `peak_bytes` is resident memory, of the largest process. Of a child that was killed because it
+    took too long, both say less.
     """
 
     cpu_seconds: float
@@ -119,16 +119,17 @@ def run_sandboxed(
     ):
         stdin.write(json.dumps(message).encode())
         stdin.seek(0)
-        status, usage = _run_child(
+        status, cpu_seconds = _run_child(
             module, work_dir, limits, stdin=stdin, stdout=stdout, stderr=stderr
         )
+        stage, answer, peak_bytes = _read_answer(stdout)
+        usage = Usage(cpu_seconds, peak_bytes)
         _LOG.info(
             "the inspection child took %.1f s of processor time and at most %d MB",
             usage.cpu_seconds,
             usage.peak_bytes // 10**6,
             extra={"usage": usage},
         )
-        stage, answer = _read_answer(stdout)
         if status != 0 or answer is None:
             _LOG.warning(
                 "the inspection child ended with status %s: %s", status, _tail(stderr, 2000)
@@ -152,8 +153,9 @@ def _run_child(
     stdin: IO[bytes],
     stdout: IO[bytes],
     stderr: IO[bytes],
-) -> tuple[int | None, Usage]:
-    """The child's exit status (negative: a signal; None where it took too long), and its usage."""
+) -> tuple[int | None, float]:
+    """The child's exit status (negative: a signal; None where it took too long), and the seconds
+    of processor time that it and all that it waited for took."""
     process = subprocess.Popen(
         # -I: no PYTHON* variables, no user site, no current folder on the import path.
         [sys.executable, "-I", "-X", "utf8", "-c", _START, str(_ROOT), module],
@@ -175,8 +177,7 @@ def _run_child(
     status: int | None = process.returncode
     if status is not None and status > _BY_SIGNAL:  # told by the processes around the child
         status = _BY_SIGNAL - status
-    usage = Usage(used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
-    return status if in_time else None, usage
+    return status if in_time else None, used.ru_utime + used.ru_stime
 
 
 def _wait(pid: int, deadline: float) -> bool:
@@ -237,25 +238,29 @@ def _failure(status: int | None, limits: Limits, stage: Mapping[str, Any] | None
     return UploadRejected(f"The upload could not be inspected: {why}.", code=code)
 
 
-def _read_answer(stdout: IO[bytes]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The last stage that the child entered and did not leave, and its answer; both may be None."""
+def _read_answer(
+    stdout: IO[bytes],
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
+    """The last stage that the child entered and did not leave, its answer (both may be None), and
+    the most memory that it held."""
     stdout.seek(0)
     raw = stdout.read(_MAX_ANSWER_BYTES + 1)
-    if len(raw) > _MAX_ANSWER_BYTES:
-        return None, None
     stage = answer = None
-    for line in raw.splitlines():
+    peak_bytes = 0
+    for line in raw.splitlines() if len(raw) <= _MAX_ANSWER_BYTES else ():
         try:
             told = json.loads(line)
         except (ValueError, RecursionError):
-            return stage, None
+            told = None
         if not isinstance(told, dict):
-            return stage, None
+            return stage, None, peak_bytes
         if "stage" in told:
             stage = told["stage"] if _is_stage(told["stage"]) else None
+        elif "peak_bytes" in told:
+            peak_bytes = told["peak_bytes"] if type(told["peak_bytes"]) is int else 0
         else:
             answer = told
-    return stage, answer
+    return stage, answer, peak_bytes
 
 
 def _is_stage(told: Any) -> bool:
@@ -398,20 +403,23 @@ def _leave_network() -> bool:
 
 
 def _enter_namespaces() -> None:
-    """Returns in a process that sees no network and no process but its own.
+    """Returns in a process that sees no network and no process but its own, where that is granted.
 
     This process waits outside. A first one inside does nothing but wait for the second, in
     which this function returns: when the first ends, the kernel ends all others of its
     namespace, and it must not be the one that works, because the kernel ignores most
-    signals that would end a first process. Where namespaces are refused, nothing is forked.
+    signals that would end a first process. It also tells the most memory that the second one
+    held: what waits outside inherited the mark of the program that started it.
     """
-    if _leave_network():
-        for _ in range(2):
-            _die_with_parent()
-            if pid := os.fork():
-                _, status = os.waitpid(pid, 0)
-                code = os.waitstatus_to_exitcode(status)
-                os._exit(code if code >= 0 else _BY_SIGNAL - code)
+    _leave_network()
+    for inside in (False, True):
+        _die_with_parent()
+        if pid := os.fork():
+            _, status, used = os.wait4(pid, 0)
+            if inside:
+                _tell({"peak_bytes": used.ru_maxrss * 1024})
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else _BY_SIGNAL - code)
 
 
 def _bound_resources(limits: Limits) -> None:

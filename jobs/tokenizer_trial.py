@@ -22,7 +22,7 @@ from jobs.sandbox import stage
 
 # Words, and a character that hardly any vocabulary has: the unknown token is tried too.
 _PLAIN_TEXT = "a first text, in words \ua66e"
-_LONG = 1000  # characters of a text that provokes; what takes a square of it, shows
+_LONG = 2000  # characters of a text that provokes; what takes a square of it, shows
 _REPEATED = ("a", "A", "0", " ", "\n", ".", "-", "'", "#", "é", "\u4e2d", "ab", "a ", "a1", "a.")
 _MAX_LETTERS = 32  # of the expressions' own, each of which makes a text
 
@@ -70,13 +70,14 @@ def _refused(message: str) -> UploadRejected:
 
 
 def _provoking_texts(file: Path) -> Iterator[str]:
-    """Long runs of what expressions repeat, each ended by what none of them expects."""
-    letters = dict.fromkeys(_REPEATED)
+    """Long runs of what expressions repeat, each ended by what most do not expect there, and then
+    by all that they do: an expression that needs a letter which a text lacks is not even tried."""
+    letters = ""
     if file.is_file():
         found = dict.fromkeys("".join(_expressions(json.loads(file.read_bytes()))))
-        letters |= dict.fromkeys(list(found)[:_MAX_LETTERS])
-    for letter in letters:
-        yield letter * (_LONG // len(letter)) + "\u0001"
+        letters = "".join(list(found)[:_MAX_LETTERS])
+    for run in dict.fromkeys((*_REPEATED, *letters)):
+        yield f"{run * (_LONG // len(run))}\ua66e!{letters}"
 
 
 def _expressions(node: Any) -> Iterator[str]:

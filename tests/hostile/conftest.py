@@ -19,7 +19,7 @@ from tests.api.conftest import Service, plain_logs, serving
 
 __all__ = ["plain_logs"]  # a fixture of every session that logs
 
-TOKENIZER_SECONDS = 3.0
+TOKENIZER_SECONDS = 5.0
 SECRET = "a-secret-of-the-service"
 
 

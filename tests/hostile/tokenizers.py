@@ -74,15 +74,12 @@ TOKENIZERS: Corpus = {
     ),
     "vocab.txt: not UTF-8": _file("vocab.txt", VOCABULARY.replace(b"good", b"g\xff\xfed")),
     "vocab.txt: no special tokens": _file("vocab.txt", b"a\nb\nc"),
-    "tokenizer.json: a million tokens": _fast(lambda document: _words(document, 1_000_000)),
+    "tokenizer.json: a third of a million tokens": _fast(lambda d: _words(d, 333_333)),
     "tokenizer.json: five million values": _file(
         FILE, lambda: b'{"x":[' + b"[]," * 2_500_000 + b"0]}", "invalid-json"
     ),
     "tokenizer.json: a text that grows a millionfold": _replaces(
-        ({"String": "a"}, "b" * 1000), ({"String": "b"}, "c" * 1000), kind="tokenizer-too-large"
-    ),
-    "tokenizer.json: a text that doubles forty times": _replaces(
-        *[({"String": "a"}, "aa")] * 40, kind="tokenizer-too-large"
+        ({"String": "a"}, "b" * 1000), ({"String": "b"}, "c" * 100_000), kind="tokenizer-too-large"
     ),
     # Expressions.
     "regex: it does not close": _splits_by("(a"),
@@ -93,10 +90,7 @@ TOKENIZERS: Corpus = {
     "regex: exponential by alternatives": _splits_by("(a|a)*$"),
     "regex: exponential in digits": _splits_by(r"(\d+)*x"),
     "regex: exponential in a normalizer": _replaces(({"Regex": "(b*)*c"}, "")),
-    "regex: a square, at each place of a text": _splits_by(r"\s*\s*\s*#", "tokenizer-too-slow"),
-    "regex: repetitions of repetitions": _splits_by("(?:" * 6 + "a" + "{1,1000})" * 6),
-    "regex: it calls itself": _splits_by(r"(?<x>a\g<x>*b?)+$"),
-    "regex: it looks behind, without bounds": _splits_by("(?<=a+)b"),
+    "regex: a square, at each place of a text": _splits_by(r"\s*\s*#", "tokenizer-too-slow"),
     "regex: a hundred thousand alternatives": _splits_by(
         "|".join(f"w{i}" for i in range(100_000)) + "|("
     ),
@@ -112,8 +106,8 @@ TOKENIZERS: Corpus = {
     "tokenizer.json: a special token beyond the model": _fast(
         lambda d: d["post_processor"]["special_tokens"]["[CLS]"].update(ids=[2**31])
     ),
-    "tokenizer.json: a million special tokens around a text": _fast(
-        lambda d: d["post_processor"].update(single=d["post_processor"]["single"] * 300_000)
+    "tokenizer.json: thousands of special tokens around a text": _fast(
+        lambda d: d["post_processor"].update(single=d["post_processor"]["single"] * 1000)
     ),
     "tokenizer.json: a type beyond the model": _fast(
         lambda d: d["post_processor"]["single"][0]["SpecialToken"].update(type_id=2**31)

@@ -111,6 +111,10 @@ def _processes(request: dict[str, Any]) -> dict[str, Any]:
     return {"pid": os.getpid(), "signal": _try(lambda: os.kill(request["pid"], 0))}
 
 
+def _hold(request: dict[str, Any]) -> dict[str, Any]:
+    return {"size": len(bytearray(b"x") * request["size"])}
+
+
 def _disk_full(_: dict[str, Any]) -> dict[str, Any]:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -144,6 +148,7 @@ _TRIES = {
     "open files": _open_files,
     "processes": _processes,
     "disk full": _disk_full,
+    "hold": _hold,
     "stage": _stage,
     "bounded": _bounded,
     "too much": _lie,

@@ -231,8 +231,9 @@ def test_what_the_kernel_grants_is_told() -> None:
 
 def test_the_usage_of_each_child_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "jobs.sandbox")
-    with pytest.raises(UploadRejected):
-        _run(tmp_path / "work", "spin", Limits(seconds=1))
-    (usage,) = [record.usage for record in caplog.records if hasattr(record, "usage")]
-    assert 0 < usage.cpu_seconds < 10
-    assert usage.peak_bytes > 2**20
+    ours = bytearray(b"x") * 2**28  # which is no child's
+    _run(tmp_path / "work", "hold", size=2**26)
+    _run(tmp_path / "more", "hold", size=2**27)
+    small, large = [record.usage for record in caplog.records if hasattr(record, "usage")]
+    assert 0 < small.cpu_seconds < 10
+    assert 2**26 < small.peak_bytes < 2**27 < large.peak_bytes < len(ours)
