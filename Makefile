@@ -1,4 +1,4 @@
-# Widthwise: make demo | serve | test | check | bench-NAME | docs | secrets | lock | clean
+# Widthwise: make demo | serve | test | check | fuzz | bench-NAME | docs | secrets | lock | clean
 #
 # All that is assumed on a new machine is make and Python 3.11 or 3.12 (with venv and pip).
 # Two environments, because paddlenlp pins packages that the API should not be held to, and
@@ -31,6 +31,7 @@ help:
 	echo "make serve        start the API and a worker here; Ctrl-C stops both"
 	echo "make test         every check and every test, from a new machine"
 	echo "make check        formatting, lint, types, import contracts"
+	echo "make fuzz         a long walk over the OpenAPI document (ARGS='--examples 500 --seed 7')"
 	echo "make bench-NAME   run benchmarks/NAME.py; the last line is JSON (ARGS='...' passes arguments)"
 	echo "make docs         write docs/settings.md again from jobs/settings.py"
 	echo "make secrets      make the passwords and keys that docker-compose.yml needs"
@@ -108,13 +109,20 @@ test: check servers test-api test-worker
 test-api: development
 	echo "== tests of the API, paddle absent"
 	$(API) -m pytest tests/api $(PYTEST_ARGS)
+	echo "== hostile files"
+	$(API) -m pytest tests/hostile --numprocesses 2 $(PYTEST_ARGS)
 
 .PHONY: test-worker
 test-worker: development
 	echo "== tests of compression"
 	$(WORKER) -m pytest tests/compression --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 	echo "== all other tests"
-	$(WORKER) -m pytest tests --ignore=tests/api --ignore=tests/compression $(PYTEST_ARGS)
+	$(WORKER) -m pytest tests --ignore=tests/api --ignore=tests/hostile --ignore=tests/compression $(PYTEST_ARGS)
+
+# A long walk over the OpenAPI document: ARGS="--examples 500 --seed 7". Its last line is JSON.
+.PHONY: fuzz
+fuzz: development
+	exec $(API) -m tests.hostile.fuzzing $(ARGS)
 
 # benchmarks/NAME.py runs in the worker's environment; a hyphen in NAME may stand for an underscore.
 bench-%: benchmarks-exist-% runtime

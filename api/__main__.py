@@ -5,17 +5,22 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 
+import structlog
 import uvicorn
 
 from api.auth import ensure_first_key
 from api.deps import Services
 from api.main import create_app
+from api.protocol import BoundedHeadProtocol
 from jobs.db import Database
 from jobs.logs import configure_logging
 from jobs.migrate import upgrade
+from jobs.sandbox import confinement
 from jobs.settings import Settings, get_settings
 
 STOP_SECONDS = 10  # that requests in progress have, after the first signal
+
+_log = structlog.get_logger(__name__)
 
 
 class Server(uvicorn.Server):
@@ -28,6 +33,7 @@ class Server(uvicorn.Server):
                 self.app,
                 host=settings.host,
                 port=settings.port,
+                http=BoundedHeadProtocol,
                 log_config=None,
                 access_log=False,  # api.middleware writes that line, without keys
                 server_header=False,
@@ -52,9 +58,24 @@ def prepare(settings: Settings) -> None:
         database.close()
 
 
+def tell_confinement() -> None:
+    """Says in the log what uploads are inspected with, and warns of what this kernel refuses."""
+    granted = confinement()
+    missing = []
+    if not granted.namespaces:
+        missing.append("without namespaces: a parser that is broken into could reach the network")
+    if not granted.landlock:
+        missing.append("without Landlock: it could read what the service's user may read")
+    if missing:
+        _log.warning("sandbox.weakened", detail="; ".join(missing))
+    else:
+        _log.info("sandbox.confined", namespaces=True, landlock=granted.landlock)
+
+
 def main() -> None:
     settings = get_settings()
     configure_logging(settings)
+    tell_confinement()
     prepare(settings)
     with suppress(KeyboardInterrupt):  # which Uvicorn raises again after it has stopped
         Server(settings).run()

@@ -27,7 +27,14 @@ from api.authorization import Authorization
 from api.deps import Services
 from api.errors import install_error_handlers
 from api.limits import RateLimit, make_counter
-from api.middleware import BodyLimit, CloseUnread, HeadAsGet, RequestLog
+from api.middleware import (
+    BodyLimit,
+    BodyTimeout,
+    CloseUnread,
+    HeadAsGet,
+    RequestLog,
+    SecurityHeaders,
+)
 from api.spool import Spool
 from jobs.artifacts import open_store
 from jobs.db import Database
@@ -109,6 +116,7 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=MAX_JSON_BYTES, exempt=UPLOADS)
+    app.add_middleware(BodyTimeout, seconds=settings.body_timeout_seconds)
     app.add_middleware(Authorization)
     app.add_middleware(RateLimit)
     app.add_middleware(Authentication, prefix="/v1")
@@ -118,4 +126,5 @@ def create_app(settings: Settings) -> FastAPI:
     if settings.cors_origins:
         # Outside of everything else, so that a page may also read what went wrong.
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)
+    app.add_middleware(SecurityHeaders, hsts_seconds=settings.hsts_seconds)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
@@ -17,6 +18,39 @@ _log = structlog.get_logger("api.request")
 DISCARD_BYTES = 1 << 16  # of a body that nobody wants; cheaper than a new connection
 _LENGTH = re.compile(r"[0-9]{1,18}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+# On every answer. A page that needs more than nothing (api/docs.py) sets a policy of its own.
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",  # for browsers that do not know frame-ancestors
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",  # CORS has its own way in, by setting
+}
+
+
+class SecurityHeaders:
+    """What browsers are told to refuse: other readings of a content type, frames, scripts,
+    addresses passed on; and, by setting, this host without TLS."""
+
+    def __init__(self, app: ASGIApp, *, hsts_seconds: int) -> None:
+        self.app = app
+        self.headers = dict(SECURITY_HEADERS)
+        if hsts_seconds:
+            self.headers["Strict-Transport-Security"] = f"max-age={hsts_seconds}"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def guarded_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in self.headers.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self.app(scope, receive, guarded_send)
 
 
 class RequestLog:
@@ -47,9 +81,7 @@ class RequestLog:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                headers.setdefault("x-content-type-options", "nosniff")
+                MutableHeaders(scope=message)["x-request-id"] = request_id
             elif message["type"] == "http.response.body":
                 sent += len(message.get("body", b""))
             await send(message)
@@ -137,15 +169,50 @@ class BodyLimit:
         if scope["type"] != "http" or scope["path"].rstrip("/") in self.exempt:
             await self.app(scope, receive, send)
             return
+        length = Headers(scope=scope).get("content-length", "")
+        declared = int(length) if _LENGTH.fullmatch(length) else 0
         received = 0
 
         async def limited_receive() -> Message:
             nonlocal received
-            message = await receive()
+            message: Message = {} if declared > self.max_bytes else await receive()
             received += len(message.get("body", b""))
-            if received > self.max_bytes:
+            if max(received, declared) > self.max_bytes:
                 # An HTTPException, the one kind that FastAPI lets through while it reads a body.
                 raise HTTPException(413, f"The body may have at most {self.max_bytes} bytes.")
             return message
 
         await self.app(scope, limited_receive, send)
+
+
+class BodyTimeout:
+    """408 for a body of which nothing comes for a while, JSON or upload: a client that is gone
+    without a word, or one that means to hold connections, spool and threads."""
+
+    def __init__(self, app: ASGIApp, *, seconds: float) -> None:
+        self.app = app
+        self.seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        complete = False  # then only the client's leave is still to be received
+
+        async def timed_receive() -> Message:
+            nonlocal complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout(self.seconds):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(
+                    408,
+                    f"Nothing of the body came for {self.seconds:g} seconds.",
+                    headers={"Connection": "close"},
+                ) from None
+            complete = not message.get("more_body", False)
+            return message
+
+        await self.app(scope, timed_receive, send)

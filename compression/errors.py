@@ -18,15 +18,20 @@ class CompressionError(Exception):
     """Base of every error that a user of the library can mend.
 
     `pointer` is a JSON pointer into the spec (`/supernet/width_mults/2`) or a
-    file's name; None where neither applies.
+    file's name; None where neither applies. `code` is stable, and the class's unless
+    it says more exactly what is wrong.
     """
 
     code = "compression-error"
 
-    def __init__(self, message: str, *, pointer: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, pointer: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.pointer = pointer
+        if code is not None:
+            self.code = code
 
 
 class Interrupted(Exception):
@@ -56,8 +61,9 @@ class InvalidDataset(CompressionError):
         *,
         pointer: str | None = None,
         rows: tuple[RowError, ...] = (),
+        code: str | None = None,
     ) -> None:
-        super().__init__(message, pointer=pointer)
+        super().__init__(message, pointer=pointer, code=code)
         self.rows = rows
 
 

@@ -39,6 +39,9 @@ MAX_COLUMN_CHARACTERS = 200
 MAX_LINE_BYTES = 8 * 2**20
 MAX_LABELS = 1000
 MAX_LABEL_CHARACTERS = 200
+# What a .parquet file may unpack to: as an archive, whose limits are those of jobs/archives.py.
+_MAX_RATIO = 200
+_RATIO_FREE_BYTES = 64 * 2**20
 
 _ALLOWED = "train, dev, test or unlabelled, each as .csv, .tsv, .jsonl or .parquet"
 _OTHER_NAMES = {
@@ -80,9 +83,10 @@ class _BadRow(Exception):
 class _BadFile(Exception):
     """Why reading stops at `line`: what follows it cannot be told apart any more."""
 
-    def __init__(self, line: int, message: str) -> None:
+    def __init__(self, line: int, message: str, code: str) -> None:
         super().__init__(message)
         self.line = line
+        self.code = code
 
 
 class _Errors:
@@ -90,12 +94,15 @@ class _Errors:
 
     def __init__(self) -> None:
         self.rows: list[RowError] = []
+        self.code: str | None = None  # of the first one, where it says more than "invalid-dataset"
 
     @property
     def full(self) -> bool:
         return len(self.rows) >= MAX_ROW_ERRORS
 
-    def add(self, file: str, line: int, message: str) -> None:
+    def add(self, file: str, line: int, message: str, code: str | None = None) -> None:
+        if not self.rows:
+            self.code = code
         self.rows.append(RowError(file, line, message))
 
 
@@ -123,6 +130,7 @@ def read_splits(dataset_dir: Path) -> dict[str, Table]:
             + (f" ({count} broken rows in all)" if len(errors.rows) > 1 else ""),
             pointer=first.file,
             rows=tuple(errors.rows),
+            code=errors.code,
         )
     return splits
 
@@ -187,10 +195,12 @@ def _text_lines(file: BinaryIO) -> Iterator[str]:
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1
         if len(raw) > MAX_LINE_BYTES:
-            raise _BadFile(number, f"the line is longer than {MAX_LINE_BYTES} bytes")
+            raise _BadFile(
+                number, f"the line is longer than {MAX_LINE_BYTES} bytes", "table-line-too-long"
+            )
         if number == 1:
             if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise _BadFile(1, "the file is in UTF-16; save it as UTF-8")
+                raise _BadFile(1, "the file is in UTF-16; save it as UTF-8", "table-encoding")
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         try:
             line = raw.decode("utf-8")
@@ -199,6 +209,7 @@ def _text_lines(file: BinaryIO) -> Iterator[str]:
                 number,
                 f"byte 0x{raw[error.start]:02x} at position {error.start + 1} of the line is not "
                 "UTF-8 (is the file in Latin-1 or Windows-1252?); save it as UTF-8",
+                "table-encoding",
             ) from error
         yield line
 
@@ -216,7 +227,7 @@ def _read_csv(path: Path, errors: _Errors) -> Table | None:
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    raise _BadFile(line, _csv_message(error)) from error
+                    raise _BadFile(line, _csv_message(error), "table-quotes") from error
                 if record:
                     yield line, record
 
@@ -277,7 +288,7 @@ def _read_records(
             rows.append(dict(zip(columns, record, strict=True)))
             lines.append(line)
     except _BadFile as error:
-        errors.add(name, error.line, str(error))
+        errors.add(name, error.line, str(error), error.code)
         return None
     if len(errors.rows) > before:
         return None
@@ -294,6 +305,7 @@ def _ragged(record: Sequence[str], columns: Sequence[str]) -> str:
 
 
 def _header(name: str, line: int, names: Sequence[str]) -> tuple[str, ...]:
+    _check_number(name, names)
     # A column without a name is what a data frame's index becomes in a .csv file.
     columns = tuple(title or f"unnamed_{i}" for i, title in enumerate(names, start=1))
     _check_columns(name, columns)
@@ -306,11 +318,17 @@ def _header(name: str, line: int, names: Sequence[str]) -> tuple[str, ...]:
     return columns
 
 
-def _check_columns(name: str, columns: Sequence[str]) -> None:
+def _check_number(name: str, columns: Sequence[str]) -> None:
     if len(columns) > MAX_COLUMNS:
         raise InvalidDataset(
-            f"{name} has {len(columns)} columns; at most {MAX_COLUMNS} are read", pointer=name
+            f"{name} has {len(columns)} columns; at most {MAX_COLUMNS} are read",
+            pointer=name,
+            code="table-too-wide",
         )
+
+
+def _check_columns(name: str, columns: Sequence[str]) -> None:
+    _check_number(name, columns)
     seen: set[str] = set()
     for column in columns:
         if len(column) > MAX_COLUMN_CHARACTERS:
@@ -325,6 +343,12 @@ def _check_columns(name: str, columns: Sequence[str]) -> None:
             raise InvalidDataset(f"{name}: the column name {LINE_KEY!r} is reserved", pointer=name)
         if "\0" in column:
             raise InvalidDataset(f"{name}: a column's name holds a NUL character", pointer=name)
+        if column.startswith("="):
+            raise InvalidDataset(
+                f"{name}: the column name {column!r} is a spreadsheet's formula; save the values",
+                pointer=name,
+                code="table-formula",
+            )
         seen.add(column)
 
 
@@ -420,7 +444,7 @@ def _read_jsonl(path: Path, errors: _Errors) -> Table | None:
                 rows.append(row)
                 lines.append(line)
         except _BadFile as error:
-            errors.add(name, error.line, str(error))
+            errors.add(name, error.line, str(error), error.code)
             return None
     if len(errors.rows) > before:
         return None
@@ -519,6 +543,7 @@ def _read_parquet(path: Path, errors: _Errors) -> Table | None:
     name = path.name
     rows: list[Row] = []
     before = len(errors.rows)
+    most = max(_RATIO_FREE_BYTES, _MAX_RATIO * path.stat().st_size)
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -535,7 +560,17 @@ def _read_parquet(path: Path, errors: _Errors) -> Table | None:
                         "only text, numbers and lists of them are read",
                         pointer=name,
                     )
-            for batch in file.iter_batches(batch_size=8192, use_threads=False):
+            read = 0
+            for batch in file.iter_batches(batch_size=1024, use_threads=False):
+                # A page of a dictionary's numbers may stand for gigabytes of one long text.
+                read += batch.nbytes
+                if read > most:
+                    raise InvalidDataset(
+                        f"{name} unpacks to more than {most} bytes from {path.stat().st_size}; "
+                        "that is refused as a decompression bomb",
+                        pointer=name,
+                        code="table-bomb",
+                    )
                 values = [_parquet_values(column) for column in batch.columns]
                 for record in zip(*values, strict=True):
                     try:
@@ -545,6 +580,8 @@ def _read_parquet(path: Path, errors: _Errors) -> Table | None:
                         errors.add(name, len(rows), str(error))
                         if errors.full:
                             return None
+    except MemoryError:  # Arrow's own is one of both kinds
+        raise
     # A damaged footer may also name columns in bytes that are no text.
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InvalidDataset(f"{name} cannot be read as Parquet: {error}", pointer=name) from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tokenizers.processors import RobertaProcessing, TemplateProcessing
 
 from compression.errors import InvalidModel
 from compression.teachers import read_config
-from compression.teachers.fields import Fields, read_json_object
+from compression.teachers.fields import MAX_VOCABULARY, Fields, read_json_object
 
 TOKENIZER_FILE = "tokenizer.json"
 VOCABULARY_FILE = "vocab.txt"
@@ -55,6 +56,24 @@ _BYTE_SPECIAL_TOKENS = {  # RoBERTa's
 _MAX_VOCABULARY_BYTES = 64 * 2**20
 
 
+def invalid_tokenizer(message: str, *, pointer: str) -> InvalidModel:
+    return InvalidModel(message, pointer=pointer, code="invalid-tokenizer")
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """What the library gives up over, for example an expression that goes back over a text too
+    often, is no Exception of Python's; here it is InvalidModel."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise invalid_tokenizer(
+            f"the tokenizer fails on a text: {str(error)[:200]}", pointer=TOKENIZER_FILE
+        ) from None
+
+
 def load_tokenizer(model_dir: Path) -> Tokenizer:
     """tokenizer.json, else BPE over vocab.json as RoBERTa's, or WordPiece over vocab.txt as BERT's.
 
@@ -62,14 +81,15 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     InvalidModel where there is none, where it cannot be read, where it adds no
     [CLS] and [SEP], or where its vocabulary is larger than the model's.
     """
+    rows = read_config(model_dir).encoder.vocab_size
     if (model_dir / TOKENIZER_FILE).is_file():
-        tokenizer, file = _fast_tokenizer(model_dir / TOKENIZER_FILE), TOKENIZER_FILE
+        tokenizer, file = _fast_tokenizer(model_dir / TOKENIZER_FILE, rows), TOKENIZER_FILE
     elif (model_dir / BYTE_VOCABULARY_FILE).is_file():
         tokenizer, file = _byte_level(model_dir), BYTE_VOCABULARY_FILE
     elif (model_dir / VOCABULARY_FILE).is_file():
-        tokenizer, file = _wordpiece(model_dir), VOCABULARY_FILE
+        tokenizer, file = _wordpiece(model_dir, rows), VOCABULARY_FILE
     else:
-        raise InvalidModel(
+        raise invalid_tokenizer(
             f"the model folder has neither {TOKENIZER_FILE} nor {VOCABULARY_FILE}, nor "
             f"{BYTE_VOCABULARY_FILE} with {MERGES_FILE}",
             pointer=TOKENIZER_FILE,
@@ -77,15 +97,21 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     if tokenizer.num_special_tokens_to_add(False) == 0:
-        raise InvalidModel(f"{file}: the tokenizer adds no [CLS] and [SEP] to a text", pointer=file)
-    rows = read_config(model_dir).encoder.vocab_size
-    last = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-    if last >= rows:
-        raise InvalidModel(
-            f"{file} has token ids up to {last}, but the model embeds only {rows} tokens",
+        raise invalid_tokenizer(
+            f"{file}: the tokenizer adds no [CLS] and [SEP] to a text", pointer=file
+        )
+    _check_last(
+        max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1), rows=rows, file=file
+    )
+    return tokenizer
+
+
+def _check_last(number: int, *, rows: int, file: str) -> None:
+    if number >= rows:
+        raise invalid_tokenizer(
+            f"{file} has token ids up to {number}, but the model embeds only {rows} tokens",
             pointer=file,
         )
-    return tokenizer
 
 
 def save_tokenizer(model_dir: Path, out_dir: Path) -> list[Path]:
@@ -128,24 +154,31 @@ def encode_rows(
     own.no_padding()
     own.enable_truncation(max_length=max_seq_len, strategy="longest_first")
     rows: list[Any] = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
-    encoded: list[Encoding] = own.encode_batch(rows)
+    with panics_as_errors():
+        encoded: list[Encoding] = own.encode_batch(rows)
     return encoded
 
 
-def _fast_tokenizer(path: Path) -> Tokenizer:
-    read_json_object(path)  # size, encoding and nesting, before the Rust parser sees it
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more exact
-        raise InvalidModel(
-            f"{path.name} cannot be read as a tokenizer: {str(error)[:200]}", pointer=path.name
-        ) from error
+def _fast_tokenizer(path: Path, rows: int) -> Tokenizer:
+    document = read_json_object(path)  # size, encoding and nesting, before the Rust parser sees it
+    model = document.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, (dict, list)):  # many tokens take seconds to build
+        _check_last(len(vocabulary) - 1, rows=rows, file=path.name)
+    with panics_as_errors():
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing more exact
+            raise invalid_tokenizer(
+                f"{path.name} cannot be read as a tokenizer: {str(error)[:200]}", pointer=path.name
+            ) from error
 
 
-def _wordpiece(model_dir: Path) -> Tokenizer:
+def _wordpiece(model_dir: Path, rows: int) -> Tokenizer:
     path = model_dir / VOCABULARY_FILE
     settings = _optional_json(model_dir / SETTINGS_FILE)
     vocabulary = _read_vocabulary(path)
+    _check_last(max(vocabulary.values()), rows=rows, file=path.name)
     special, present = _special_tokens(model_dir, settings, _SPECIAL_TOKENS, vocabulary, path)
     fields = Fields(settings, file=SETTINGS_FILE)
     lowercase = True if settings.get("do_lower_case") is None else fields.flag("do_lower_case")
@@ -181,14 +214,14 @@ def _byte_level(model_dir: Path) -> Tokenizer:
     path, settings = model_dir / BYTE_VOCABULARY_FILE, _optional_json(model_dir / SETTINGS_FILE)
     vocabulary = read_json_object(path)
     if not all(type(number) is int and 0 <= number < 2**31 for number in vocabulary.values()):
-        raise InvalidModel(f"{path.name} does not map tokens to ids", pointer=path.name)
+        raise invalid_tokenizer(f"{path.name} does not map tokens to ids", pointer=path.name)
     special, present = _special_tokens(model_dir, settings, _BYTE_SPECIAL_TOKENS, vocabulary, path)
     prefix_space = Fields(settings, file=SETTINGS_FILE).flag("add_prefix_space")
     merges = _read_merges(model_dir / MERGES_FILE)
     try:
         tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
     except Exception as error:  # the library raises nothing more exact
-        raise InvalidModel(
+        raise invalid_tokenizer(
             f"{MERGES_FILE} does not fit {path.name}: {str(error)[:200]}", pointer=MERGES_FILE
         ) from error
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=prefix_space)
@@ -217,7 +250,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
             continue
         left, space, right = line.partition(" ")
         if not (left and space and right) or " " in right:
-            raise InvalidModel(
+            raise invalid_tokenizer(
                 f"{path.name}, line {number}: not two tokens with a space between them",
                 pointer=path.name,
             )
@@ -232,15 +265,28 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
 
 def _read_lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise InvalidModel(f"the model folder lacks {path.name}", pointer=path.name)
+        raise invalid_tokenizer(f"the model folder lacks {path.name}", pointer=path.name)
     if path.stat().st_size > _MAX_VOCABULARY_BYTES:
-        raise InvalidModel(f"{path.name} is too large for a vocabulary", pointer=path.name)
+        raise _too_large(path, f"more than {_MAX_VOCABULARY_BYTES // 2**20} MiB")
+    raw = path.read_bytes()
+    if raw.count(b"\n") > MAX_VOCABULARY:  # a line takes some sixty bytes, be it empty
+        raise _too_large(path, f"more than {MAX_VOCABULARY} lines")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise InvalidModel(f"{path.name}, line {line}: not UTF-8", pointer=path.name) from error
+        raise invalid_tokenizer(
+            f"{path.name}, line {line}: not UTF-8", pointer=path.name
+        ) from error
     return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+def _too_large(path: Path, why: str) -> InvalidModel:
+    return InvalidModel(
+        f"{path.name} is too large for a vocabulary: {why}",
+        pointer=path.name,
+        code="tokenizer-too-large",
+    )
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
@@ -266,7 +312,7 @@ def _special_tokens(
     absent = [token for token in tokens if token not in vocabulary]
     # Only a mask is never needed to classify.
     if absent and absent != [special["mask_token"]]:
-        raise InvalidModel(f"{file.name} lacks {', '.join(absent)[:200]}", pointer=file.name)
+        raise invalid_tokenizer(f"{file.name} lacks {', '.join(absent)[:200]}", pointer=file.name)
     return special, [token for token in tokens if token not in absent]
 
 
@@ -274,11 +320,11 @@ def _add_tokens(tokenizer: Tokenizer, path: Path, *, vocabulary_file: str) -> No
     """Tokens that a slow tokenizer keeps beside its vocabulary: {"token": id}."""
     added = _optional_json(path)
     if not all(type(n) is int for n in added.values()):
-        raise InvalidModel(f"{path.name} does not map tokens to ids", pointer=path.name)
+        raise invalid_tokenizer(f"{path.name} does not map tokens to ids", pointer=path.name)
     for token, number in sorted(added.items(), key=lambda item: int(item[1])):
         tokenizer.add_tokens([AddedToken(token, normalized=False)])
         if tokenizer.token_to_id(token) != number:
-            raise InvalidModel(
+            raise invalid_tokenizer(
                 f"{path.name} gives {token[:40]!r} the id {number}, which does not follow "
                 f"{vocabulary_file}",
                 pointer=path.name,

@@ -14,7 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Protocol
 
 from jobs.errors import UploadRejected
 
@@ -25,6 +25,8 @@ _UNREAD_SUFFIXES = (".bz2", ".tbz2", ".xz", ".txz", ".zst", ".7z", ".rar", ".gz"
 MAX_RATIO = 200
 # Below this size a high ratio does no harm: a table of one repeated line is no bomb.
 _RATIO_FREE_BYTES = 2**20
+_MAX_ENTRY_BYTES = 1024  # of a zip's directory for a member, on average
+_MAX_HEADER_BYTES = 2**15  # of a tar's extended headers before a member
 _CHUNK = 2**20
 _DRIVE = re.compile(r"[A-Za-z]:")
 # What desktop systems put into archives unasked.
@@ -39,7 +41,7 @@ def is_archive(name: str) -> bool:
     if lower.endswith(_UNREAD_SUFFIXES):
         raise UploadRejected(
             f"{name} is an archive of a kind that is not read; upload a .zip or a .tar.gz",
-            code="unsafe-archive",
+            code="archive-unsupported",
             pointer=name,
         )
     return False
@@ -49,10 +51,12 @@ def unpack(archive: Path, folder: Path, *, max_files: int, max_bytes: int) -> Pa
     """Unpacks into `folder` (which exists and is empty); the folder that holds the content.
 
     That is `folder`, or the one folder in it where the archive wraps everything in one.
-    UploadRejected ("unsafe-archive" or "damaged-archive") where a member's path leaves the
-    folder or is odd, a member is a link, a device, encrypted or there twice, the
-    archive unpacks to more than MAX_RATIO times its size or than `max_bytes`, has more
-    than `max_files` members, or is cut short.
+    UploadRejected where a member's path leaves the folder or is odd ("unsafe-archive"), a
+    member is a link or a device ("archive-link"), encrypted ("archive-encrypted") or there
+    twice ("archive-duplicate"), where it unpacks to more than MAX_RATIO times its size or
+    than `max_bytes` ("archive-bomb"), has more than `max_files` members
+    ("archive-too-many-files"), is compressed by another method than deflate
+    ("archive-unsupported"), or is damaged or cut short ("damaged-archive").
     """
     target = _Target(archive, folder, max_files=max_files, max_bytes=max_bytes)
     try:
@@ -86,6 +90,10 @@ def _content(folder: Path) -> Path:
         folder = entries[0]
 
 
+class _Source(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
 class _Target:
     """The folder that members are written to, and the counters that bound them."""
 
@@ -100,22 +108,26 @@ class _Target:
         self.bytes = 0
         self.names: set[PurePosixPath] = set()
 
-    def refuse(self, message: str) -> UploadRejected:
+    def refuse(self, message: str, code: str = "unsafe-archive") -> UploadRejected:
         return UploadRejected(
-            f"{self.archive.name}: {message}", code="unsafe-archive", pointer=self.archive.name
+            f"{self.archive.name}: {message}", code=code, pointer=self.archive.name
         )
 
     def count(self) -> None:
         self.members += 1
         if self.members > self.max_files:
-            raise self.refuse(f"more than {self.max_files} members")
+            raise self.too_many()
+
+    def too_many(self) -> UploadRejected:
+        return self.refuse(f"more than {self.max_files} members", "archive-too-many-files")
 
     def count_bytes(self, size: int) -> None:
         self.bytes += size
         if self.bytes > self.allowed_bytes:
             raise self.refuse(
                 f"unpacks to more than {self.allowed_bytes} bytes from "
-                f"{self.archive.stat().st_size}; that is refused as a decompression bomb"
+                f"{self.archive.stat().st_size}; that is refused as a decompression bomb",
+                "archive-bomb",
             )
 
     def path(self, name: str) -> PurePosixPath:
@@ -140,9 +152,9 @@ class _Target:
         if not _is_clutter(path):
             self._make(self.folder / path)
 
-    def write(self, path: PurePosixPath, source: IO[bytes]) -> None:
+    def write(self, path: PurePosixPath, source: _Source) -> None:
         if path in self.names:
-            raise self.refuse(f"the member {str(path)[:100]!r} is there twice")
+            raise self.refuse(f"the member {str(path)[:100]!r} is there twice", "archive-duplicate")
         self.names.add(path)
         if _is_clutter(path):
             return
@@ -152,7 +164,9 @@ class _Target:
         try:
             out = place.open("xb")
         except FileExistsError as error:
-            raise self.refuse(f"{str(path)[:100]!r} is a file and a folder") from error
+            raise self.refuse(
+                f"{str(path)[:100]!r} is a file and a folder", "archive-duplicate"
+            ) from error
         with out:
             for chunk in _chunks(source):
                 self.count_bytes(len(chunk))
@@ -162,39 +176,69 @@ class _Target:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise self.refuse(f"{folder.name[:100]!r} is a file and a folder") from error
+            raise self.refuse(
+                f"{folder.name[:100]!r} is a file and a folder", "archive-duplicate"
+            ) from error
 
 
 def _is_clutter(path: PurePosixPath) -> bool:
     return any(part in _CLUTTER or part.startswith("._") for part in path.parts)
 
 
-def _chunks(source: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
+def _chunks(source: _Source) -> Iterator[bytes]:
     while chunk := source.read(_CHUNK):
         yield chunk
 
 
+def open_zip(source: IO[bytes], *, max_files: int) -> zipfile.ZipFile | None:
+    """The archive in `source`; None where it lists more than `max_files` members.
+
+    zipfile makes an object of every entry of the central directory as it opens the file, 600
+    bytes each, so the directory's size is looked at first. It is read by zipfile's own
+    function: another reading of the same bytes might find another directory.
+    """
+    end = zipfile._EndRecData(source)  # type: ignore[attr-defined]
+    if end is None:
+        raise zipfile.BadZipFile("the end of its directory is missing")
+    entries, size = end[zipfile._ECD_ENTRIES_TOTAL], end[zipfile._ECD_SIZE]  # type: ignore[attr-defined]
+    if entries > max_files or size > max_files * _MAX_ENTRY_BYTES:
+        return None
+    source.seek(0)
+    return zipfile.ZipFile(source)
+
+
 def _unpack_zip(archive: Path, target: _Target) -> None:
-    with zipfile.ZipFile(archive) as file:
-        for info in file.infolist():
-            target.count()
-            # zipfile cuts names at a NUL; what stands behind it was meant to deceive.
-            path = target.path(info.orig_filename)
-            kind = stat.S_IFMT(info.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise target.refuse(f"the member {str(path)[:100]!r} is a link or a device")
-            if info.flag_bits & 0x1:
-                raise target.refuse(f"the member {str(path)[:100]!r} is encrypted")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise target.refuse(
-                    f"the member {str(path)[:100]!r} is compressed by a method that is not read; "
-                    "use deflate"
-                )
-            if info.is_dir():
-                target.make_folder(path)
-            else:
-                with file.open(info) as source:
-                    target.write(path, source)
+    with archive.open("rb") as raw:
+        opened = open_zip(raw, max_files=target.max_files)
+        if opened is None:
+            raise target.too_many()
+        with opened as file:
+            _unpack_members(file, target)
+
+
+def _unpack_members(file: zipfile.ZipFile, target: _Target) -> None:
+    for info in file.infolist():
+        target.count()
+        # zipfile cuts names at a NUL; what stands behind it was meant to deceive.
+        path = target.path(info.orig_filename)
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise target.refuse(
+                f"the member {str(path)[:100]!r} is a link or a device", "archive-link"
+            )
+        if info.flag_bits & 0x1:
+            raise target.refuse(f"the member {str(path)[:100]!r} is encrypted", "archive-encrypted")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise target.refuse(
+                f"the member {str(path)[:100]!r} is compressed by a method that is not read; "
+                "use deflate",
+                "archive-unsupported",
+            )
+        if info.is_dir():
+            target.make_folder(path)
+        else:
+            with file.open(info) as source:
+                target.write(path, source)
 
 
 def _unpack_tar(archive: Path, target: _Target) -> None:
@@ -217,23 +261,67 @@ def _unpack_tar(archive: Path, target: _Target) -> None:
         plain.unlink(missing_ok=True)
 
 
+class _Headers:
+    """A tar's headers, for tarfile. It reads an extended header whole, whatever size that claims,
+    and searches it with expressions whose time grows with its square."""
+
+    def __init__(self, file: IO[bytes], target: _Target) -> None:
+        self._file = file
+        self._target = target
+        self.left = _MAX_HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        if size < 0:  # a header may claim even that
+            raise tarfile.ReadError("a size below zero")
+        self.left -= size
+        if self.left < 0:
+            raise self._target.refuse(
+                f"more than {_MAX_HEADER_BYTES} bytes of headers before a member", "archive-bomb"
+            )
+        return self._file.read(size)
+
+    def seek(self, position: int) -> int:
+        return self._file.seek(position)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+class _Part:
+    """`size` bytes of a file from where it stands."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        self._file = file
+        self._left = size
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(min(size, self._left))
+        if not data and self._left:
+            raise tarfile.ReadError("unexpected end of data")
+        self._left -= len(data)
+        return data
+
+
 def _unpack_plain_tar(path: Path, target: _Target) -> None:
-    with tarfile.open(path, "r:") as file:
-        for info in file:
-            target.count()
-            member = target.path(info.name)
-            if info.isdir():
-                target.make_folder(member)
-            elif info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not info.issparse():
-                if info.size > path.stat().st_size:
-                    raise tarfile.ReadError("a member is longer than the archive")
-                source = file.extractfile(info)
-                assert source is not None  # a plain file has content
-                target.write(member, source)
-            else:
-                raise target.refuse(f"the member {str(member)[:100]!r} is a link or a device")
-        end = file.offset
-    with path.open("rb") as raw:
+    with path.open("rb") as raw, path.open("rb") as content:
+        headers = _Headers(raw, target)
+        with tarfile.open(fileobj=headers, mode="r:") as file:  # type: ignore[call-overload]
+            for info in file:
+                headers.left = _MAX_HEADER_BYTES
+                target.count()
+                if info.size < 0:
+                    raise tarfile.ReadError("a size below zero")
+                member = target.path(info.name)
+                if info.isdir():
+                    target.make_folder(member)
+                elif info.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not info.issparse():
+                    content.seek(info.offset_data)
+                    target.write(member, _Part(content, info.size))
+                else:
+                    raise target.refuse(
+                        f"the member {str(member)[:100]!r} is a link or a device", "archive-link"
+                    )
+            end = file.offset
         raw.seek(end)
         if len(raw.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError("the end of the archive is missing")

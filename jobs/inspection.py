@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -28,19 +28,23 @@ from compression.teachers import (
     CONFIG_FILES,
     PICKLE_FILES,
     WEIGHTS_FILE,
-    EncoderConfig,
     check_checkpoint,
 )
 from compression.teachers.fields import read_json_object
-from compression.tokenization import TOKENIZER_FILES, encode, load_tokenizer
+from compression.tokenization import TOKENIZER_FILES
 from jobs import archives, pickles
 from jobs.errors import UploadRejected, as_json
-from jobs.sandbox import Limits, run_sandboxed
-from jobs.settings import Settings, get_settings
+from jobs.sandbox import Limits, bound_memory, run_sandboxed
+from jobs.tokenizer_trial import try_tokenizer
+
+if TYPE_CHECKING:  # the sandbox's child, which imports this module, starts faster without it
+    from jobs.settings import Settings
 
 _MAX_PARAMETERS_NAMED = 10
-# Words, and a character that hardly any vocabulary has: the unknown token is tried too.
-_TRIAL_TEXT = "a first text, in words \ua66e"
+# Address space that an inspection may take: an interpreter with its libraries, and for each byte
+# of what the upload holds. A row of a table with short cells takes a hundred times its text.
+_MEMORY_BASE = 2**30
+_MEMORY_A_BYTE = 100
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,7 @@ def _inspect(kind: str, files: Sequence[Path], out_dir: Path, settings: Settings
         memory_bytes=settings.sandbox_memory_bytes,
         output_bytes=settings.sandbox_output_bytes,
         max_files=settings.sandbox_max_files,
+        tokenizer_seconds=settings.sandbox_tokenizer_seconds,
     )
     request = {
         "kind": kind,
@@ -150,8 +155,10 @@ def sandboxed(request: dict[str, Any]) -> dict[str, Any]:
     files = [Path(path) for path in request["files"]]
     out_dir = Path(request["out_dir"])
     folder = _gathered(files, Path.cwd() / "upload", limits)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    bound_memory(_MEMORY_BASE + _MEMORY_A_BYTE * size)
     inspect = {"model": _inspect_model, "dataset": _inspect_dataset}[request["kind"]]
-    answer = inspect(folder, out_dir)
+    answer = inspect(folder, out_dir, limits)
     return {**answer, "files": sorted(path.name for path in out_dir.iterdir())}
 
 
@@ -181,7 +188,7 @@ def _gathered(files: Sequence[Path], folder: Path, limits: Limits) -> Path:
     return folder
 
 
-def _inspect_model(folder: Path, out_dir: Path) -> dict[str, Any]:
+def _inspect_model(folder: Path, out_dir: Path, limits: Limits) -> dict[str, Any]:
     warnings: list[str] = []
     config = next((name for name in CONFIG_FILES if (folder / name).is_file()), None)
     if config is not None:
@@ -207,7 +214,7 @@ def _inspect_model(folder: Path, out_dir: Path) -> dict[str, Any]:
                 read_json_object(folder / name)
             shutil.copyfile(folder / name, out_dir / name)
     checkpoint = check_checkpoint(out_dir)
-    _try_tokenizer(out_dir, checkpoint.config)
+    try_tokenizer(out_dir, checkpoint.config, seconds=limits.tokenizer_seconds)
     if checkpoint.ignored:
         warnings.append(
             "Left out, because no encoder needs them: "
@@ -218,38 +225,7 @@ def _inspect_model(folder: Path, out_dir: Path) -> dict[str, Any]:
     return {"info": info.model_dump(mode="json"), "warnings": warnings}
 
 
-def _try_tokenizer(folder: Path, config: EncoderConfig) -> None:
-    """A tokenizer that cannot tokenize is found here and not by a job's child.
-
-    What a tokenizer.json puts around a text comes with ids of its own, beside the vocabulary:
-    an id without an embedding reads past the table's end on some devices.
-    """
-    tokenizer = load_tokenizer(folder)
-    try:
-        alone = encode(tokenizer, [_TRIAL_TEXT], None, 64)[0]
-        pair = encode(tokenizer, [_TRIAL_TEXT], ["a second"], 64)[0]
-    except Exception as error:  # the library raises nothing more exact
-        raise UploadRejected(
-            f"The tokenizer fails on a plain text: {str(error)[:200]}", code="invalid-model"
-        ) from error
-    if not alone[0]:
-        raise UploadRejected("The tokenizer makes no tokens of a text.", code="invalid-model")
-    for ids, types in (alone, pair):
-        if max(ids) >= config.vocab_size:
-            raise UploadRejected(
-                f"The tokenizer gives the token id {max(ids)}, but the model embeds only "
-                f"{config.vocab_size} tokens.",
-                code="invalid-model",
-            )
-        if config.reads_token_types and max(types) >= config.type_vocab_size:
-            raise UploadRejected(
-                f"The tokenizer gives the token type {max(types)}, but the model has only "
-                f"{config.type_vocab_size}.",
-                code="invalid-model",
-            )
-
-
-def _inspect_dataset(folder: Path, out_dir: Path) -> dict[str, Any]:
+def _inspect_dataset(folder: Path, out_dir: Path, limits: Limits) -> dict[str, Any]:
     splits = read_splits(folder)
     found = with_defects(profile(splits), splits)
     write_clean(splits, out_dir)
@@ -261,6 +237,8 @@ def _inspect_dataset(folder: Path, out_dir: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m jobs.inspection model|dataset SRC OUT`; SRC is an archive, a file or a folder."""
+    from jobs.settings import get_settings
+
     parser = argparse.ArgumentParser(prog="python -m jobs.inspection", description=__doc__)
     parser.add_argument("kind", choices=("model", "dataset"))
     parser.add_argument("src", type=Path)

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import pickletools
+import struct
 import warnings
 import zipfile
 import zlib
@@ -25,9 +27,11 @@ from typing import IO, Any
 
 import numpy as np
 
+from jobs.archives import open_zip
 from jobs.errors import UploadRejected
 
-_MAX_OPCODES = 5_000_000
+_MAX_OPCODES = 1_000_000  # a tensor takes about forty
+_MAX_ENTRIES = 20_000  # of torch's zip: a file each storage
 _MAX_DEPTH = 100_000
 _MAX_DIMENSIONS = 8
 _MAX_NAME = 500
@@ -66,22 +70,29 @@ class Stored:
 def convert(source: Path, out: Path) -> None:
     """Writes the pickled weights of `source` (torch or paddle) as safetensors, names unchanged.
 
-    UploadRejected, "unsafe-pickle" for anything but plain arrays, "invalid-model" for
-    a file that is damaged or too old.
+    UploadRejected: "unsafe-pickle" for anything but plain arrays, "pickle-bomb" for what
+    would grow far beyond its size, "damaged-weights", or "weights-unsupported" for torch's
+    format from before its version 1.6.
     """
     size = source.stat().st_size
     try:
         with warnings.catch_warnings(), source.open("rb") as file:
             warnings.simplefilter("ignore")  # pickletools decodes odd escapes, and warns of them
             if file.read(4) == b"PK\x03\x04":
-                with zipfile.ZipFile(file) as archive:
-                    _write(_torch_weights(archive, source.name), out, size=size, name=source.name)
+                archive = open_zip(file, max_files=_MAX_ENTRIES)
+                if archive is None:
+                    raise _bomb(source.name, f"it lists more than {_MAX_ENTRIES} files")
+                with archive:
+                    weights = _torch_weights(archive, file, source.name)
+                    _write(weights, out, size=size, name=source.name)
                 return
             file.seek(0)
             weights = _weights(_Machine(_Clamped(file, size), source.name).run(), source.name)
         _write(weights, out, size=size, name=source.name)
     except UploadRejected:
         raise
+    except _NotPlain as error:
+        raise _unsafe(source.name, f"it holds {error}") from error
     except (
         ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, EOFError,
         RecursionError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error,
@@ -89,21 +100,29 @@ def convert(source: Path, out: Path) -> None:
         raise _damaged(source.name, str(error)) from error
 
 
+class _NotPlain(ValueError):
+    """An array of what is not plain numbers."""
+
+
 def _damaged(name: str, why: str) -> UploadRejected:
     return UploadRejected(
         f"{name} is damaged, cut short or not a file of weights: {why[:200]}",
-        code="invalid-model",
+        code="damaged-weights",
         pointer=name,
     )
 
 
-def _unsafe(name: str, what: str) -> UploadRejected:
+def _unsafe(name: str, what: str, code: str = "unsafe-pickle") -> UploadRejected:
     return UploadRejected(
         f"{name} is refused: {what}. A file of weights holds plain arrays by name; "
         "save it as safetensors",
-        code="unsafe-pickle",
+        code=code,
         pointer=name,
     )
+
+
+def _bomb(name: str, what: str) -> UploadRejected:
+    return _unsafe(name, what, "pickle-bomb")
 
 
 # --- writing safetensors --------------------------------------------------------------------
@@ -122,7 +141,7 @@ def _write(weights: Mapping[str, Stored], out: Path, *, size: int, name: str) ->
         offset += tensor.size_bytes
     # An output embedding tied to the vocabulary at most doubles a file.
     if offset > 2 * size:
-        raise _unsafe(name, f"its {size} bytes describe arrays of {offset} bytes")
+        raise _bomb(name, f"its {size} bytes describe arrays of {offset} bytes")
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     with out.open("xb") as file:
@@ -235,9 +254,11 @@ class _Machine:
         """The object that the pickle describes."""
         for count, (opcode, argument, _) in enumerate(pickletools.genops(self.file)):
             if count > _MAX_OPCODES or len(self.stack) > _MAX_DEPTH:
-                raise _unsafe(self.name, "it is larger than any file of weights")
+                raise _bomb(self.name, "it describes more than any file of weights holds")
             if opcode.name == "STOP":
                 (result,) = self.stack
+                if self.file.read(1) and result != _TORCH_MAGIC:
+                    raise ValueError("more follows where the pickle ends")
                 return result
             self._step(opcode.name, argument)
         raise EOFError("no end")
@@ -389,7 +410,7 @@ def _reconstruct(subtype: Any, shape: Any, _typecode: Any) -> _Array:
 
 def _dtype(code: Any, _align: Any = False, _copy: Any = True) -> _DType:
     if not isinstance(code, str) or code not in _NUMPY_TYPES:
-        raise ValueError(f"an array of the type {str(code)[:20]!r}, not of plain numbers")
+        raise _NotPlain(f"an array of the type {str(code)[:20]!r}, not of plain numbers")
     return _DType(code)
 
 
@@ -490,7 +511,7 @@ def _from_bytes(dtype: Any, shape: Any, data: Any, *, fortran: Any) -> Stored:
     if isinstance(data, str):  # as Python 2 wrote bytes
         data = data.encode("latin-1")
     if not isinstance(data, (bytes, bytearray)):
-        raise ValueError("an array of objects, not of plain numbers")
+        raise _NotPlain("an array of objects, not of plain numbers")
     name, stored = _NUMPY_TYPES[dtype.code], np.dtype(dtype.order + dtype.code)
     checked = _shape(shape)
     if math.prod(checked) * stored.itemsize != len(data):
@@ -516,7 +537,7 @@ def _weights(found: Any, file: str) -> dict[str, Stored]:
             raise UploadRejected(
                 f"{file} is in torch's format from before version 1.6; save it again as "
                 "safetensors, or with a newer torch",
-                code="invalid-model",
+                code="weights-unsupported",
                 pointer=file,
             )
         raise _damaged(file, "it does not hold arrays by name")
@@ -543,7 +564,7 @@ def _parameter_name(name: str) -> str:
     return name
 
 
-def _torch_weights(archive: zipfile.ZipFile, file: str) -> dict[str, Stored]:
+def _torch_weights(archive: zipfile.ZipFile, raw: IO[bytes], file: str) -> dict[str, Stored]:
     """torch.save's zip: PREFIX/data.pkl describes the tensors, PREFIX/data/KEY holds the bytes."""
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
@@ -579,29 +600,53 @@ def _torch_weights(archive: zipfile.ZipFile, file: str) -> dict[str, Stored]:
     if type(found) is not dict:
         raise _damaged(file, "it does not hold tensors by name")
     weights = {}
+    starts: dict[str, int] = {}
     for name, view in found.items():
         if not isinstance(view, _View):
             raise _damaged(file, f"{name[:100]!r} is {type(view).__name__}, not a tensor")
+        if view.storage.key not in starts:
+            starts[view.storage.key] = _checked_start(archive, raw, members[view.storage.key])
         weights[_parameter_name(name)] = Stored(
-            view.storage.dtype, view.shape, _view_loader(archive, members, view)
+            view.storage.dtype, view.shape, _view_loader(raw, starts[view.storage.key], view)
         )
     return weights
 
 
-def _view_loader(
-    archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], view: _View
-) -> Callable[[], bytes]:
+def _checked_start(archive: zipfile.ZipFile, raw: IO[bytes], info: zipfile.ZipInfo) -> int:
+    """Where a stored file's bytes begin in the archive, after they were held against their CRC."""
+    with archive.open(info) as stream:
+        while stream.read(2**20):
+            pass
+    raw.seek(info.header_offset + 26)
+    name, extra = struct.unpack("<HH", raw.read(4))
+    return int(info.header_offset + 30 + name + extra)
+
+
+def _view_loader(raw: IO[bytes], start: int, view: _View) -> Callable[[], bytes]:
+    """Maps the part of the file that holds the view, so that many views of one large storage
+    cost what they show, not the storage each."""
+
     def load() -> bytes:
+        if 0 in view.shape:
+            return b""
         item = _ITEM_BYTES[view.storage.dtype]
-        data = archive.read(members[view.storage.key])
-        flat = np.frombuffer(data, dtype=f"<u{item}")
         # The whole view lies within the storage: checked when the tensor was described.
-        array = np.lib.stride_tricks.as_strided(
-            flat[view.offset :],
-            shape=view.shape,
-            strides=[step * item for step in view.strides],
-            writeable=False,
-        )
-        return array.tobytes()
+        steps = zip(view.shape, view.strides, strict=True)
+        span = (1 + sum((n - 1) * step for n, step in steps)) * item
+        first = start + view.offset * item
+        aligned = first - first % mmap.ALLOCATIONGRANULARITY
+        with mmap.mmap(
+            raw.fileno(), first - aligned + span, offset=aligned, access=mmap.ACCESS_READ
+        ) as mapped:
+            flat = np.frombuffer(mapped, f"V{item}", span // item, offset=first - aligned)
+            array = np.lib.stride_tricks.as_strided(
+                flat,
+                shape=view.shape,
+                strides=[step * item for step in view.strides],
+                writeable=False,
+            )
+            data = array.tobytes()
+            del flat, array  # the map cannot be closed while they look at it
+        return data
 
     return load

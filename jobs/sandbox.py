@@ -2,10 +2,11 @@
 
 The child is this interpreter in isolated mode. Before it reads a byte of the
 upload it gives up what it will not need: memory, processor time, file sizes and
-open files are bounded (setrlimit), it gets a network namespace without a network
-and a Landlock domain in which only named folders can be read or written and
-nothing can be executed. Namespaces and Landlock are refused by some kernels and
-containers; the child then goes on with the rest, which holds everywhere.
+open files are bounded (setrlimit), it gets a network namespace without a network,
+a process namespace that ends with it, and a Landlock domain in which only named
+folders can be read or written and nothing can be executed. Namespaces and Landlock
+are refused by some kernels and containers; the child then goes on with the rest,
+which holds everywhere, and `confinement` tells what is missing.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from compression.errors import CompressionError, RowError
-from jobs.errors import UploadRejected, as_json
+from jobs.errors import StoreFull, UploadRejected, as_json
 
 _LOG = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +43,9 @@ _CODE = re.compile(r"[a-z][a-z0-9-]{0,63}")
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); "
     "from jobs.sandbox import child_main; child_main(sys.argv[2])"
+)
+_PROBE = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from jobs.sandbox import probe_main; probe_main()"
 )
 
 
@@ -53,6 +57,34 @@ class Limits:
     memory_bytes: int = 4 * 2**30
     output_bytes: int = 8 * 2**30
     max_files: int = 1000
+    tokenizer_seconds: float = 30
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a child and all that it started took, as the kernel counted it.
+
+    `peak_bytes` is resident memory, of the largest process. Of a child that was killed because it
+    took too long, both say less.
+    """
+
+    cpu_seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Confinement:
+    """What this kernel grants beyond the limits that hold everywhere. `landlock`: its version."""
+
+    namespaces: bool
+    landlock: int
+
+
+def confinement() -> Confinement:
+    """Asks the kernel, in a process of its own that tries it; takes a tenth of a second."""
+    probe = [sys.executable, "-I", "-c", _PROBE, str(_ROOT)]
+    answer = subprocess.run(probe, capture_output=True, check=True, env={}, timeout=60).stdout
+    return Confinement(**json.loads(answer))
 
 
 def run_sandboxed(
@@ -69,7 +101,9 @@ def run_sandboxed(
     The child works in `work_dir`; besides it, it may read below `readable` and read
     and write below `writable`. UploadRejected is what the child raised as such (or
     as a CompressionError), or says that the upload could not be inspected: the child
-    crashed, or ran into a limit. The child and all it started are gone afterwards.
+    crashed, or ran into a limit, of its own or of one of its stages. StoreFull: the disk
+    has no room for what it writes. The child is gone afterwards, and with it all that it
+    started (where the kernel grants no namespaces: all that stayed in its session).
     """
     message = {
         "request": dict(request),
@@ -85,16 +119,24 @@ def run_sandboxed(
     ):
         stdin.write(json.dumps(message).encode())
         stdin.seek(0)
-        status = _run_child(module, work_dir, limits, stdin=stdin, stdout=stdout, stderr=stderr)
-        answer = _read_answer(stdout) if status == 0 else None
-        if answer is None:
+        status, cpu_seconds = _run_child(
+            module, work_dir, limits, stdin=stdin, stdout=stdout, stderr=stderr
+        )
+        stage, answer, peak_bytes = _read_answer(stdout)
+        usage = Usage(cpu_seconds, peak_bytes)
+        _LOG.info(
+            "the inspection child took %.1f s of processor time and at most %d MB",
+            usage.cpu_seconds,
+            usage.peak_bytes // 10**6,
+            extra={"usage": usage},
+        )
+        if status != 0 or answer is None:
             _LOG.warning(
                 "the inspection child ended with status %s: %s", status, _tail(stderr, 2000)
             )
-            raise UploadRejected(
-                f"The upload could not be inspected: {_why(status, limits)}.",
-                code="inspection-failed",
-            )
+            if status == _DISK_FULL:
+                raise StoreFull("The disk that uploads are inspected on is full.")
+            raise _failure(status, limits, stage)
     if "rejected" in answer:
         raise _rejection(answer["rejected"])
     result = answer.get("result")
@@ -111,8 +153,9 @@ def _run_child(
     stdin: IO[bytes],
     stdout: IO[bytes],
     stderr: IO[bytes],
-) -> int | None:
-    """The child's exit status (negative: a signal); None where it took too long."""
+) -> tuple[int | None, float]:
+    """The child's exit status (negative: a signal; None where it took too long), and the seconds
+    of processor time that it and all that it waited for took."""
     process = subprocess.Popen(
         # -I: no PYTHON* variables, no user site, no current folder on the import path.
         [sys.executable, "-I", "-X", "utf8", "-c", _START, str(_ROOT), module],
@@ -129,8 +172,12 @@ def _run_child(
         # Not reaped yet, so the number is still its own: whatever it forked goes with it.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        status = process.wait()
-    return status if in_time else None
+        _, ended, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(ended)
+    status: int | None = process.returncode
+    if status is not None and status > _BY_SIGNAL:  # told by the processes around the child
+        status = _BY_SIGNAL - status
+    return status if in_time else None, used.ru_utime + used.ru_stime
 
 
 def _wait(pid: int, deadline: float) -> bool:
@@ -163,26 +210,66 @@ def _environment(work_dir: Path) -> dict[str, str]:
     return environment
 
 
-def _why(status: int | None, limits: Limits) -> str:
+def _failure(status: int | None, limits: Limits, stage: Mapping[str, Any] | None) -> UploadRejected:
+    """Why there is no answer; of the stage that the child was in, where it was in one."""
+    code, why = "inspection-failed", "its reader ended unexpectedly"
     if status is None or status == -signal.SIGXCPU:
-        return f"it takes longer than {limits.seconds:g} seconds to read"
-    if status == _OUT_OF_MEMORY:
-        return f"it takes more than {limits.memory_bytes / 2**30:.3g} GiB of memory to read"
-    if status == _OUT_OF_SPACE:
-        return f"it unpacks to more than {limits.output_bytes / 2**30:.3g} GiB, or the disk is full"
-    return "its reader ended unexpectedly"
+        code, why = (
+            "inspection-too-slow",
+            f"it takes longer than {limits.seconds:g} seconds to read",
+        )
+    elif status == _OUT_OF_SPACE:
+        gigabytes = limits.output_bytes / 2**30
+        code, why = "inspection-too-large", f"it unpacks to more than {gigabytes:.3g} GiB"
+    elif stage is not None and status == -signal.SIGPROF:
+        code = f"{stage['name']}-too-slow"
+        why = (
+            f"its {stage['name']} takes longer than {stage['seconds']:g} seconds of processor time"
+        )
+    elif stage is not None:
+        code = f"{stage['name']}-too-large"
+        why = f"its {stage['name']} breaks its reader, or takes more memory than such a file may"
+    elif status == _OUT_OF_MEMORY:
+        code = "inspection-too-large"
+        why = (
+            f"it takes more than {limits.memory_bytes / 2**30:.3g} GiB of memory to read, or far "
+            "more than its size explains"
+        )
+    return UploadRejected(f"The upload could not be inspected: {why}.", code=code)
 
 
-def _read_answer(stdout: IO[bytes]) -> dict[str, Any] | None:
+def _read_answer(
+    stdout: IO[bytes],
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None, int]:
+    """The last stage that the child entered and did not leave, its answer (both may be None), and
+    the most memory that it held."""
     stdout.seek(0)
     raw = stdout.read(_MAX_ANSWER_BYTES + 1)
-    if len(raw) > _MAX_ANSWER_BYTES:
-        return None
-    try:
-        answer = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return answer if isinstance(answer, dict) else None
+    stage = answer = None
+    peak_bytes = 0
+    for line in raw.splitlines() if len(raw) <= _MAX_ANSWER_BYTES else ():
+        try:
+            told = json.loads(line)
+        except (ValueError, RecursionError):
+            told = None
+        if not isinstance(told, dict):
+            return stage, None, peak_bytes
+        if "stage" in told:
+            stage = told["stage"] if _is_stage(told["stage"]) else None
+        elif "peak_bytes" in told:
+            peak_bytes = told["peak_bytes"] if type(told["peak_bytes"]) is int else 0
+        else:
+            answer = told
+    return stage, answer, peak_bytes
+
+
+def _is_stage(told: Any) -> bool:
+    return (
+        isinstance(told, dict)
+        and isinstance(told.get("name"), str)
+        and _CODE.fullmatch(told["name"]) is not None
+        and isinstance(told.get("seconds"), (int, float))
+    )
 
 
 def _tail(file: IO[bytes], size: int) -> str:
@@ -213,15 +300,20 @@ def _rejection(data: Any) -> UploadRejected:
 
 _OUT_OF_MEMORY = 70
 _OUT_OF_SPACE = 71
+_DISK_FULL = 72
+_BY_SIGNAL = 128  # and the signal's number: how the processes around a child tell what ended it
+
+_answers: IO[str] | None = None  # where this process tells stages and answer; None outside a child
 
 
 def child_main(module: str) -> None:
     """Confines this process, answers the one request on stdin, and exits."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    global _answers
+    _answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is no answer
     message = json.load(sys.stdin)
     limits = Limits(**message["limits"])
-    _leave_network()
+    _enter_namespaces()
     _die_with_parent()  # after the namespaces: entering one may clear the signal
     _bound_resources(limits)
     _close_files(readable=message["readable"], writable=message["writable"])
@@ -230,12 +322,53 @@ def child_main(module: str) -> None:
     except MemoryError:
         os._exit(_OUT_OF_MEMORY)
     except OSError as error:
-        if error.errno in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
+        if error.errno == errno.EFBIG:
             os._exit(_OUT_OF_SPACE)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            os._exit(_DISK_FULL)
         raise
-    json.dump(answer, answers)
-    answers.flush()
+    _tell(answer)
     os._exit(0)  # without finalizers: nothing left in memory gets a last word
+
+
+def probe_main() -> None:
+    """Tells what this kernel grants, by trying it."""
+    granted = {"namespaces": _leave_network(), "landlock": max(0, _landlock_version())}
+    sys.stdout.write(json.dumps(granted))
+
+
+def _tell(what: dict[str, Any]) -> None:
+    assert _answers is not None
+    _answers.write(json.dumps(what) + "\n")
+    _answers.flush()
+
+
+@contextlib.contextmanager
+def stage(name: str, *, seconds: float) -> Iterator[None]:
+    """Bounds a part of the child's work that is another library's, whose loops no exception ends.
+
+    `seconds` of processor time, after which the kernel ends the process; the refusal then
+    names the stage. Outside of a child it bounds nothing.
+    """
+    if _answers is None:
+        yield
+        return
+    _tell({"stage": {"name": name, "seconds": seconds}})
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    _tell({"stage": None})
+
+
+def bound_memory(most: int) -> None:
+    """Lowers what this child may hold, in bytes of address space. Outside of a child: nothing."""
+    if _answers is not None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+        lower = most if soft == resource.RLIM_INFINITY else min(soft, most)
+        resource.setrlimit(resource.RLIMIT_AS, (lower, hard))
 
 
 def _answer(module: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -252,6 +385,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 _CLONE_NEWNET = 0x40000000
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWIPC = 0x08000000
+_CLONE_NEWPID = 0x20000000
 
 
 def _die_with_parent() -> None:
@@ -264,7 +398,28 @@ def _leave_network() -> bool:
     """A network namespace of its own, which holds no network. Must come before any thread."""
     if sys.platform != "linux":
         return False
-    return bool(_LIBC.unshare(_CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWIPC) == 0)
+    kinds = _CLONE_NEWUSER | _CLONE_NEWNET | _CLONE_NEWIPC | _CLONE_NEWPID
+    return bool(_LIBC.unshare(kinds) == 0)
+
+
+def _enter_namespaces() -> None:
+    """Returns in a process that sees no network and no process but its own, where that is granted.
+
+    This process waits outside. A first one inside does nothing but wait for the second, in
+    which this function returns: when the first ends, the kernel ends all others of its
+    namespace, and it must not be the one that works, because the kernel ignores most
+    signals that would end a first process. It also tells the most memory that the second one
+    held: what waits outside inherited the mark of the program that started it.
+    """
+    _leave_network()
+    for inside in (False, True):
+        _die_with_parent()
+        if pid := os.fork():
+            _, status, used = os.wait4(pid, 0)
+            if inside:
+                _tell({"peak_bytes": used.ru_maxrss * 1024})
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else _BY_SIGNAL - code)
 
 
 def _bound_resources(limits: Limits) -> None:
@@ -295,6 +450,13 @@ _SYSTEM_READABLE = (
 )  # fmt: skip
 
 
+def _landlock_version() -> int:
+    if sys.platform != "linux":
+        return 0
+    size, version_asked = ctypes.c_size_t(0), ctypes.c_uint32(1)
+    return int(_LIBC.syscall(_LANDLOCK_CREATE, None, size, version_asked))
+
+
 def _close_files(*, readable: Iterable[str], writable: Iterable[str]) -> bool:
     """Leaves only the interpreter, this code and the given paths to be opened; nothing to execute.
 
@@ -302,7 +464,7 @@ def _close_files(*, readable: Iterable[str], writable: Iterable[str]) -> bool:
     """
     if sys.platform != "linux":
         return False
-    version = _LIBC.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    version = _landlock_version()
     if version < 1:
         return False
     handled = (1 << _RIGHTS_BY_VERSION.get(version, 16)) - 1

@@ -150,6 +150,15 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address that the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Its port.")
     max_upload_bytes: int = Field(4 * GIB, ge=1, description="Largest upload.")
+    body_timeout_seconds: float = Field(
+        60, gt=0, description="A request whose body stands still this long is dropped."
+    )
+    hsts_seconds: int = Field(
+        0,
+        ge=0,
+        le=10**9,
+        description="How long browsers shall ask for this host by HTTPS alone; 0: not said.",
+    )
     rate_limit_per_minute: int = Field(
         3000, ge=0, le=10**9, description="Requests that each API key has; 0: no limit."
     )
@@ -199,6 +208,9 @@ class Settings(BaseSettings):
     )
 
     sandbox_seconds: float = Field(300, gt=0, description="Longest inspection of an upload.")
+    sandbox_tokenizer_seconds: float = Field(
+        30, gt=0, description="Processor time that an inspection has for a model's tokenizer."
+    )
     sandbox_memory_bytes: int = Field(
         4 * GIB, ge=1, description="Memory that an inspection may take."
     )

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The servers that the tests start for themselves: redis-server and PostgreSQL. Taken from the
+# The servers that the tests start for themselves: redis-server, nginx and PostgreSQL. Taken from the
 # PATH (Debian keeps PostgreSQL's programs in /usr/lib/postgresql/*/bin, where the tests look
 # too), else installed with apt-get where that is allowed, else named with the command to run.
 set -euo pipefail
 
 packages=()
 command -v redis-server > /dev/null || packages+=(redis-server)
+command -v nginx > /dev/null || [ -x /usr/sbin/nginx ] || packages+=(nginx-light)
 if ! command -v initdb > /dev/null && ! compgen -G '/usr/lib/postgresql/*/bin/initdb' > /dev/null; then
     packages+=(postgresql)
 fi

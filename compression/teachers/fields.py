@@ -13,6 +13,9 @@ from compression.spec import Head
 from compression.teachers.config import EncoderConfig
 
 MAX_JSON_BYTES = 64 * 2**20
+# A value takes a hundred bytes of memory, whatever its text takes. A vocabulary of a million
+# tokens, each with a score, has three million.
+MAX_JSON_VALUES = 4_000_000
 
 # No published encoder comes near these; they keep a hostile config from asking for
 # loops or memory before its weights are looked at.
@@ -20,7 +23,7 @@ MAX_LAYERS = 256
 MAX_HEADS = 1024
 MAX_HIDDEN = 32_768
 MAX_FFN = 262_144
-MAX_VOCABULARY = 4_000_000
+MAX_VOCABULARY = 2**20  # the largest published one has 901,629
 MAX_POSITIONS = 131_072
 MAX_TYPES = 1024
 MAX_LABELS = 10_000
@@ -30,22 +33,63 @@ POOLER_ACTIVATIONS = ("tanh", "relu_tanh", *ACTIVATIONS)
 
 
 def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in a file; InvalidModel, with the file's name, where there is none."""
+    """The JSON object in a file; InvalidModel ("invalid-json"), with its name, where there is none.
+
+    A key that stands twice in an object is refused: readers differ in which one they believe.
+    """
+
+    def error(message: str) -> InvalidModel:
+        return InvalidModel(f"{path.name} {message}", pointer=path.name, code="invalid-json")
+
     try:
         if path.stat().st_size > max_bytes:
-            raise InvalidModel(
-                f"{path.name} is larger than {max_bytes // 2**20} MiB", pointer=path.name
-            )
-        data = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise InvalidModel(f"{path.name} cannot be read", pointer=path.name) from error
-    except RecursionError as error:
-        raise InvalidModel(f"{path.name} is nested too deeply", pointer=path.name) from error
-    except ValueError as error:  # bad UTF-8 and bad JSON are both ValueErrors
-        raise InvalidModel(f"{path.name} is not JSON: {error}", pointer=path.name) from error
+            raise error(f"is larger than {max_bytes // 2**20} MiB")
+        raw = path.read_bytes()
+        if json_values(raw) > MAX_JSON_VALUES:
+            raise error(f"holds more than {MAX_JSON_VALUES} values")
+        data = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=without_duplicates,
+            parse_constant=_refuse_constant,
+            parse_int=_whole_number,
+        )
+    except OSError as problem:
+        raise InvalidModel(f"{path.name} cannot be read", pointer=path.name) from problem
+    except RecursionError as problem:
+        raise error("is nested too deeply") from problem
+    except ValueError as problem:  # bad UTF-8 and bad JSON are both ValueErrors
+        raise error(f"is not JSON: {problem}") from problem
     if not isinstance(data, dict):
-        raise InvalidModel(f"{path.name} does not hold a JSON object", pointer=path.name)
+        raise error("does not hold a JSON object")
+    if b"\\ud" in raw.lower():  # the only way in for half a surrogate pair
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as problem:
+            raise error("holds half a surrogate pair: not Unicode text") from problem
     return data
+
+
+def json_values(raw: bytes) -> int:
+    """About how many values a JSON text holds, or somewhat more: counted without reading it."""
+    return sum(raw.count(mark) for mark in (b",", b"[", b"{"))
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where a key stands in it twice."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"the key {key[:60]!r} stands twice in an object")
+            seen.add(key)
+    return found
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > 1000:
+        raise ValueError(f"a whole number of {len(digits)} digits")
+    return int(digits)
 
 
 def _refuse_constant(name: str) -> float:

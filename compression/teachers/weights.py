@@ -18,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from compression.errors import InvalidModel
+from compression.teachers.fields import json_values, without_duplicates
 
 Array = npt.NDArray[Any]
 
 MAX_HEADER_BYTES = 25 * 2**20
+MAX_HEADER_VALUES = 1_000_000  # about eight a tensor
 MAX_DIMENSIONS = 8
 # Bytes of one element. BF16 has no numpy type: read as its 16 bits.
 _STORED: dict[str, np.dtype[Any]] = {
@@ -67,18 +69,21 @@ class SafetensorsFile:
         count = math.prod(entry.shape)
         flat = np.fromfile(self.path, dtype=stored, count=count, offset=entry.start)
         if flat.size != count:
-            raise self._error(f"parameter {name!r} is cut short")
+            raise self._error(f"parameter {name!r} is cut short", code="damaged-weights")
         if entry.dtype == "BF16":
             values = bfloat16_to_float32(flat)
         else:
             with np.errstate(over="ignore"):  # what overflows becomes inf and is refused below
                 values = flat.astype(np.float32, copy=False)
         if not np.isfinite(values).all():
-            raise self._error(f"parameter {name!r} holds values that are not finite (NaN or inf)")
+            raise self._error(
+                f"parameter {name!r} holds values that are not finite (NaN or inf)",
+                code="weights-not-finite",
+            )
         return values.reshape(entry.shape)
 
-    def _error(self, message: str) -> InvalidModel:
-        return InvalidModel(f"{self.path.name}: {message}", pointer=self.path.name)
+    def _error(self, message: str, code: str | None = None) -> InvalidModel:
+        return InvalidModel(f"{self.path.name}: {message}", pointer=self.path.name, code=code)
 
 
 def bfloat16_to_float32(bits: Array) -> npt.NDArray[np.float32]:
@@ -88,7 +93,7 @@ def bfloat16_to_float32(bits: Array) -> npt.NDArray[np.float32]:
 
 def _read_header(path: Path) -> dict[str, Entry]:
     def error(message: str) -> InvalidModel:
-        return InvalidModel(f"{path.name}: {message}", pointer=path.name)
+        return InvalidModel(f"{path.name}: {message}", pointer=path.name, code="damaged-weights")
 
     try:
         size = path.stat().st_size
@@ -102,8 +107,10 @@ def _read_header(path: Path) -> dict[str, Entry]:
             raw = file.read(length)
     except OSError as problem:
         raise error("cannot be read") from problem
+    if json_values(raw) > MAX_HEADER_VALUES:
+        raise error(f"its header holds more than {MAX_HEADER_VALUES} values")
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_duplicates)
     except RecursionError as problem:
         raise error("its header is nested too deeply") from problem
     except ValueError as problem:
@@ -152,10 +159,3 @@ def _read_header(path: Path) -> dict[str, Entry]:
 def _naturals(value: object) -> bool:
     """A list of whole numbers from 0 to 2**62, the most that a file's offsets can mean."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n <= 2**62 for n in value)
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice")
-    return found

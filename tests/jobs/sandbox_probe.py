@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.errors import InvalidDataset, RowError
+from jobs.sandbox import bound_memory, stage
 
 
 def sandboxed(request: dict[str, Any]) -> dict[str, Any]:
@@ -72,14 +74,61 @@ def _spin(_: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sleep(request: dict[str, Any]) -> dict[str, Any]:
-    """Also leaves a grandchild that would outlive it."""
+    """Also leaves a grandchild that would outlive it, where it is asked to in another session."""
     child = os.fork()
     if child == 0:
+        if request.get("leave"):
+            os.setsid()
+        Path("ready").write_text(str(os.getpid()))
         time.sleep(60)
         os._exit(0)
-    Path("pids").write_text(f"{os.getpid()} {child}")
-    time.sleep(60)
+    if not request.get("leave"):
+        time.sleep(60)
+    while not Path("ready").exists():
+        time.sleep(0.01)
     return {}
+
+
+def _open_files(_: dict[str, Any]) -> dict[str, Any]:
+    inherited = [number for number in range(3, 256) if _is_open(number)]
+    opened = []
+    try:
+        while True:
+            opened.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError as error:
+        return {"opened": len(opened), "error": errno.errorcode[error.errno], "had": inherited}
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def _processes(request: dict[str, Any]) -> dict[str, Any]:
+    return {"pid": os.getpid(), "signal": _try(lambda: os.kill(request["pid"], 0))}
+
+
+def _hold(request: dict[str, Any]) -> dict[str, Any]:
+    return {"size": len(bytearray(b"x") * request["size"])}
+
+
+def _disk_full(_: dict[str, Any]) -> dict[str, Any]:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _stage(request: dict[str, Any]) -> dict[str, Any]:
+    """Does in a stage what the request says."""
+    with stage("tokenizer", seconds=0.5):
+        {"spin": _spin, "crash": _crash, "allocate": _allocate, "nothing": dict}[request["do"]]({})
+    return _spin({}) if request.get("then") == "spin" else {"done": True}
+
+
+def _bounded(request: dict[str, Any]) -> dict[str, Any]:
+    bound_memory(2**28)
+    return {"size": len(bytearray(2**28))}
 
 
 def _lie(_: dict[str, Any]) -> dict[str, Any]:
@@ -96,5 +145,11 @@ _TRIES = {
     "crash": _crash,
     "spin": _spin,
     "sleep": _sleep,
+    "open files": _open_files,
+    "processes": _processes,
+    "disk full": _disk_full,
+    "hold": _hold,
+    "stage": _stage,
+    "bounded": _bounded,
     "too much": _lie,
 }

@@ -227,7 +227,9 @@ def test_models_that_do_not_hold_together_are_refused(
     edit(folder)
     with pytest.raises(UploadRejected, match=message) as caught:
         _model(_files(folder), tmp_path, settings)
-    assert caught.value.code == "invalid-model"
+    assert caught.value.code in (
+        "invalid-model", "damaged-weights", "invalid-json", "invalid-tokenizer",
+    )  # fmt: skip
     assert _left(tmp_path) == []
 
 
@@ -238,13 +240,13 @@ def test_hostile_archives_are_refused_and_leave_nothing(tmp_path: Path, settings
     bomb = tmp_path / "bomb.zip"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("model.safetensors", bytes(2**24))
-    for archive in (escape, bomb):
+    for archive, code in ((escape, "unsafe-archive"), (bomb, "archive-bomb")):
         with pytest.raises(UploadRejected) as caught:
             _model([archive], tmp_path, settings)
-        assert caught.value.code == "unsafe-archive"
+        assert caught.value.code == code
         with pytest.raises(UploadRejected) as caught:
             inspect_dataset_upload([archive], tmp_path / "out", settings)
-        assert caught.value.code == "unsafe-archive"
+        assert caught.value.code == code
     assert _left(tmp_path) == []
     assert not list(tmp_path.parent.rglob("escaped"))
 
@@ -325,7 +327,7 @@ def test_limits_come_from_the_settings(tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path / "data", sandbox_memory_bytes=2**26)
     with pytest.raises(UploadRejected) as caught:
         _model(_files(folder), tmp_path, settings)
-    assert caught.value.code == "inspection-failed"
+    assert caught.value.code in ("inspection-failed", "inspection-too-large")
     assert _left(tmp_path) == []
 
 

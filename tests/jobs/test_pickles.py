@@ -227,7 +227,7 @@ ARRAY = pickle.dumps(np.zeros(2, np.float32), 2)[2:-1]
     ],
 )  # fmt: skip
 def test_anything_but_arrays_by_name_is_refused(tmp_path: Path, raw: bytes) -> None:
-    assert _refused(tmp_path, raw).code in ("unsafe-pickle", "invalid-model")
+    assert _refused(tmp_path, raw).code in ("unsafe-pickle", "damaged-weights")
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def _array_pickle(*, shape: bytes, data: bytes) -> bytes:
 )
 def test_an_array_must_fill_its_bytes_exactly(tmp_path: Path, shape: bytes, data: bytes) -> None:
     assert _convert(tmp_path, _array_pickle(shape=b"K\x04\x85", data=bytes(16))).keys() == {"w"}
-    assert _refused(tmp_path, _array_pickle(shape=shape, data=data)).code == "invalid-model"
+    assert _refused(tmp_path, _array_pickle(shape=shape, data=data)).code == "damaged-weights"
 
 
 @pytest.mark.parametrize(
@@ -416,7 +416,7 @@ def test_torch_zips_with_parts_that_do_not_fit_are_refused(tmp_path: Path) -> No
         path.read_bytes()[:-30],
         path.read_bytes()[: len(path.read_bytes()) // 2],
     ):
-        assert _refused(tmp_path, raw, name).code == "invalid-model"
+        assert _refused(tmp_path, raw, name).code == "damaged-weights"
     for part in ("archive/data.pkl", "other/data.pkl"):
         shutil.copy(path, tmp_path / "twice.bin")
         with zipfile.ZipFile(tmp_path / "twice.bin", "a") as file, warnings.catch_warnings():
