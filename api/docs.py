@@ -144,7 +144,7 @@ def _statuses(path: str, method: str) -> list[str]:
             statuses.append("409")
     if path in ("/v1/models", "/v1/datasets") and method == "post":
         statuses += ["415", "507"]
-    if path in ("/v1/jobs", "/v1/keys", "/v1/projects") and method == "post":
+    if path in ("/v1/jobs", "/v1/keys", "/v1/profiles", "/v1/projects") and method == "post":
         statuses.append("415")
     if path.endswith("/selection"):
         statuses += ["400", "413", "415"]

@@ -18,6 +18,7 @@ from api import (
     health,
     keys,
     models,
+    profiles,
     projects,
     selection,
 )
@@ -38,6 +39,7 @@ MAX_JSON_BYTES = 1 << 20
 ROUTES = (
     models,
     datasets,
+    profiles,
     jobs_routes,
     selection,
     events,

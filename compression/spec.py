@@ -390,6 +390,15 @@ class ConstraintSpec(_Asked):
     latency_at: LatencyAt | None = Field(
         None, description="The percentile and the measured setting that latency means here."
     )
+    latency_on: Text | None = Field(
+        None,
+        min_length=1,
+        max_length=200,
+        pattern=r"^[^\x00-\x1f\x7f]+$",
+        description="A device's profile: the id of an uploaded one. Latency and speed-up are then "
+        "predicted for that device, p50 of the ONNX file in fp32, in any setting that lies within "
+        "the profile. null: as measured on the worker.",
+    )
     objective: Literal["latency", "size", "accuracy"] | None = Field(
         None,
         description="What is best among those that hold everything: the smallest latency, the "

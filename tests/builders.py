@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import random
@@ -479,6 +480,78 @@ def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 def write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def device_profile(
+    *,
+    hidden: int = 32,
+    head_dim: int = 8,
+    layers: int = 2,
+    heads: tuple[int, ...] = (1, 4),
+    ffn: tuple[int, ...] = (16, 64),
+    batch_size: tuple[int, ...] = (1,),
+    seq_len: tuple[int, ...] = (4, 64),
+    threads: tuple[int, ...] = (1,),
+    off: tuple[float, ...] = (0.05, -0.02),
+) -> dict[str, Any]:
+    """A device on which a call takes a millisecond, and each head and each ten neurons of a layer
+    one more for ten tokens of a row: divided by threads. Of `tiny_bert`, unless told otherwise.
+
+    Predictions are off by `off` on its whole networks.
+    """
+    tables = []
+    for rows, tokens, cores in itertools.product(batch_size, seq_len, threads):
+        each = rows * tokens / 10 / cores
+        tables.append(
+            {
+                "batch_size": rows,
+                "seq_len": tokens,
+                "threads": cores,
+                "call": 1.0,
+                "embeddings": 0.0,
+                "pooled_head": 0.0,
+                "token_head": 0.5,
+                "attention": {str(count): count * each for count in heads},
+                "ffn": {str(count): count / 10 * each for count in ffn},
+            }
+        )
+    first = tables[0]
+    whole = 1.0 + layers * (first["attention"][str(heads[-1])] + first["ffn"][str(ffn[-1])])
+    return {
+        "widthwise_profile": 2,
+        "device": {
+            "cpu": "Test Board rev 3",
+            "cores": 4,
+            "threads": 4,
+            "instruction_sets": ["asimd"],
+            "memory_bytes": 2**30,
+            "gpus": [],
+            "platform": "Linux-6.1-aarch64",
+            "python": "3.11.2",
+            "libraries": {"onnxruntime": "1.32.0", "numpy": "1.26.4"},
+        },
+        "shape": {
+            "hidden": hidden,
+            "head_dim": head_dim,
+            "vocab_size": 60,
+            "labels": 2,
+            "embedding_size": None,
+            "activation": "gelu",
+        },
+        "layers": layers,
+        "rounds": 5,
+        "tables": tables,
+        "networks": [
+            {
+                **{axis: first[axis] for axis in ("batch_size", "seq_len", "threads")},
+                "heads": [heads[-1]] * layers,
+                "ffn": [ffn[-1]] * layers,
+                "measured_ms": whole / (1 + error),
+                "served": False,
+            }
+            for error in off
+        ],
+    }
 
 
 _TORCH_STORAGES = {
