@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,20 +73,22 @@ def measure_setting(
     shape, sizes = space.shape, (setting["batch_size"], setting["seq_len"])
     layers = space.layers
     models: dict[tuple[str, int], Callable[[], Model]] = {
-        ("call", 0): lambda: blocks.call(*sizes),
-        ("embeddings", 0): lambda: blocks.embeddings(shape, *sizes),
-        ("pooled_head", 0): lambda: blocks.head(shape, *sizes),
-        ("token_head", 0): lambda: blocks.token_head(shape, *sizes),
+        ("call", 0): partial(blocks.call, *sizes),
+        ("embeddings", 0): partial(blocks.embeddings, shape, *sizes),
+        ("pooled_head", 0): partial(blocks.head, shape, *sizes),
+        ("token_head", 0): partial(blocks.token_head, shape, *sizes),
+        **{
+            ("attention", count): partial(
+                blocks.attention, shape, *sizes, heads=count, layers=layers
+            )
+            for count in space.heads
+        },
+        **{
+            ("ffn", count): partial(blocks.ffn, shape, *sizes, neurons=count, layers=layers)
+            for count in space.ffn
+        },
+        **_models(shape, setting, networks),
     }
-    for count in space.heads:
-        models["attention", count] = lambda count=count: blocks.attention(  # type: ignore[misc]
-            shape, *sizes, heads=count, layers=layers
-        )
-    for count in space.ffn:
-        models["ffn", count] = lambda count=count: blocks.ffn(  # type: ignore[misc]
-            shape, *sizes, neurons=count, layers=layers
-        )
-    models |= _models(shape, setting, networks)
     taken = _timed(models, shape, setting, rounds=rounds)
     call = taken["call", 0]
 
@@ -253,8 +256,7 @@ def _models(
     shape: Shape, setting: Setting, networks: Sequence[Network]
 ) -> dict[tuple[str, int], Callable[[], Model]]:
     return {
-        ("network", i): lambda network=network: network.model(shape, setting)  # type: ignore[misc]
-        for i, network in enumerate(networks)
+        ("network", i): partial(network.model, shape, setting) for i, network in enumerate(networks)
     }
 
 
