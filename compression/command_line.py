@@ -197,7 +197,7 @@ def select_command(arguments: list[str]) -> int:
         spec, profile = with_profile(read_spec(args.spec), args.profile)
         report = CompressionReport.model_validate_json(args.report.read_bytes())
         selection = reselected(report, spec.constraints, profile)
-    except InvalidSpec as error:
+    except CompressionError as error:
         parser.error(f"{error.message} ({error.pointer})")
     except (OSError, yaml.YAMLError, ValidationError) as error:
         parser.error(str(error))
