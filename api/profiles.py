@@ -16,7 +16,7 @@ from jobs import access, store
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 ProfileId = Annotated[Id, Path(examples=["prf_3q2-7wAAQkSgMvUuTqBvxQ"])]
 
-_SETTING = {"batch_size": 1, "seq_len": 64, "threads": 1}
+_SETTING = {"batch_size": 1, "seq_len": 64, "threads": 1, "format": "onnx"}
 _TABLE = {"call": 0.02, "embeddings": 0.2, "pooled_head": 0.05, "token_head": 0.02}
 EXAMPLES: dict[str, Any] = {
     "board": {
@@ -90,7 +90,7 @@ def upload_profile(
         **found.measured,
         "heads": sorted(found.tables[0].attention),
         "ffn": sorted(found.tables[0].ffn),
-        "error": found.error.model_dump(mode="json"),
+        "errors": {fmt: each.model_dump(mode="json") for fmt, each in found.errors.items()},
     }
     with services.database.transaction() as session:
         profile = store.add_profile(

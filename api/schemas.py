@@ -160,7 +160,7 @@ class ProfileSummary(Out):
     batch_size: list[int]
     seq_len: list[int]
     threads: list[int]
-    error: StoredError
+    errors: dict[str, StoredError] = Field(description="By format; they say which there are.")
     created_at: datetime
 
     @classmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ from compression.spec import (
 )
 from compression.teachers.config import EncoderConfig
 
-PREDICTED_FORMAT: Format = "onnx"
+FULL: Format = "onnx"  # in fp32: what every profile has, and what speed-ups are against
+PredictedFormat = Literal["onnx", "onnx-int8-dynamic"]
 MAX_BYTES = 1 << 20  # of a file; a body of the API may have as many
 MAX_TABLES = 128
 MAX_COUNTS = 64  # of heads, and of neurons
@@ -65,6 +67,7 @@ class _Measured(Frozen):
     batch_size: BatchSize
     seq_len: SeqLen
     threads: Threads
+    format: PredictedFormat
 
     @property
     def setting(self) -> LatencySetting:
@@ -120,7 +123,7 @@ class DeviceProfile(Frozen):
     rounds: Count
     tables: Annotated[tuple[BlockTable, ...], Field(min_length=1, max_length=MAX_TABLES)]
     networks: Annotated[tuple[TimedNetwork, ...], Field(min_length=1, max_length=MAX_NETWORKS)] = (
-        Field(description="What predictions are held against.")
+        Field(description="What predictions are held against, some of each format.")
     )
 
     @model_validator(mode="after")
@@ -132,14 +135,17 @@ class DeviceProfile(Frozen):
                 f"the device is not described in at most {MAX_DEVICE_CHARACTERS} printable "
                 "characters, without quotes and backslashes"
             )
-        settings = {table.setting for table in self.tables}
-        combinations = 1
-        for values in self.measured.values():
-            combinations *= len(values)
-        if len(settings) != len(self.tables) or len(settings) != combinations:
+        formats = {table.format for table in self.tables}
+        if FULL not in formats or {network.format for network in self.networks} != formats:
             raise ValueError(
-                "the tables are not one for every combination of their batch sizes, lengths and "
-                "threads"
+                f"there are no tables of {FULL}, or not of the same formats as the networks"
+            )
+        found = {(table.format, table.setting) for table in self.tables}
+        combinations = len(formats) * math.prod(len(each) for each in self.measured.values())
+        if not len(found) == len(self.tables) == combinations:
+            raise ValueError(
+                "the tables are not one for every combination of their batch sizes, lengths, "
+                "threads and formats"
             )
         first = self.tables[0]
         for table in self.tables:
@@ -149,7 +155,7 @@ class DeviceProfile(Frozen):
             ):
                 raise ValueError("the tables are not all of the same heads and neurons")
         try:
-            self.error  # noqa: B018  (that it can be computed is what is checked)
+            self.errors  # noqa: B018  (that they can be computed is what is checked)
         except OutsideProfile as error:
             raise ValueError(f"a network is not one to hold predictions against: {error}") from None
         return self
@@ -160,20 +166,28 @@ class DeviceProfile(Frozen):
         return {axis: sorted({getattr(table, axis) for table in self.tables}) for axis in AXES}
 
     @property
-    def model(self) -> LatencyModel:
-        return LatencyModel([dict(table) for table in self.tables])
+    def models(self) -> dict[Format, LatencyModel]:
+        """The one of fp32 first."""
+        by_format: dict[Format, list[Mapping[str, Any]]] = {FULL: []}
+        for table in self.tables:
+            by_format.setdefault(table.format, []).append(dict(table))
+        return {fmt: LatencyModel(tables) for fmt, tables in by_format.items()}
 
     @property
-    def error(self) -> PredictionError:
+    def errors(self) -> dict[Format, PredictionError]:
         """Computed from the networks, whatever the file may say elsewhere."""
-        off = self.model.errors([dict(each) for each in self.networks])
-        return PredictionError(
-            networks=len(off),
-            served=sum(each.served for each in self.networks),
-            lowest=min(off),
-            highest=max(off),
-            mean_absolute=statistics.mean(map(abs, off)),
-        )
+        found = {}
+        for fmt, model in self.models.items():
+            own = [network for network in self.networks if network.format == fmt]
+            off = model.errors([dict(network) for network in own])
+            found[fmt] = PredictionError(
+                networks=len(off),
+                served=sum(network.served for network in own),
+                lowest=min(off),
+                highest=max(off),
+                mean_absolute=statistics.mean(map(abs, off)),
+            )
+        return found
 
     @property
     def sha256(self) -> str:
@@ -215,21 +229,25 @@ class Predictor:
     on: ProfiledDevice
     setting: LatencySetting
     head: Head
-    model: LatencyModel
+    models: Mapping[Format, LatencyModel]
     teacher_ms: float
 
-    def latency(self, heads: Sequence[int], ffn: Sequence[int]) -> PredictedLatency:
+    def latency(
+        self, heads: Sequence[int], ffn: Sequence[int], fmt: Format = FULL
+    ) -> PredictedLatency:
         """OutsideProfile where a count lies beyond what was measured."""
-        ms = self.model.predict(self.setting._asdict(), heads=heads, ffn=ffn, head=self.head)
-        return PredictedLatency(
-            p50_ms=ms, speedup=self.teacher_ms / ms, **self.setting._asdict(), on=self.on
-        )
+        model, setting = self.models[fmt], self.setting._asdict()
+        ms = model.predict(setting, heads=heads, ffn=ffn, head=self.head)
+        return PredictedLatency(p50_ms=ms, speedup=self.teacher_ms / ms, **setting, on=self.on)
 
     def told(self, subnetwork: Layered, report: FormatReport) -> FormatReport:
-        """The format's report with its prediction, where this is the format that has one."""
-        if report.format != PREDICTED_FORMAT:
+        """The format's report with its prediction, where it has one.
+
+        An int8 file with parts left in fp32 has none: which blocks they are part of was not timed.
+        """
+        if report.format not in self.models or report.fp32_parts:
             return report
-        found = self.latency(subnetwork.heads, subnetwork.ffn)
+        found = self.latency(subnetwork.heads, subnetwork.ffn, report.format)
         return report.model_copy(update={"predicted": found})
 
     def all_told(self, subnetworks: Sequence[SubnetworkReport]) -> list[SubnetworkReport]:
@@ -280,9 +298,9 @@ def make_predictor(
             pointer="/constraints/confidence",
         )
     setting = LatencySetting(*(getattr(at, axis) or getattr(default, axis) for axis in AXES))
-    model = profile.model
+    models = profile.models
     try:
-        teacher_ms = model.predict(
+        teacher_ms = models[FULL].predict(
             setting._asdict(), heads=teacher.heads, ffn=teacher.ffn, head=teacher.head
         )
     except OutsideProfile as error:
@@ -300,19 +318,20 @@ def make_predictor(
         profile=constraints.latency_on or "",
         sha256=profile.sha256,
         device=profile.device,
-        error=profile.error,
+        errors=profile.errors,
     )
-    return Predictor(on, setting, teacher.head, model, teacher_ms)
+    return Predictor(on, setting, teacher.head, models, teacher_ms)
 
 
 def job_predictor(
     spec: Spec, profile: DeviceProfile, encoder: EncoderConfig, *, seq_len: int
 ) -> Predictor:
     """Of a job on a model; `seq_len`: the length that its latency stands for."""
-    if PREDICTED_FORMAT not in spec.export.formats:
+    predicted = list(profile.models)
+    if set(predicted).isdisjoint(spec.export.formats):
         raise InvalidSpec(
-            "latency on another device is predicted for ONNX files in fp32: name onnx among the "
-            "formats",
+            f"by this profile, latency is predicted for files in {' and '.join(predicted)}: name "
+            "one among the formats",
             pointer="/export/formats",
         )
     teacher = dataclasses.replace(encoder, head=spec.task.head)
@@ -336,14 +355,14 @@ def report_predictor(
             report.latency
             for each in subnetworks
             for report in each.formats
-            if report.format == PREDICTED_FORMAT and report.latency is not None
+            if report.format in profile.models and report.latency is not None
         ),
         None,
     )
     if measured is None:
         raise InvalidSpec(
-            "this job measured no ONNX file in fp32, which latency on another device is predicted "
-            "for",
+            f"by this profile, latency is predicted for files in {' and '.join(profile.models)}, "
+            "and this job measured none",
             pointer=ON,
         )
     teacher = EncoderConfig.from_dict(encoder)
@@ -381,15 +400,21 @@ def plan_warnings(
 
 def in_words(on: ProfiledDevice) -> str:
     """For the middle of a sentence: "predicted for ..., where predictions were ... off"."""
-    error = on.error
-    served = f", {error.served} of them exported files" if error.served else ""
     runtime = on.device.libraries.get("onnxruntime")
-    return (
-        f"predicted for {on.device.cpu} ({on.device.cores} core"
-        f"{'' if on.device.cores == 1 else 's'}{f', ONNX Runtime {runtime}' if runtime else ''}), "
-        f"where predictions were {100 * error.lowest:+.0f} to {100 * error.highest:+.0f} % off on "
-        f"{error.networks} whole network{'' if error.networks == 1 else 's'}{served}"
+    device = (
+        f"{on.device.cpu} ({on.device.cores} core{'' if on.device.cores == 1 else 's'}"
+        f"{f', ONNX Runtime {runtime}' if runtime else ''})"
     )
+    off = " and ".join(_off_words(fmt, error) for fmt, error in on.errors.items())
+    return f"predicted for {device}, where predictions were {off}"
+
+
+def _off_words(fmt: Format, error: PredictionError) -> str:
+    networks = f"{error.networks} whole network{'' if error.networks == 1 else 's'}"
+    served = f" ({error.served} of them exported files)" if error.served else ""
+    where = "" if fmt == FULL else " in int8"
+    span = f"{100 * error.lowest:+.0f} to {100 * error.highest:+.0f} % off"
+    return f"{span} on {networks}{served}{where}"
 
 
 def _check_shape(profile: DeviceProfile, teacher: EncoderConfig) -> None:

@@ -20,7 +20,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -35,10 +35,12 @@ from compression.prediction import AXES, LatencyModel, OutsideProfile, Table
 from compression.runtime_env import core_count, cpu_name, instruction_sets, memory_bytes
 
 VERSION = 2
+FORMATS = ("onnx", "onnx-int8-dynamic")
 WARM_UP_CALLS = 5
 FLOPS_TOLERANCE = 0.1  # a projection of the embeddings is not counted
 Setting = Mapping[str, int]  # by AXES
 Model = bytes | str  # an ONNX file, or its path
+Name = tuple[str, str, int]  # of what is timed: its format, its kind, its heads or neurons
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Space:
     heads: tuple[int, ...]
     ffn: tuple[int, ...]
     layers: int
+    formats: tuple[str, ...] = FORMATS
 
 
 @dataclass(frozen=True)
@@ -57,54 +60,64 @@ class Network:
 
     heads: tuple[int, ...]
     ffn: tuple[int, ...]
+    format: str
     file: Path | None = None
 
     def model(self, shape: Shape, setting: Setting) -> Model:
         if self.file is not None:
             return str(self.file)
         sizes = (setting["batch_size"], setting["seq_len"])
-        return blocks.network(shape, *sizes, heads=self.heads, neurons=self.ffn)
+        return blocks.network(
+            shape, *sizes, heads=self.heads, neurons=self.ffn, int8=self.format != "onnx"
+        )
 
 
 def measure_setting(
     space: Space, setting: Setting, networks: Sequence[Network], *, rounds: int
-) -> tuple[Table, list[float]]:
-    """One setting's table, and milliseconds of each of the networks, timed by turns with it."""
-    shape, sizes = space.shape, (setting["batch_size"], setting["seq_len"])
-    layers = space.layers
-    models: dict[tuple[str, int], Callable[[], Model]] = {
-        ("call", 0): partial(blocks.call, *sizes),
-        ("embeddings", 0): partial(blocks.embeddings, shape, *sizes),
-        ("pooled_head", 0): partial(blocks.head, shape, *sizes),
-        ("token_head", 0): partial(blocks.token_head, shape, *sizes),
-        **{
-            ("attention", count): partial(
-                blocks.attention, shape, *sizes, heads=count, layers=layers
-            )
-            for count in space.heads
-        },
-        **{
-            ("ffn", count): partial(blocks.ffn, shape, *sizes, neurons=count, layers=layers)
-            for count in space.ffn
-        },
-        **_models(shape, setting, networks),
-    }
+) -> tuple[list[Table], list[float]]:
+    """One setting's table for each format, and milliseconds of each of the networks, by turns."""
+    shape, sizes, layers = space.shape, (setting["batch_size"], setting["seq_len"]), space.layers
+    models: dict[Name, Callable[[], Model]] = {("call", "", 0): partial(blocks.call, *sizes)}
+    models |= _models(shape, setting, networks)
+    for fmt in space.formats:
+        int8 = fmt != "onnx"
+        models |= {
+            (fmt, "embeddings", 0): partial(blocks.embeddings, shape, *sizes, int8=int8),
+            (fmt, "pooled_head", 0): partial(blocks.head, shape, *sizes, int8=int8),
+            (fmt, "token_head", 0): partial(blocks.token_head, shape, *sizes),
+            **{
+                (fmt, "attention", count): partial(
+                    blocks.attention, shape, *sizes, heads=count, layers=layers, int8=int8
+                )
+                for count in space.heads
+            },
+            **{
+                (fmt, "ffn", count): partial(
+                    blocks.ffn, shape, *sizes, neurons=count, layers=layers, int8=int8
+                )
+                for count in space.ffn
+            },
+        }
     taken = _timed(models, shape, setting, rounds=rounds)
-    call = taken["call", 0]
-
-    def beside_the_call(kind: str, count: int = 0) -> float:
-        return max(0.0, taken[kind, count] - call)
-
-    table = {
-        **setting,
-        "call": call,
-        **{kind: beside_the_call(kind) for kind in ("embeddings", "pooled_head", "token_head")},
-        "attention": {
-            str(count): beside_the_call("attention", count) / layers for count in space.heads
-        },
-        "ffn": {str(count): beside_the_call("ffn", count) / layers for count in space.ffn},
-    }
-    return table, [taken["network", i] for i in range(len(networks))]
+    call = taken["call", "", 0]
+    tables: list[Table] = []
+    for fmt in space.formats:
+        beside = {
+            (kind, count): max(0.0, ms - call)
+            for (own, kind, count), ms in taken.items()
+            if own == fmt
+        }
+        tables.append(
+            {
+                **setting,
+                "format": fmt,
+                "call": call,
+                **{kind: beside[kind, 0] for kind in ("embeddings", "pooled_head", "token_head")},
+                "attention": {str(n): beside["attention", n] / layers for n in space.heads},
+                "ffn": {str(n): beside["ffn", n] / layers for n in space.ffn},
+            }
+        )
+    return tables, [taken["network", "", i] for i in range(len(networks))]
 
 
 def measure_networks(
@@ -112,26 +125,27 @@ def measure_networks(
 ) -> list[float]:
     """Milliseconds of each of the networks."""
     taken = _timed(_models(shape, setting, networks), shape, setting, rounds=rounds)
-    return [taken["network", i] for i in range(len(networks))]
+    return [taken["network", "", i] for i in range(len(networks))]
 
 
 def whole_networks(space: Space, seed: int) -> list[Network]:
-    """The widest, the narrowest, one of drawn counts, and one of half the layers."""
+    """In each format the widest, the narrowest, one of drawn counts, and one of half the layers."""
     draw = random.Random(seed)
 
-    def drawn(layers: int) -> Network:
-        return Network(
-            tuple(draw.randint(min(space.heads), max(space.heads)) for _ in range(layers)),
-            tuple(draw.randint(min(space.ffn), max(space.ffn)) for _ in range(layers)),
+    def drawn(layers: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            tuple(draw.randint(min(counts), max(counts)) for _ in range(layers))
+            for counts in (space.heads, space.ffn)
         )
 
     widest, narrowest = (
-        Network((end(space.heads),) * space.layers, (end(space.ffn),) * space.layers)
+        tuple((end(counts),) * space.layers for counts in (space.heads, space.ffn))
         for end in (max, min)
     )
-    return list(
-        dict.fromkeys([widest, narrowest, drawn(space.layers), drawn((space.layers + 1) // 2)])
+    layered = dict.fromkeys(
+        [widest, narrowest, drawn(space.layers), drawn((space.layers + 1) // 2)]
     )
+    return [Network(heads, ffn, fmt) for fmt in space.formats for heads, ffn in layered]
 
 
 def settings_between(values: Mapping[str, Sequence[int]]) -> Iterator[Setting]:
@@ -151,7 +165,7 @@ def measure(
     exported: Sequence[Network] = (),
     on_setting: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[Table], list[dict[str, Any]]]:
-    """A table for every combination of `values`, and the whole networks that were timed.
+    """Tables for every combination of `values`, and the whole networks that were timed.
 
     Whole networks are also timed in settings between, where predictions are interpolated.
     """
@@ -161,13 +175,15 @@ def measure(
     ]
     between = list(settings_between(values))
     total = len(settings) + len(between)
-    tables, found = [], []
+    tables: list[Table] = []
+    found: list[dict[str, Any]] = []
 
     def keep(setting: Setting, networks: Sequence[Network], taken: Sequence[float]) -> None:
         for network, ms in zip(networks, taken, strict=True):
             found.append(
                 {
                     **setting,
+                    "format": network.format,
                     "heads": list(network.heads),
                     "ffn": list(network.ffn),
                     "measured_ms": ms,
@@ -179,8 +195,8 @@ def measure(
         on_setting(i, total)
         networks = [*whole_networks(space, seed=i), *exported]
         if i < len(settings):
-            table, taken = measure_setting(space, setting, networks, rounds=rounds)
-            tables.append(table)
+            own, taken = measure_setting(space, setting, networks, rounds=rounds)
+            tables += own
         else:
             taken = measure_networks(space.shape, setting, networks, rounds=rounds)
         keep(setting, networks, taken)
@@ -203,27 +219,41 @@ def misfit(network: Mapping[str, Any], space: Space) -> str | None:
     return None
 
 
+def models_of(tables: Sequence[Table]) -> dict[str, LatencyModel]:
+    """By format."""
+    formats = dict.fromkeys(table["format"] for table in tables)
+    return {
+        fmt: LatencyModel([table for table in tables if table["format"] == fmt]) for fmt in formats
+    }
+
+
 def measured_by_a_job(
-    networks: Iterable[Mapping[str, Any]], model: LatencyModel
+    networks: Iterable[Mapping[str, Any]], models: Mapping[str, LatencyModel]
 ) -> list[dict[str, Any]]:
-    """The ONNX files of a job's report, in each of its settings that lies within the profile."""
+    """The files of a job's report, in each of its settings that lies within the profile."""
     found = []
     for network in networks:
         for fmt in network["formats"]:
-            for latency in fmt.get("latencies", ()) if fmt["format"] == "onnx" else ():
+            for latency in fmt.get("latencies", ()) if _is_predicted(fmt, models) else ():
                 entry = {
                     **{axis: latency[axis] for axis in AXES},
+                    "format": fmt["format"],
                     "heads": list(network["heads"]),
                     "ffn": list(network["ffn"]),
                     "measured_ms": latency["p50_ms"],
                     "served": True,
                 }
                 try:
-                    model.predict(entry, heads=entry["heads"], ffn=entry["ffn"])
+                    models[fmt["format"]].predict(entry, heads=entry["heads"], ffn=entry["ffn"])
                 except OutsideProfile:
                     continue
                 found.append(entry)
     return found
+
+
+def _is_predicted(fmt: Mapping[str, Any], formats: Container[str]) -> bool:
+    """Whether all of the file is of blocks that were measured."""
+    return fmt["format"] in formats and not fmt.get("fp32_parts")
 
 
 def device_facts() -> dict[str, Any]:
@@ -254,24 +284,25 @@ def _flops(network: Mapping[str, Any], *, seq_len: int, shape: Shape) -> tuple[i
 
 def _models(
     shape: Shape, setting: Setting, networks: Sequence[Network]
-) -> dict[tuple[str, int], Callable[[], Model]]:
+) -> dict[Name, Callable[[], Model]]:
     return {
-        ("network", i): partial(network.model, shape, setting) for i, network in enumerate(networks)
+        ("network", "", i): partial(network.model, shape, setting)
+        for i, network in enumerate(networks)
     }
 
 
 def _timed(
-    models: Mapping[tuple[str, int], Callable[[], Model]],
+    models: Mapping[Name, Callable[[], Model]],
     shape: Shape,
     setting: Setting,
     *,
     rounds: int,
-) -> dict[tuple[str, int], float]:
+) -> dict[Name, float]:
     """Median milliseconds of each, by turns, in shuffled order, each after an untimed call, as
     jobs measure latency."""
     # One file after the other: only what the runtime made of it stays in the memory.
     runs = {name: _loaded(make(), shape, setting) for name, make in models.items()}
-    seconds: dict[tuple[str, int], list[float]] = {name: [] for name in runs}
+    seconds: dict[Name, list[float]] = {name: [] for name in runs}
     order = sorted(runs)
     for number in range(rounds):
         random.Random(number).shuffle(order)
@@ -311,8 +342,8 @@ def _loaded(model: Model, shape: Shape, setting: Setting) -> Callable[[], Any]:
     return run
 
 
-def _bundle(folder: Path) -> tuple[dict[str, Any], Network]:
-    """What the manifest of an unpacked bundle says of its network, and its ONNX file."""
+def _bundle(folder: Path) -> tuple[dict[str, Any], list[Network]]:
+    """What the manifest of an unpacked bundle says of its network, and its files."""
     manifest = json.loads((folder / "manifest.json").read_text())
     own = manifest["subnetwork"]
     facts = {
@@ -321,12 +352,13 @@ def _bundle(folder: Path) -> tuple[dict[str, Any], Network]:
         "flops": manifest["metrics"]["flops"],
         "formats": list(manifest["formats"].values()),
     }
-    (file,) = (
-        each["path"]
-        for each in manifest["formats"]["onnx"]["files"]
-        if each["path"].endswith(".onnx")
-    )
-    return facts, Network(tuple(own["heads"]), tuple(own["ffn"]), folder / file)
+    return facts, [
+        Network(tuple(own["heads"]), tuple(own["ffn"]), fmt["format"], folder / file["path"])
+        for fmt in facts["formats"]
+        if _is_predicted(fmt, FORMATS)
+        for file in fmt["files"]
+        if file["path"].endswith(".onnx")
+    ]
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -349,6 +381,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ffn", type=_positive, nargs="+", default=[384, 768, 1152, 1536])
     for name, default in (("--batch-size", 1), ("--seq-len", 64), ("--threads", 1)):
         parser.add_argument(name, type=_positive, nargs="+", default=[default])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--rounds", type=_positive, default=50)
     parser.add_argument(
         "--bundle",
@@ -378,7 +411,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.embedding_size,
         options.activation,
     )
-    space = Space(shape, tuple(options.heads), tuple(options.ffn), options.layers)
+    formats = tuple(fmt for fmt in FORMATS if fmt in {"onnx", *options.formats})
+    space = Space(shape, tuple(options.heads), tuple(options.ffn), options.layers, formats)
     values = {axis: getattr(options, axis) for axis in AXES}
     bundles = [_bundle(folder) for folder in options.bundle]
     for (facts, _), folder in zip(bundles, options.bundle, strict=True):
@@ -393,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         space,
         values,
         rounds=options.rounds,
-        exported=[network for _, network in bundles],
+        exported=[each for _, own in bundles for each in own if each.format in formats],
         on_setting=tell,
     )
     profile = {
@@ -407,7 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     # Before the report is read: whatever that holds, the measurement is kept.
     options.out.write_text(json.dumps(profile, indent=2) + "\n")
-    model = LatencyModel(tables)
+    models = models_of(tables)
     if options.report is not None:
         fitting = []
         for network in json.loads(options.report.read_text())["subnetworks"]:
@@ -416,24 +450,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 fitting.append(network)
             else:
                 print(f"{network['name']:>6} is left out: {why}")
-        networks += measured_by_a_job(fitting, model)
+        networks += measured_by_a_job(fitting, models)
         options.out.write_text(json.dumps(profile, indent=2) + "\n")
-    _show(networks, model.errors(networks))
+    for fmt, model in models.items():
+        own = [each for each in networks if each["format"] == fmt]
+        _show(fmt, own, model.errors(own))
     return 0
 
 
-def _show(networks: Sequence[Mapping[str, Any]], off: Sequence[float]) -> None:
+def _show(fmt: str, networks: Sequence[Mapping[str, Any]], off: Sequence[float]) -> None:
     for network, error in zip(networks, off, strict=True):
         measured = network["measured_ms"]
         heads, ffn = (_each(network[name]) for name in ("heads", "ffn"))
         print(
-            f"batch {network['batch_size']}, {network['seq_len']} tokens, {network['threads']} "
-            f"thread(s), {len(network['heads'])} layers, heads {heads}, neurons {ffn}"
+            f"{fmt}, batch {network['batch_size']}, {network['seq_len']} tokens, "
+            f"{network['threads']} thread(s), {len(network['heads'])} layers, heads {heads}, "
+            f"neurons {ffn}"
             f"{', exported' if network['served'] else ''}: predicted {measured * (1 + error):.2f} "
             f"ms, measured {measured:.2f} ms ({100 * error:+.0f} %)"
         )
     print(
-        f"of {len(off)} whole networks, predictions are {100 * min(off):+.0f} to "
+        f"{fmt}: of {len(off)} whole networks, predictions are {100 * min(off):+.0f} to "
         f"{100 * max(off):+.0f} % off, {100 * statistics.mean(map(abs, off)):.0f} % on average"
     )
 

@@ -140,13 +140,15 @@ class ProfiledDevice(Frozen):
     profile: str = Field(description="What the constraint calls it: an id, or a file's name.")
     sha256: str = Field(description="Of the profile's content.")
     device: DeviceFingerprint
-    error: PredictionError
+    errors: Mapping[Format, PredictionError] = Field(
+        description="Of each format that it was profiled in."
+    )
 
 
 class PredictedLatency(Frozen):
-    """Milliseconds a call of an ONNX file in fp32 on another device; not measured.
+    """Milliseconds a call of an ONNX file on another device; not measured.
 
-    The teacher's, which the speed-up is against, is predicted in the same way.
+    The teacher's in fp32, which the speed-up is against, is predicted in the same way.
     """
 
     p50_ms: float

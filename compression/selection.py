@@ -111,7 +111,7 @@ def select(
         return Selection(
             subnetwork=None,
             format=None,
-            reason=_nothing_to_choose(left_out, metric),
+            reason=_nothing_to_choose(left_out, metric, on),
             nearest=(),
             latency_on=on,
         )
@@ -441,12 +441,14 @@ def _nothing_holds(
     )
 
 
-def _nothing_to_choose(left_out: int, metric: str) -> str:
+def _nothing_to_choose(left_out: int, metric: str, on: ProfiledDevice | None) -> str:
     if left_out:
         return (
             f"Nothing was selected: of {_number(left_out)}, none has a finite {metric}, latency, "
             "speed-up and size."
         )
+    if on is not None:
+        return f"Nothing was selected: no file was published whose latency can be {in_words(on)}."
     return "Nothing was selected: no served format of any sub-network was published and measured."
 
 

@@ -396,8 +396,8 @@ class ConstraintSpec(_Asked):
         max_length=200,
         pattern=r"^[^\x00-\x1f\x7f]+$",
         description="A device's profile: the id of an uploaded one. Latency and speed-up are then "
-        "predicted for that device, p50 of the ONNX file in fp32, in any setting that lies within "
-        "the profile. null: as measured on the worker.",
+        "predicted for that device: p50 of ONNX files in the formats that it was profiled in, in "
+        "any setting that lies within the profile. null: as measured on the worker.",
     )
     objective: Literal["latency", "size", "accuracy"] | None = Field(
         None,

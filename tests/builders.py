@@ -492,31 +492,37 @@ def device_profile(
     batch_size: tuple[int, ...] = (1,),
     seq_len: tuple[int, ...] = (4, 64),
     threads: tuple[int, ...] = (1,),
+    formats: tuple[str, ...] = ("onnx",),
     off: tuple[float, ...] = (0.05, -0.02),
 ) -> dict[str, Any]:
     """A device on which a call takes a millisecond, and each head and each ten neurons of a layer
-    one more for ten tokens of a row: divided by threads. Of `tiny_bert`, unless told otherwise.
+    one more for ten tokens of a row: divided by threads, and by 4 in int8. Of `tiny_bert`, unless
+    told otherwise.
 
     Predictions are off by `off` on its whole networks.
     """
-    tables = []
-    for rows, tokens, cores in itertools.product(batch_size, seq_len, threads):
-        each = rows * tokens / 10 / cores
-        tables.append(
-            {
-                "batch_size": rows,
-                "seq_len": tokens,
-                "threads": cores,
-                "call": 1.0,
-                "embeddings": 0.0,
-                "pooled_head": 0.0,
-                "token_head": 0.5,
-                "attention": {str(count): count * each for count in heads},
-                "ffn": {str(count): count / 10 * each for count in ffn},
-            }
-        )
-    first = tables[0]
-    whole = 1.0 + layers * (first["attention"][str(heads[-1])] + first["ffn"][str(ffn[-1])])
+    tables, networks = [], []
+    for fmt, rows, tokens, cores in itertools.product(formats, batch_size, seq_len, threads):
+        each = rows * tokens / 10 / cores / (1 if fmt == "onnx" else 4)
+        setting = {"batch_size": rows, "seq_len": tokens, "threads": cores, "format": fmt}
+        costs: dict[str, dict[str, float]] = {
+            "attention": {str(count): count * each for count in heads},
+            "ffn": {str(count): count / 10 * each for count in ffn},
+        }
+        if fmt not in [table["format"] for table in tables]:
+            widest = 1.0 + layers * (heads[-1] + ffn[-1] / 10) * each
+            networks += [
+                {
+                    **setting,
+                    "heads": [heads[-1]] * layers,
+                    "ffn": [ffn[-1]] * layers,
+                    "measured_ms": widest / (1 + error),
+                    "served": False,
+                }
+                for error in off
+            ]
+        beside = {"embeddings": 0.0, "pooled_head": 0.0, "token_head": 0.5}
+        tables.append({**setting, "call": 1.0, **beside, **costs})
     return {
         "widthwise_profile": 2,
         "device": {
@@ -541,16 +547,7 @@ def device_profile(
         "layers": layers,
         "rounds": 5,
         "tables": tables,
-        "networks": [
-            {
-                **{axis: first[axis] for axis in ("batch_size", "seq_len", "threads")},
-                "heads": [heads[-1]] * layers,
-                "ffn": [ffn[-1]] * layers,
-                "measured_ms": whole / (1 + error),
-                "served": False,
-            }
-            for error in off
-        ],
+        "networks": networks,
     }
 
 

@@ -51,7 +51,7 @@ def test_a_profile_is_stored_as_it_was_measured(service: Service, profile: dict[
     assert profile["profile"] == device_profile()
     assert (profile["name"], profile["heads"], profile["ffn"]) == ("board", [1, 4], [16, 64])
     assert (profile["batch_size"], profile["seq_len"], profile["threads"]) == ([1], [4, 64], [1])
-    assert profile["error"]["highest"] == pytest.approx(0.05)
+    assert profile["errors"]["onnx"]["highest"] == pytest.approx(0.05)
     assert service.client.get(f"/v1/profiles/{profile['id']}").json() == profile
     listed = service.client.get("/v1/profiles?limit=200").json()["items"]
     (own,) = [each for each in listed if each["id"] == profile["id"]]
@@ -76,7 +76,7 @@ def test_profiles_are_listed_in_pages(service: Service) -> None:
         ({"widthwise_profile": 1}, "/widthwise_profile"),
         ({"tables": []}, "/tables"),
         ({"networks": []}, "/networks"),
-        ({"error": {"highest": 0}}, "/error"),
+        ({"errors": {"onnx": {"highest": 0}}}, "/errors"),
         ({"layers": 0}, "/layers"),
         ({"device": {}}, "/device/cpu"),
     ],
@@ -99,7 +99,7 @@ def test_what_is_no_profile_is_refused_at_its_field(
         (b'{"layers": 1e999}', 422, "invalid-request"),
         (b"[]", 422, "invalid-request"),
         (b"null", 422, "invalid-request"),
-        (b'{"x": "' + b"y" * (1 << 20) + b'"}', 413, "body-too-large"),
+        (b'{"x": "' + b"y" * (1 << 20) + b'"}', 413, "content-too-large"),
     ],
 )
 def test_hostile_bodies_are_refused(
@@ -120,6 +120,7 @@ def test_the_largest_profile_there_may_be_holds_nobody_up(service: Service) -> N
         batch_size=(1, 3, 9, 20, 30),
         seq_len=(2, 5, 9, 100, 200),
         threads=(1, 3, 5, 9, 20),
+        off=(0.1,),
     )
     network = body["networks"][0]
     drawn = {"heads": [7, 9] * 32, "ffn": [8, 11] * 32, "batch_size": 2, "seq_len": 3, "threads": 2}
@@ -222,7 +223,7 @@ def test_a_finished_job_is_asked_for_another_device(service: Service) -> None:
     assert "latency is p50, predicted for Test Board rev 3" in selection["reason"]
     assert selection["latency_on"]["profile"] == profile["id"]
     assert selection["latency_on"]["sha256"] == profile["sha256"]
-    assert selection["latency_on"]["error"] == profile["error"]
+    assert selection["latency_on"]["errors"] == profile["errors"]
     (artifact,) = answer.json()["artifacts"]
     assert artifact["path"] == "w1_2/bundle.tar.gz"
     document = service.client.get("/openapi.json").json()

@@ -487,7 +487,7 @@ def test_a_predicted_latency_is_told_as_one_with_its_device_and_error(
     predicted = manifest["formats"]["onnx"]["predicted"]
     assert predicted["p50_ms"] == pytest.approx(11.4)
     assert predicted["on"]["device"]["cpu"] == "Test Board rev 3"
-    assert predicted["on"]["error"]["highest"] == pytest.approx(0.05)
+    assert predicted["on"]["errors"]["onnx"]["highest"] == pytest.approx(0.05)
     assert manifest["formats"]["paddle"]["predicted"] is None
 
 

@@ -28,7 +28,9 @@ from compression.teachers import Checkpoint
 from tests.builders import device_profile
 from tests.encoders import tiny_config
 
-TEACHER = tiny_config(hidden=32, head_dim=8, heads=(4, 4), ffn=(64, 64), num_labels=2)
+TEACHER = tiny_config(
+    hidden=32, head_dim=8, heads=(4, 4), ffn=(64, 64), num_labels=2, max_positions=128
+)
 DEFAULT = LatencySetting(1, 10, 1)
 
 
@@ -56,7 +58,7 @@ def test_latency_is_predicted_by_layers_with_its_device_and_its_error() -> None:
     assert predictor().latency([1, 4], [16, 64]).p50_ms == pytest.approx(1 + 5 + 8)
     assert (half.batch_size, half.seq_len, half.threads) == (1, 10, 1)
     assert half.on.profile == "prf_1" and half.on.device.cpu == "Test Board rev 3"
-    error = half.on.error
+    error = half.on.errors["onnx"]
     assert (error.networks, error.served) == (2, 0)
     assert (error.lowest, error.highest, error.mean_absolute) == pytest.approx((-0.02, 0.05, 0.035))
     assert in_words(half.on) == (
@@ -71,6 +73,19 @@ def test_latency_at_may_be_any_setting_within_the_profile() -> None:
     asked = {"latency_at": {"batch_size": 2, "seq_len": 20, "threads": 4}}
     found = predictor(asked, batch_size=(1, 4), threads=(1, 4)).latency([4, 4], [64, 64])
     assert found.p50_ms == pytest.approx(1 + 2 * 10.4 * 2 * 2 / 4)
+
+
+def test_int8_has_blocks_and_an_error_of_its_own() -> None:
+    both = predictor(formats=("onnx", "onnx-int8-dynamic"))
+    found = both.latency([4, 4], [64, 64], "onnx-int8-dynamic")
+    assert found.p50_ms == pytest.approx(1 + 2 * 10.4 / 4)
+    assert found.speedup == pytest.approx((1 + 2 * 10.4) / (1 + 2 * 10.4 / 4))  # against fp32
+    assert set(found.on.errors) == {"onnx", "onnx-int8-dynamic"}
+    assert in_words(found.on).endswith(
+        "-2 to +5 % off on 2 whole networks and -2 to +5 % off on 2 whole networks in int8"
+    )
+    with pytest.raises(ValidationError, match="no tables of onnx"):
+        DeviceProfile.model_validate(device_profile(formats=("onnx-int8-dynamic",)))
 
 
 def test_a_head_for_tokens_is_another_cost() -> None:
@@ -139,7 +154,7 @@ def two_settings(document: dict[str, Any]) -> None:
         (put("widthwise_profile", value=1), "Input should be 2"),
         (put("more", value=1), "Extra inputs"),
         (put("tables", value=[]), "at least 1 item"),
-        (put("tables", 0, "call", value=0), "greater than or equal to 1e-06"),
+        (put("tables", 0, "call", value=0), "greater than or equal to 0.000001"),
         (put("tables", 0, "attention", value={}), "at least 1 item"),
         (put("tables", 0, "attention", value={"0": 1.0}), "greater than or equal to 1"),
         (put("tables", 0, "attention", value={"x": 1.0}), "valid integer"),
@@ -147,10 +162,13 @@ def two_settings(document: dict[str, Any]) -> None:
         (put("tables", 0, "attention", "1", value=-1), "greater than or equal to 0"),
         (put("tables", 0, "attention", value={"1": 1.0}), "not all of the same heads"),
         (put("tables", 1, "seq_len", value=4), "not one for every combination"),
+        (put("tables", 1, "format", value="onnx-int8-dynamic"), "not of the same formats"),
+        (put("networks", 1, "format", value="onnx-int8-dynamic"), "not of the same formats"),
+        (put("tables", 0, "format", value="paddle"), "'onnx' or 'onnx-int8-dynamic'"),
         (two_settings, "not one for every combination"),
         (put("tables", 0, "seq_len", value=10**9), "less than or equal to 512"),
         (put("networks", value=[]), "at least 1 item"),
-        (put("networks", 0, "measured_ms", value=0), "greater than or equal to 1e-06"),
+        (put("networks", 0, "measured_ms", value=0), "greater than or equal to 0.000001"),
         (put("networks", 0, "heads", value=[4]), "not of as many layers"),
         (put("networks", 0, "heads", value=[5, 5]), "heads 5 lies outside the profile"),
         (put("networks", 0, "seq_len", value=128), "tokens 128 lies outside the profile"),
@@ -235,7 +253,7 @@ def test_a_plan_says_that_latency_will_be_predicted() -> None:
             "tokens 32 lies outside",
         ),
         ({"latency": {"threads": 2}}, {}, "/constraints/latency_at/threads", "threads 2"),
-        ({"export": {"formats": ["paddle"]}}, {}, "/export/formats", "name onnx"),
+        ({"export": {"formats": ["paddle"]}}, {}, "/export/formats", "for files in onnx: name one"),
     ],
 )
 def test_a_plan_refuses_what_cannot_be_predicted(

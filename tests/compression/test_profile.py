@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from compression.blocks import Shape
 from compression.device_profile import read_profile
 from compression.elastic import ACTIVATIONS
 from compression.encoder import build_encoder
-from compression.export import export_formats
+from compression.export import Int8Source, export_formats
 from compression.prediction import LatencyModel
 from compression.profile import Space, measure_setting, settings_between, whole_networks
+from compression.spec import Format
 from tests.encoders import random_weights, tiny_config
 
 SHAPE = Shape(hidden=8, head_dim=4, vocab_size=30, labels=3)
@@ -36,6 +38,11 @@ BLOCKS = {
     "head": blocks.head(SHAPE, 2, 5),
     "token_head": blocks.token_head(SHAPE, 2, 5),
     "network": blocks.network(SHAPE, 2, 5, heads=[3, 1], neurons=[7, 4]),
+    "int8 embeddings": blocks.embeddings(SHAPE, 2, 5, int8=True),
+    "int8 attention": blocks.attention(SHAPE, 2, 5, heads=3, layers=2, int8=True),
+    "int8 ffn": blocks.ffn(SHAPE, 2, 5, neurons=7, layers=2, int8=True),
+    "int8 head": blocks.head(SHAPE, 2, 5, int8=True),
+    "int8 network": blocks.network(SHAPE, 2, 5, heads=[3, 1], neurons=[7, 4], int8=True),
 }
 
 
@@ -108,13 +115,12 @@ def test_a_whole_network_runs_and_has_the_weights_of_an_encoder(embedding_size: 
     shape = dataclasses.replace(SHAPE, embedding_size=embedding_size)
     model = blocks.network(shape, 2, 5, heads=[3, 1], neurons=[7, 4])
     onnx.checker.check_model(onnx.load_model_from_string(model), full_check=True)
-    found = sum(each.size for each in weights_of(model).values() if each.dtype == np.float32)
+    floats = [each for each in weights_of(model).values() if each.dtype == np.float32]
     config = tiny_config(
         hidden=8, head_dim=4, vocab_size=30, max_positions=5, embedding_size=embedding_size
     )
     expected = cost.parameters(dataclasses.replace(config, heads=(3, 1), ffn=(7, 4)))
-    scalars = sum(each.size for each in weights_of(model).values() if not each.ndim)
-    assert found - scalars == expected
+    assert sum(each.size for each in floats if each.ndim) == expected
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     ids = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8]], np.int64)
     feed = {"ids": ids, "types": np.zeros_like(ids), "mask": np.array(ids > 0, np.int64)}
@@ -122,6 +128,30 @@ def test_a_whole_network_runs_and_has_the_weights_of_an_encoder(embedding_size: 
     assert logits.shape == (2, 3)
     feed["ids"] = ids + np.where(ids == 0, 9, 0)  # another id under the mask changes nothing
     np.testing.assert_allclose(session.run(None, feed)[0], logits, atol=1e-5)
+
+
+def test_int8_blocks_have_the_operators_of_the_files_that_jobs_write(tmp_path: Path) -> None:
+    """Of one layer: as many of each as the quantiser puts into a layer of an exported file."""
+    config = tiny_config(hidden=8, head_dim=4, vocab_size=30, heads=(2, 2), ffn=(4, 4))
+    rows = np.ones((2, 5), np.int64)
+    np.savez(tmp_path / "rows.npz", input_ids=rows, token_type_ids=0 * rows, attention_mask=rows)
+    sources = Int8Source(tmp_path / "rows.npz", tmp_path)
+    formats: tuple[Format, ...] = ("onnx-int8-dynamic",)
+    (exported,) = export_formats(
+        formats, build_encoder(config, random_weights(config)), tmp_path, labels=None, int8=sources
+    ).values()
+    assert exported.error is None
+    served = onnx.load(str(exported.folder / "model.onnx"))
+    own = onnx.load_model_from_string(
+        blocks.network(SHAPE, 1, 5, heads=[2, 2], neurons=[4, 4], int8=True)
+    )
+
+    def operators(model: onnx.ModelProto) -> Counter[str]:
+        found = Counter(node.op_type for node in model.graph.node)
+        named = ("DynamicQuantizeLinear", "MatMulInteger", "MatMul", "LayerNormalization", "Erf")
+        return Counter({name: found[name] for name in named})
+
+    assert operators(own) == operators(served)
 
 
 def test_sub_networks_of_another_shape_are_left_out_and_the_measurement_is_kept(
@@ -169,24 +199,28 @@ def test_a_table_has_every_count_in_milliseconds_of_one_layer() -> None:
     space = Space(SHAPE, heads=(1, 2), ffn=(4,), layers=2)
     setting = {"batch_size": 2, "seq_len": 5, "threads": 1}
     networks = whole_networks(space, seed=0)
-    table, taken = measure_setting(space, setting, networks, rounds=3)
-    assert {axis: table[axis] for axis in setting} == setting
-    assert set(table["attention"]) == {"1", "2"} and set(table["ffn"]) == {"4"}
-    assert table["call"] > 0
+    tables, taken = measure_setting(space, setting, networks, rounds=3)
+    assert [table["format"] for table in tables] == ["onnx", "onnx-int8-dynamic"]
     assert len(taken) == len(networks) and min(taken) > 0
-    model = LatencyModel([table])
-    assert model.predict(setting, heads=[1, 2], ffn=[4, 4]) >= table["call"]
+    for table in tables:
+        assert {axis: table[axis] for axis in setting} == setting
+        assert set(table["attention"]) == {"1", "2"} and set(table["ffn"]) == {"4"}
+        assert table["call"] > 0
+        model = LatencyModel([table])
+        assert model.predict(setting, heads=[1, 2], ffn=[4, 4]) >= table["call"]
 
 
 def test_predictions_are_held_against_networks_of_every_kind() -> None:
     space = Space(SHAPE, heads=(2, 12), ffn=(10, 100), layers=6)
-    widest, narrowest, drawn, shallow = whole_networks(space, seed=1)
+    found = whole_networks(space, seed=1)
+    assert [each.format for each in found] == ["onnx"] * 4 + ["onnx-int8-dynamic"] * 4
+    widest, narrowest, drawn, shallow = found[:4]
     assert (widest.heads, widest.ffn) == ((12,) * 6, (100,) * 6)
     assert (narrowest.heads, narrowest.ffn) == ((2,) * 6, (10,) * 6)
     assert len(drawn.heads) == 6 and len(set(drawn.heads)) > 1 and len(set(drawn.ffn)) > 1
     assert len(shallow.heads) == len(shallow.ffn) == 3
     assert whole_networks(space, seed=2)[2] != drawn
-    single = Space(SHAPE, heads=(2,), ffn=(10,), layers=1)
+    single = Space(SHAPE, heads=(2,), ffn=(10,), layers=1, formats=("onnx",))
     assert len(whole_networks(single, seed=1)) == 1  # and not four times the same
 
 
@@ -206,14 +240,17 @@ def test_the_command_writes_what_the_service_reads(
     setting = "--batch-size 1 4 --seq-len 5"
     assert main(["profile", "--out", str(out), *small.split(), *setting.split()]) == 0
     profile = read_profile(out)
-    assert [table.batch_size for table in profile.tables] == [1, 4]
+    assert [table.batch_size for table in profile.tables] == [1, 1, 4, 4]
     assert {network.batch_size for network in profile.networks} == {1, 2, 4}
     assert profile.shape.hidden == 8 and profile.shape.activation == "gelu"
     assert profile.device.libraries["onnxruntime"] == onnxruntime.__version__
-    error = profile.error
-    assert error.networks == len(profile.networks) and error.served == 0
+    errors = profile.errors
+    assert list(errors) == ["onnx", "onnx-int8-dynamic"]
+    assert sum(error.networks for error in errors.values()) == len(profile.networks)
     told = capsys.readouterr()
-    assert f"of {error.networks} whole networks, predictions are" in told.out
+    for fmt, error in errors.items():
+        assert error.served == 0
+        assert f"{fmt}: of {error.networks} whole networks, predictions are" in told.out
     assert "measuring setting 3 of 3" in told.err
 
 
@@ -240,7 +277,7 @@ def test_exported_files_of_bundles_are_timed_on_the_device(
     small = "--head-dim 4 --vocab-size 30 --layers 2 --heads 1 2 --ffn 4 --rounds 2 --seq-len 6"
     command = ["profile", "--out", str(out), *small.split(), "--bundle", str(folder)]
     assert main([*command, "--hidden", "8"]) == 0
-    assert read_profile(out).error.served == 1
+    assert read_profile(out).errors["onnx"].served == 1
     out.unlink()
     assert main([*command, "--hidden", "80"]) == 2
     assert "its FLOPs are not those of the profile's hidden size, 80" in capsys.readouterr().err
@@ -272,4 +309,4 @@ def test_a_device_needs_onnxruntime_and_numpy_alone(tmp_path: Path) -> None:
         timeout=120,
         check=True,
     )
-    assert done.stdout.strip() == "{'onnxruntime'}"
+    assert done.stdout.splitlines()[-1] == "{'onnxruntime'}"

@@ -497,8 +497,8 @@ def test_latency_on_another_device_is_what_is_predicted_there() -> None:
     assert (on_board.subnetwork, on_board.format) == ("many_neurons", "onnx")
     # Ten tokens cost a head one millisecond and ten neurons another.
     assert on_board.reason == (
-        "many_neurons in ONNX is the only one of 2 candidates that takes at most 12.0 ms: 9.40 ms, "
-        "0.5 points of accuracy below the teacher, 2.32 times as fast, 70.0 MB; 1.0 points because "
+        "many_neurons in ONNX is the only one of 2 candidates that takes at most 12.0 ms and loses "
+        "at most 1.0 points of accuracy: 9.40 ms, 0.5 points of accuracy below the teacher, 2.32 times as fast, 70.0 MB; 1.0 points because "
         "no bound on accuracy was set; latency is p50, predicted for Test Board rev 3 (4 cores, "
         "ONNX Runtime 1.32.0), where predictions were -2 to +5 % off on 2 whole networks."
     )
@@ -526,5 +526,32 @@ def test_a_file_that_was_not_published_is_never_chosen_for_its_prediction() -> N
     reports = [layered("w1", 4, 64, format_report("onnx", p50=1.0, published=False))]
     asked = ConstraintSpec(latency_on="prf_1")
     none = reselect(reports, asked, main_metric="accuracy", predictor=predictor(asked))
-    assert none.subnetwork is None and "no served format" in none.reason
+    assert none.subnetwork is None
+    assert none.reason.startswith(
+        "Nothing was selected: no file was published whose latency can be predicted for Test Board"
+    )
     assert none.latency_on is not None
+
+
+def test_int8_is_predicted_where_it_was_profiled_and_is_int8_as_a_whole() -> None:
+    dynamic = {"accuracy_drop": 0.6, "flipped": 0.01}
+    reports = (
+        layered("w1", 4, 64, format_report("onnx-int8-dynamic", p50=9.0, **dynamic)),
+        layered(
+            "w1_2",
+            2,
+            32,
+            format_report("onnx", p50=5.0),
+            format_report(
+                "onnx-int8-dynamic", p50=4.0, fp32_parts=("layers.0.ffn.output",), **dynamic
+            ),
+        ),
+    )
+    asked = ConstraintSpec(latency_on="prf_1", objective="latency")
+    both = predictor(asked, formats=("onnx", "onnx-int8-dynamic"))
+    chosen = reselect(reports, asked, main_metric="accuracy", predictor=both)
+    assert (chosen.subnetwork, chosen.format) == ("w1", "onnx-int8-dynamic")
+    assert chosen.explanation is not None and chosen.explanation.candidates == 2
+    assert "6.20 ms, 0.6 points" in chosen.reason
+    in_fp32 = reselect(reports, asked, main_metric="accuracy", predictor=predictor(asked))
+    assert (in_fp32.subnetwork, in_fp32.format) == ("w1_2", "onnx")
