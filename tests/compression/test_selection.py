@@ -498,9 +498,10 @@ def test_latency_on_another_device_is_what_is_predicted_there() -> None:
     # Ten tokens cost a head one millisecond and ten neurons another.
     assert on_board.reason == (
         "many_neurons in ONNX is the only one of 2 candidates that takes at most 12.0 ms and loses "
-        "at most 1.0 points of accuracy: 9.40 ms, 0.5 points of accuracy below the teacher, 2.32 times as fast, 70.0 MB; 1.0 points because "
-        "no bound on accuracy was set; latency is p50, predicted for Test Board rev 3 (4 cores, "
-        "ONNX Runtime 1.32.0), where predictions were -2 to +5 % off on 2 whole networks."
+        "at most 1.0 points of accuracy: 9.40 ms, 0.5 points of accuracy below the teacher, 2.32 "
+        "times as fast, 70.0 MB; 1.0 points because no bound on accuracy was set; latency is p50, "
+        "predicted for Test Board rev 3 (4 cores, ONNX Runtime 1.32.0), where predictions were -2 "
+        "to +5 % off on 2 whole networks."
     )
     assert on_board.explanation is not None
     assert on_board.explanation.latency.startswith("p50, predicted for Test Board rev 3")
