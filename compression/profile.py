@@ -391,7 +391,16 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="unpacked bundles whose ONNX files are timed and predicted too",
     )
     parser.add_argument("--report", type=Path, help="the report.json of a job on this device")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    # Now, and not when all is measured.
+    if not options.out.absolute().parent.is_dir():
+        parser.error(f"--out: there is no folder {options.out.absolute().parent}")
+    if options.report is not None and not options.report.is_file():
+        parser.error(f"--report: there is no file {options.report}")
+    for folder in options.bundle:
+        if not (folder / "manifest.json").is_file():
+            parser.error(f"--bundle: {folder} is no unpacked bundle: it has no manifest.json")
+    return options
 
 
 def _positive(text: str) -> int:

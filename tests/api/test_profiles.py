@@ -12,6 +12,7 @@ import pytest
 from compression.teachers import EncoderConfig
 from jobs import store
 from jobs.records import DEFAULT_PROJECT
+from jobs.roles import Role
 from tests.api.conftest import Service, assert_problem
 from tests.api.test_selection import measured
 from tests.builders import device_profile
@@ -176,7 +177,7 @@ def test_another_projects_profile_is_an_unknown_reference(
     service: Service, profile: dict[str, Any]
 ) -> None:
     other = service.new_project()
-    client = service.as_key(service.new_key("admin", project_id=other).secret)  # type: ignore[arg-type]
+    client = service.as_key(service.new_key(Role.ADMIN, project_id=other).secret)
     assert_problem(client.get(f"/v1/profiles/{profile['id']}"), 404, "not-found")
     assert client.get("/v1/profiles").json()["items"] == []
     with service.services.database.reading() as session:

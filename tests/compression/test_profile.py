@@ -284,6 +284,22 @@ def test_exported_files_of_bundles_are_timed_on_the_device(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--out", "there is no folder"),
+        ("--report", "there is no file"),
+        ("--bundle", "is no unpacked bundle: it has no manifest.json"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_told_before_anything_is_measured(
+    tmp_path: Path, option: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["profile", "--out", str(tmp_path / "p.json"), option, str(tmp_path / "no" / "p")])
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["--heads", "--threads", "--rounds"])
 def test_a_count_below_one_is_refused(
     tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
