@@ -107,7 +107,7 @@ class ProfiledShape(Frozen):
     head_dim: Count
     vocab_size: Count
     labels: Count
-    embedding_size: Count | None
+    embedding_size: Count | None = None
     activation: Literal["gelu", "gelu_new", "relu"]
 
 
