@@ -6,15 +6,18 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Response
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from sqlalchemy.orm import Session
 
 from api.deps import After, JobId, Limit, PrincipalDep, Services, ServicesDep
 from api.errors import ApiError
 from api.schemas import ArtifactOut, JobIn, JobOut, JobSummary, Page, PlanOut, SubnetworksOut
+from compression.device_profile import DeviceProfile
 from compression.errors import CompressionError
 from compression.plan import ModelInfo, Plan, make_plan
 from compression.tables import DatasetProfile
 from jobs import access, records, store
-from jobs.errors import NotFound
+from jobs.errors import Conflict, NotFound
 from jobs.queue import enqueue_job
 from jobs.states import JobState
 
@@ -46,6 +49,20 @@ EXAMPLES: dict[str, Any] = {
             "spec": {
                 "task": {"kind": "question_answering", "max_seq_len": 384, "doc_stride": 128},
                 "constraints": {"max_accuracy_drop": 1.0},
+            },
+        },
+    },
+    "device": {
+        "summary": "Fast enough on a device that was profiled",
+        "value": {
+            "model": _MODEL,
+            "dataset": _DATASET,
+            "spec": {
+                "constraints": {
+                    "max_latency_ms": 40,
+                    "latency_on": "prf_3q2-7wAAQkSgMvUuTqBvxQ",
+                    "latency_at": {"seq_len": 64, "threads": 2},
+                }
             },
         },
     },
@@ -106,7 +123,11 @@ def create_job(
     with services.database.reading() as session:
         model = _referenced(store.get_model, session, body.model, project_id, "/model")
         dataset = _referenced(store.get_dataset, session, body.dataset, project_id, "/dataset")
-    plan = _plan(body, model, dataset)
+        named = body.spec.constraints.latency_on
+        profile = None
+        if named is not None:
+            profile = referenced_profile(session, named, project_id, within="/spec")
+    plan = _plan(body, model, dataset, profile)
     if dry_run:
         return JSONResponse({"plan": plan.model_dump(mode="json")})
     with services.database.transaction() as session:
@@ -116,6 +137,7 @@ def create_job(
             name=body.name or f"{model.name} on {dataset.name}"[:200],
             model_id=model.id,
             dataset_id=dataset.id,
+            profile_id=named,
             spec=body.spec.model_dump(mode="json"),
             plan=plan.model_dump(mode="json"),
         )
@@ -141,12 +163,34 @@ def _referenced(get: Any, session: Any, id: str, project_id: str, pointer: str) 
         ) from None
 
 
-def _plan(body: JobIn, model: records.Model, dataset: records.Dataset) -> Plan:
+def referenced_profile(
+    session: Session, id: str, project_id: str, *, within: str = ""
+) -> DeviceProfile:
+    """What `latency_on` names, below the pointer `within`."""
+    pointer = f"{within}/constraints/latency_on"
+    record = _referenced(store.get_profile, session, id, project_id, pointer)
+    try:
+        return DeviceProfile.model_validate(record.content)
+    except ValidationError:
+        raise Conflict(
+            "Another version of this service stored the profile, in a form that this one does not "
+            "read. Measure the device again, and upload what comes of it.",
+            code="profile-unreadable",
+        ) from None
+
+
+def _plan(
+    body: JobIn,
+    model: records.Model,
+    dataset: records.Dataset,
+    profile: DeviceProfile | None,
+) -> Plan:
     try:
         return make_plan(
             body.spec,
             ModelInfo.model_validate(model.info),
             DatasetProfile.model_validate(dataset.profile),
+            profile,
         )
     except CompressionError as error:
         if error.pointer is not None and error.pointer.startswith("/"):

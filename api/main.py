@@ -18,6 +18,7 @@ from api import (
     health,
     keys,
     models,
+    profiles,
     projects,
     selection,
 )
@@ -45,6 +46,7 @@ MAX_JSON_BYTES = 1 << 20
 ROUTES = (
     models,
     datasets,
+    profiles,
     jobs_routes,
     selection,
     events,

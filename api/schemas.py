@@ -18,8 +18,16 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from compression.device_profile import DeviceProfile
 from compression.plan import ModelInfo, Plan
-from compression.report import CompressionReport, Selection, SubnetworkReport, TeacherReport
+from compression.report import (
+    CompressionReport,
+    DeviceFingerprint,
+    PredictionError,
+    Selection,
+    SubnetworkReport,
+    TeacherReport,
+)
 from compression.spec import ConstraintSpec, Spec
 from compression.tables import DatasetProfile
 from jobs import records
@@ -48,6 +56,9 @@ StoredPlan = Annotated[Document, _SchemaOf(Plan)]
 StoredReport = Annotated[Document, _SchemaOf(CompressionReport)]
 StoredInfo = Annotated[Document, _SchemaOf(ModelInfo)]
 StoredProfile = Annotated[Document, _SchemaOf(DatasetProfile)]
+StoredDeviceProfile = Annotated[Document, _SchemaOf(DeviceProfile)]
+StoredDevice = Annotated[Document, _SchemaOf(DeviceFingerprint)]
+StoredError = Annotated[Document, _SchemaOf(PredictionError)]
 StoredSelection = Annotated[Document, _SchemaOf(Selection)]
 StoredSubnetwork = Annotated[Document, _SchemaOf(SubnetworkReport)]
 StoredTeacher = Annotated[Document, _SchemaOf(TeacherReport)]
@@ -133,6 +144,46 @@ class DatasetOut(_UploadOut):
     @classmethod
     def of(cls, record: records.Dataset) -> Self:
         return cls(**cls._shared(record), profile=record.profile)
+
+
+class ProfileSummary(Out):
+    """What a profile is of, and where it can be predicted from."""
+
+    id: str
+    name: str
+    sha256: str = Field(description="Hex, of the content; reports name it.")
+    device: StoredDevice
+    shape: Document = Field(description="Of the models that it is for.")
+    layers: int = Field(description="Of the deepest.")
+    heads: list[int] = Field(description="Heads of a layer that were measured.")
+    ffn: list[int] = Field(description="Neurons of a layer that were measured.")
+    batch_size: list[int]
+    seq_len: list[int]
+    threads: list[int]
+    errors: dict[str, StoredError] = Field(description="By format; they say which there are.")
+    created_at: datetime
+
+    @classmethod
+    def of(cls, record: records.Profile) -> Self:
+        return cls(**cls._fields(record))
+
+    @classmethod
+    def _fields(cls, record: records.Profile) -> dict[str, Any]:
+        return {
+            **record.summary,
+            "id": record.id,
+            "name": record.name,
+            "sha256": record.sha256,
+            "created_at": record.created_at,
+        }
+
+
+class ProfileOut(ProfileSummary):
+    profile: StoredDeviceProfile
+
+    @classmethod
+    def _fields(cls, record: records.Profile) -> dict[str, Any]:
+        return {**super()._fields(record), "profile": record.content}
 
 
 class JobIn(BaseModel):

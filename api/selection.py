@@ -9,7 +9,9 @@ from fastapi import APIRouter, Body
 from pydantic import ValidationError
 
 from api.deps import JobId, PrincipalDep, ServicesDep
+from api.jobs import referenced_profile
 from api.schemas import ArtifactOut, SelectionIn, SelectionOut
+from compression.device_profile import report_predictor
 from compression.report import SubnetworkReport
 from compression.selection import reselect
 from jobs import records, store
@@ -29,6 +31,16 @@ EXAMPLES: dict[str, Any] = {
             }
         },
     },
+    "device": {
+        "summary": "The fastest on a device that was profiled, with four threads",
+        "value": {
+            "constraints": {
+                "max_accuracy_drop": 1.0,
+                "latency_on": "prf_3q2-7wAAQkSgMvUuTqBvxQ",
+                "latency_at": {"threads": 4},
+            }
+        },
+    },
     "size": {
         "summary": "The smallest file that is twice as fast as the teacher",
         "value": {"constraints": {"min_speedup": 2, "objective": "size"}},
@@ -41,8 +53,8 @@ EXAMPLES: dict[str, Any] = {
     summary="Select under other constraints",
     description="From the stored measurements of a job that has succeeded, at once: nothing is "
     "trained, measured or stored, and the job's own selection stays. `latency_at` must be one of "
-    "the settings that the job measured. Figures on test are those of the job's own selection "
-    "alone: test chooses nothing.",
+    "the settings that the job measured; with `latency_on`, any that lies within the profile. "
+    "Figures on test are those of the job's own selection alone: test chooses nothing.",
 )
 def select_again(
     job_id: JobId,
@@ -54,10 +66,19 @@ def select_again(
     with services.database.reading() as session:
         report = store.get_report(session, job_id, project_id=project_id)
         artifacts = store.list_artifacts(session, job_id, project_id=project_id)
+        profile = None
+        if (named := body.constraints.latency_on) is not None:
+            profile = referenced_profile(session, named, project_id)
+    subnetworks = _subnetworks(report)
     selection = reselect(
-        _subnetworks(report),
+        subnetworks,
         body.constraints,
         main_metric=report.get("main_metric", "accuracy"),
+        predictor=None
+        if profile is None
+        else report_predictor(
+            profile, body.constraints, subnetworks, report.get("teacher", {}).get("encoder")
+        ),
     )
     return SelectionOut(
         job=job_id,

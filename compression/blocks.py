@@ -7,7 +7,7 @@ random: they change no time. Letters: B rows, T tokens, H hidden units.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,53 +16,92 @@ import numpy.typing as npt
 
 OPSET = 17  # as the exported models have
 IR_VERSION = 8
-FLOAT, INT64 = 1, 7  # TensorProto.DataType
+FLOAT, INT8, INT64 = 1, 3, 7  # TensorProto.DataType
+KINDS = {"float32": FLOAT, "int8": INT8, "int64": INT64}  # by numpy's names
 ATTRIBUTE_FLOAT, ATTRIBUTE_INT, ATTRIBUTE_INTS = 1, 2, 7  # AttributeProto.AttributeType
 EPSILON = 1e-12
+MASKED = -1e9  # added to scores of padding
+ACTIVATIONS = ("gelu", "gelu_new", "relu")
+IDS, TYPES, MASK = "ids", "types", "mask"  # inputs
 End = tuple[str, int, Sequence[int]]  # name, type and shape of an input
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What all sub-networks of an encoder share."""
+    """What all sub-networks of an encoder share; names as in EncoderConfig."""
 
     hidden: int
     head_dim: int
     vocab_size: int
     labels: int
+    embedding_size: int | None = None
+    activation: str = "gelu"  # of ACTIVATIONS
 
 
 @dataclass
 class _Graph:
-    """Nodes and weights of one model, in an order of computation."""
+    """Nodes and weights of one model, in an order of computation.
 
+    `int8`: products with weights and lookups are as in onnx-int8-dynamic files.
+    """
+
+    int8: bool = False
     nodes: list[bytes] = field(default_factory=list)
     weights: list[bytes] = field(default_factory=list)
     names: int = 0
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    rounded: dict[str, list[str]] = field(default_factory=dict)  # activations, once for all readers
 
     def add(self, op: str, *inputs: str, **attributes: Any) -> str:
         """One node; the name of its output."""
-        output = self._name()
-        parts = [_text(1, name) for name in inputs] + [_text(2, output), _text(4, op)]
+        return self._node(op, inputs, 1, attributes)[0]
+
+    def _node(
+        self, op: str, inputs: Sequence[str], outputs: int, attributes: Mapping[str, Any]
+    ) -> list[str]:
+        names = [self._name() for _ in range(outputs)]
+        parts = [_text(1, name) for name in inputs] + [_text(2, name) for name in names]
+        parts += [_text(4, op)]
         parts += [_bytes(5, _attribute(name, value)) for name, value in attributes.items()]
         self.nodes.append(b"".join(parts))
-        return output
+        return names
 
     def constant(self, values: npt.NDArray[Any]) -> str:
         name = self._name()
-        kind = INT64 if values.dtype == np.int64 else FLOAT
         parts = [_number(1, size) for size in values.shape]
-        parts += [_number(2, kind), _text(8, name), _bytes(9, values.tobytes())]
+        parts += [_number(2, KINDS[values.dtype.name]), _text(8, name), _bytes(9, values.tobytes())]
         self.weights.append(b"".join(parts))
         return name
 
     def weight(self, *shape: int) -> str:
         return self.constant(self.random.normal(0, 0.02, shape).astype(np.float32))
 
-    def linear(self, x: str, inputs: int, outputs: int) -> str:
-        product = self.add("MatMul", x, self.weight(inputs, outputs))
+    def linear(self, x: str, inputs: int, outputs: int, *, in_fp32: bool = False) -> str:
+        if self.int8 and not in_fp32:
+            product = self._int8_product(x, inputs, outputs)
+        else:
+            product = self.add("MatMul", x, self.weight(inputs, outputs))
         return self.add("Add", product, self.weight(outputs))
+
+    def _int8_product(self, x: str, inputs: int, outputs: int) -> str:
+        """Of uint8 with a scale that the call finds, and int8 with a scale for each output."""
+        if x not in self.rounded:
+            self.rounded[x] = self._node("DynamicQuantizeLinear", [x], 3, {})
+        values, scale, zero = self.rounded[x]
+        zeros = self.constant(np.zeros(outputs, np.int8))
+        whole = self.add("MatMulInteger", values, self._int8_weight(inputs, outputs), zero, zeros)
+        scales = self.add("Mul", scale, self.constant(np.full(outputs, 1e-3, np.float32)))
+        return self.add("Mul", self.add("Cast", whole, to=FLOAT), scales)
+
+    def _int8_weight(self, *shape: int) -> str:
+        return self.constant(self.random.integers(-64, 64, shape, dtype=np.int8))
+
+    def lookup(self, rows: int, width: int, ids: str) -> str:
+        if not self.int8:
+            return self.add("Gather", self.weight(rows, width), ids)
+        found = self.add("Gather", self._int8_weight(rows, width), ids)
+        scale, zero = self.constant(np.array(1e-3, np.float32)), self.constant(np.array(0, np.int8))
+        return self.add("DequantizeLinear", found, scale, zero)
 
     def norm(self, x: str, hidden: int) -> str:
         scale = self.constant(np.ones(hidden, np.float32))
@@ -88,66 +127,156 @@ def call(batch_size: int, seq_len: int) -> bytes:
     """Nothing but a call of the runtime: what each block costs beside its work."""
     graph = _Graph()
     ids = (batch_size, seq_len)
-    return graph.model([("ids", INT64, ids)], graph.add("Cast", "ids", to=FLOAT), ids)
+    return graph.model([(IDS, INT64, ids)], graph.add("Cast", IDS, to=FLOAT), ids)
 
 
-def embeddings(shape: Shape, batch_size: int, seq_len: int) -> bytes:
-    """Ids [B, T] to states [B, T, H]: words, positions, types and the norm."""
-    graph = _Graph()
-    words = graph.add("Gather", graph.weight(shape.vocab_size, shape.hidden), "ids")
-    types = graph.add("Gather", graph.weight(2, shape.hidden), "types")
-    states = graph.add("Add", graph.add("Add", words, types), graph.weight(seq_len, shape.hidden))
+def embeddings(shape: Shape, batch_size: int, seq_len: int, *, int8: bool = False) -> bytes:
+    """Ids [B, T] to states [B, T, H]: words, positions, types, the norm and any projection."""
+    graph = _Graph(int8)
     ids = (batch_size, seq_len)
-    inputs = [("ids", INT64, ids), ("types", INT64, ids)]
-    return graph.model(inputs, graph.norm(states, shape.hidden), (*ids, shape.hidden))
+    inputs = [(IDS, INT64, ids), (TYPES, INT64, ids)]
+    return graph.model(inputs, _embedded(graph, shape, seq_len), (*ids, shape.hidden))
 
 
-def attention(shape: Shape, batch_size: int, seq_len: int, *, heads: int, layers: int) -> bytes:
+def attention(
+    shape: Shape, batch_size: int, seq_len: int, *, heads: int, layers: int, int8: bool = False
+) -> bytes:
     """Self-attention of so many heads with residual and norm, `layers` times in a row."""
+    graph = _Graph(int8)
+    attend = _attention(graph, shape, heads)
+    x = "x"
+    for _ in range(layers):
+        x = attend(x, MASK)
+    states = (batch_size, seq_len, shape.hidden)
+    mask = (batch_size, 1, 1, seq_len)
+    return graph.model([("x", FLOAT, states), (MASK, FLOAT, mask)], x, states)
+
+
+def ffn(
+    shape: Shape, batch_size: int, seq_len: int, *, neurons: int, layers: int, int8: bool = False
+) -> bytes:
+    """The feed-forward half of a layer with residual and norm, `layers` times in a row."""
+    graph = _Graph(int8)
+    feed_forward = _feed_forward(graph, shape, neurons)
+    x = "x"
+    for _ in range(layers):
+        x = feed_forward(x)
+    states = (batch_size, seq_len, shape.hidden)
+    return graph.model([("x", FLOAT, states)], x, states)
+
+
+def head(shape: Shape, batch_size: int, seq_len: int, *, int8: bool = False) -> bytes:
+    """Pooler and classifier of the first token, [B, T, H] to [B, labels]."""
+    graph = _Graph(int8)
+    states = (batch_size, seq_len, shape.hidden)
+    logits = _pooled_logits(graph, shape, "x")
+    return graph.model([("x", FLOAT, states)], logits, (batch_size, shape.labels))
+
+
+def token_head(shape: Shape, batch_size: int, seq_len: int) -> bytes:
+    """The classifier of every token, [B, T, H] to [B, T, labels]; in fp32 in every file."""
     graph = _Graph()
+    states = (batch_size, seq_len, shape.hidden)
+    logits = graph.linear("x", shape.hidden, shape.labels)
+    return graph.model([("x", FLOAT, states)], logits, (batch_size, seq_len, shape.labels))
+
+
+def network(
+    shape: Shape,
+    batch_size: int,
+    seq_len: int,
+    *,
+    heads: Sequence[int],
+    neurons: Sequence[int],
+    int8: bool = False,
+) -> bytes:
+    """A whole encoder, ids [B, T] to logits [B, labels]; layer i has its own heads and neurons."""
+    graph = _Graph(int8)
+    ids = (batch_size, seq_len)
+    one, masked = (graph.constant(np.array(value, np.float32)) for value in (1.0, MASKED))
+    axes = graph.constant(np.array([1, 2], np.int64))
+    padding = graph.add("Sub", one, graph.add("Cast", MASK, to=FLOAT))
+    mask = graph.add("Unsqueeze", graph.add("Mul", padding, masked), axes)
+    x = _embedded(graph, shape, seq_len)
+    for i in range(len(heads)):
+        x = _attention(graph, shape, heads[i])(x, mask)
+        x = _feed_forward(graph, shape, neurons[i])(x)
+    inputs = [(name, INT64, ids) for name in (IDS, TYPES, MASK)]
+    return graph.model(inputs, _pooled_logits(graph, shape, x), (batch_size, shape.labels))
+
+
+def _embedded(graph: _Graph, shape: Shape, seq_len: int) -> str:
+    width = shape.embedding_size or shape.hidden
+    words, types = graph.lookup(shape.vocab_size, width, IDS), graph.lookup(2, width, TYPES)
+    states = graph.add("Add", graph.add("Add", words, types), graph.weight(seq_len, width))
+    x = graph.norm(states, width)
+    return x if shape.embedding_size is None else graph.linear(x, width, shape.hidden)
+
+
+def _attention(graph: _Graph, shape: Shape, heads: int) -> Callable[[str, str], str]:
+    """Adds one layer's half each time it is called; constants are shared, weights are not."""
     units = heads * shape.head_dim
     apart = graph.constant(np.array([0, 0, heads, shape.head_dim], np.int64))
     together = graph.constant(np.array([0, 0, units], np.int64))
     scale = graph.constant(np.array(shape.head_dim**-0.5, np.float32))
-    x = "x"
-    for _ in range(layers):
+
+    def attend(x: str, mask: str) -> str:
         query, key, value = (
             graph.add("Reshape", graph.linear(x, shape.hidden, units), apart) for _ in range(3)
         )
         query = graph.add("Mul", graph.add("Transpose", query, perm=[0, 2, 1, 3]), scale)
         scores = graph.add("MatMul", query, graph.add("Transpose", key, perm=[0, 2, 3, 1]))
-        weights = graph.add("Softmax", graph.add("Add", scores, "mask"), axis=-1)
+        weights = graph.add("Softmax", graph.add("Add", scores, mask), axis=-1)
         read = graph.add("MatMul", weights, graph.add("Transpose", value, perm=[0, 2, 1, 3]))
         read = graph.add("Reshape", graph.add("Transpose", read, perm=[0, 2, 1, 3]), together)
-        x = graph.norm(graph.add("Add", x, graph.linear(read, units, shape.hidden)), shape.hidden)
-    states = (batch_size, seq_len, shape.hidden)
-    mask = (batch_size, 1, 1, seq_len)
-    return graph.model([("x", FLOAT, states), ("mask", FLOAT, mask)], x, states)
+        return graph.norm(
+            graph.add("Add", x, graph.linear(read, units, shape.hidden)), shape.hidden
+        )
+
+    return attend
 
 
-def ffn(shape: Shape, batch_size: int, seq_len: int, *, neurons: int, layers: int) -> bytes:
-    """The feed-forward half of a layer with residual and norm, `layers` times in a row."""
-    graph = _Graph()
-    root, one, half = (graph.constant(np.array(value, np.float32)) for value in (2**0.5, 1.0, 0.5))
-    x = "x"
-    for _ in range(layers):
-        inner = graph.linear(x, shape.hidden, neurons)
-        gate = graph.add("Add", graph.add("Erf", graph.add("Div", inner, root)), one)
-        inner = graph.add("Mul", graph.add("Mul", inner, gate), half)
+def _feed_forward(graph: _Graph, shape: Shape, neurons: int) -> Callable[[str], str]:
+    activate = _activation(graph, shape.activation)
+
+    def feed_forward(x: str) -> str:
+        inner = activate(graph.linear(x, shape.hidden, neurons))
         outer = graph.linear(inner, neurons, shape.hidden)
-        x = graph.norm(graph.add("Add", x, outer), shape.hidden)
-    states = (batch_size, seq_len, shape.hidden)
-    return graph.model([("x", FLOAT, states)], x, states)
+        return graph.norm(graph.add("Add", x, outer), shape.hidden)
+
+    return feed_forward
 
 
-def head(shape: Shape, batch_size: int, seq_len: int) -> bytes:
-    """Pooler and classifier of the first token, [B, T, H] to [B, labels]."""
-    graph = _Graph()
-    first = graph.add("Gather", "x", graph.constant(np.array(0, np.int64)), axis=1)
+def _activation(graph: _Graph, name: str) -> Callable[[str], str]:
+    """In the operators that exports of PaddlePaddle have."""
+    if name == "relu":
+        return lambda x: graph.add("Relu", x)
+    one, half = (graph.constant(np.array(value, np.float32)) for value in (1.0, 0.5))
+    if name == "gelu":
+        root = graph.constant(np.array(2**0.5, np.float32))
+
+        def gate(x: str) -> str:
+            return graph.add("Erf", graph.add("Div", x, root))
+
+    else:
+        root, cubic = (
+            graph.constant(np.array(value, np.float32)) for value in ((2 / np.pi) ** 0.5, 0.044715)
+        )
+
+        def gate(x: str) -> str:
+            cube = graph.add("Mul", graph.add("Mul", graph.add("Mul", x, x), x), cubic)
+            return graph.add("Tanh", graph.add("Mul", graph.add("Add", x, cube), root))
+
+    def activate(x: str) -> str:
+        return graph.add("Mul", graph.add("Mul", x, graph.add("Add", gate(x), one)), half)
+
+    return activate
+
+
+def _pooled_logits(graph: _Graph, shape: Shape, x: str) -> str:
+    first = graph.add("Gather", x, graph.constant(np.array(0, np.int64)), axis=1)
     pooled = graph.add("Tanh", graph.linear(first, shape.hidden, shape.hidden))
-    logits = graph.linear(pooled, shape.hidden, shape.labels)
-    states = (batch_size, seq_len, shape.hidden)
-    return graph.model([("x", FLOAT, states)], logits, (batch_size, shape.labels))
+    return graph.linear(pooled, shape.hidden, shape.labels, in_fp32=True)
 
 
 # --- protocol buffers -----------------------------------------------------------------------

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from compression.device_profile import in_words
 from compression.export import EXPORTERS, INPUTS, OUTPUT, sha256_of
 from compression.manifest import (
     MANIFEST,
@@ -58,7 +59,14 @@ from compression.report import (
 )
 from compression.selection import FORMAT_NAMES
 from compression.signing import sign
-from compression.spec import SERVED_FORMATS, Format, Spec, TaskSpec, fp32_format
+from compression.spec import (
+    SERVED_FORMATS,
+    Format,
+    LatencySetting,
+    Spec,
+    TaskSpec,
+    fp32_format,
+)
 
 GZIP_LEVEL = 1  # trained weights hardly compress: 8 % here, 9 % at level 6
 KIND_NAMES = {  # what the model of a task is called
@@ -248,6 +256,7 @@ def model_card(facts: BundleFacts) -> str:
             [_format_row(report) for report in subnetwork.formats],
         ),
         _latency_words(subnetwork.formats, facts.environment),
+        *_prediction_words(subnetwork.formats),
         "The largest logit difference is between the file, reloaded in a fresh process, and the "
         "supernet it was cut from; a format above its tolerance is not in this bundle.",
         *_int8_words(subnetwork.formats, metric),
@@ -498,6 +507,20 @@ def _latency_words(formats: Sequence[FormatReport], environment: Mapping[str, st
         f"measured on the CPU, by turns with the teacher, on this machine: {where}. Other "
         "machines give other ratios."
     )
+
+
+def _prediction_words(formats: Sequence[FormatReport]) -> Iterator[str]:
+    for report in formats:
+        found = report.predicted
+        if found is not None and report.published:
+            setting = LatencySetting(found.batch_size, found.seq_len, found.threads)
+            yield (
+                f"For another device its latency was predicted, not measured: in "
+                f"{FORMAT_NAMES[report.format]} a p50 of {found.p50_ms:.2f} ms and a speed-up of "
+                f"{found.speedup:.2f} ({setting}), {_plain(in_words(found.on))}. The device's "
+                f"profile is {_code(found.on.profile)}, SHA-256 {found.on.sha256}; its description "
+                "is in `manifest.json`."
+            )
 
 
 def _how_to_run(facts: BundleFacts) -> str:

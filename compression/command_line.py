@@ -2,6 +2,7 @@
 
 Other commands, each with its own --help:
   python -m compression profile         measure this device (compression/profile.py)
+  python -m compression select REPORT   choose again under other constraints, from what was measured
   python -m compression verify BUNDLE   compare a bundle with its manifest and its signature
   python -m compression keygen FILE     make a key to sign bundles with
   python -m compression schema          print the JSON Schema of a bundle's manifest
@@ -26,10 +27,12 @@ from tqdm import tqdm
 
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import resumed_variables
+from compression.device_profile import DeviceProfile, read_profile, report_predictor
 from compression.errors import (
     CompressionError,
     Interrupted,
     InvalidDataset,
+    InvalidSpec,
     SigningKeyRefused,
 )
 from compression.manifest import schema_bytes
@@ -38,17 +41,19 @@ from compression.report import (
     FormatReport,
     Intervals,
     Progress,
+    Selection,
     SubnetworkReport,
     TeacherReport,
 )
 from compression.runtime_env import cpu_vendor, training_environment
-from compression.selection import SHOWN_CONFIDENCE
+from compression.selection import SHOWN_CONFIDENCE, reselect
 from compression.signing import key_id, new_key, read_private_key, read_public_key
-from compression.spec import INT8_FORMATS, Spec
+from compression.spec import INT8_FORMATS, ConstraintSpec, Spec
 from compression.verify import NoBundle, verify_bundle
 
 INTERRUPTED = 3  # exit status
 SHOWN_FAULTS = 20
+PROFILE_HELP = "of a device that latency is predicted for, from `python -m compression profile`"
 
 
 class ProgressBar:
@@ -167,6 +172,74 @@ def read_spec(path: Path | None) -> Spec:
     return Spec.model_validate(yaml.safe_load(path.read_text()) or {}) if path else Spec()
 
 
+def with_profile(spec: Spec, path: Path | None) -> tuple[Spec, DeviceProfile | None]:
+    """The spec with latency_on being the file's name, and what is in the file.
+
+    Without `path` the file is the one that the spec's own latency_on names, if it does.
+    """
+    if path is None and spec.constraints.latency_on is not None:
+        path = Path(spec.constraints.latency_on)
+    if path is None:
+        return spec, None
+    profile = read_profile(path)
+    constraints = spec.constraints.model_copy(update={"latency_on": path.name})
+    return spec.model_copy(update={"constraints": constraints}), profile
+
+
+def select_command(arguments: list[str]) -> int:
+    """Chooses again under a spec's constraints, from what a job measured; nothing is changed.
+
+    Exit status 0: one was chosen; 1: none holds the constraints.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m compression select", description=select_command.__doc__
+    )
+    parser.add_argument("report", type=Path, metavar="REPORT", help="a job's report.json")
+    parser.add_argument("--spec", type=Path, help="YAML or JSON, of which constraints are read")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help=PROFILE_HELP)
+    args = parser.parse_args(arguments)
+    try:
+        spec, profile = with_profile(read_spec(args.spec), args.profile)
+        report = CompressionReport.model_validate_json(args.report.read_bytes())
+        selection = reselected(report, spec.constraints, profile)
+    except CompressionError as error:
+        parser.error(f"{error.message} ({error.pointer})")
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        parser.error(str(error))
+    show_selection(selection)
+    return 0 if selection.subnetwork is not None else 1
+
+
+def reselected(
+    report: CompressionReport, constraints: ConstraintSpec, profile: DeviceProfile | None
+) -> Selection:
+    """InvalidSpec for what the report or the profile cannot answer."""
+    predictor = None
+    if profile is not None:
+        encoder = report.teacher.encoder
+        predictor = report_predictor(profile, constraints, report.subnetworks, encoder)
+    return reselect(
+        report.subnetworks, constraints, main_metric=report.main_metric, predictor=predictor
+    )
+
+
+def show_predictions(report: CompressionReport) -> None:
+    for network in report.subnetworks:
+        for fmt in network.formats:
+            if (found := fmt.predicted) is not None:
+                print(
+                    f"{network.name} in {fmt.format}: {found.p50_ms:.2f} ms predicted for "
+                    f"{found.on.device.cpu}, {found.speedup:.2f} times as fast as the teacher"
+                )
+
+
+def show_selection(selection: Selection) -> None:
+    print(selection.reason)
+    if selection.explanation is not None:
+        for effect in selection.explanation.effects:
+            print(effect.words)
+
+
 def schema_command(arguments: list[str]) -> int:
     """Prints the JSON Schema of a bundle's manifest."""
     argparse.ArgumentParser(
@@ -242,6 +315,7 @@ def verify_command(arguments: list[str]) -> int:
 COMMANDS: Mapping[str, Callable[[list[str]], int]] = {
     "keygen": keygen_command,
     "schema": schema_command,
+    "select": select_command,
     "verify": verify_command,
 }
 
@@ -270,6 +344,7 @@ def compress_command(arguments: list[str]) -> int:
     parser.add_argument(
         "--signing-key", type=Path, metavar="FILE", help="private key that bundles are signed with"
     )
+    parser.add_argument("--profile", type=Path, metavar="FILE", help=PROFILE_HELP)
     parser.add_argument(
         "--resume",
         action="store_true",
@@ -288,6 +363,10 @@ def compress_command(arguments: list[str]) -> int:
         spec = read_spec(args.spec)
     except (OSError, yaml.YAMLError, ValidationError) as error:
         parser.error(f"--spec: {error}")
+    try:
+        spec, profile = with_profile(spec, args.profile)
+    except (OSError, InvalidSpec) as error:
+        parser.error(f"--profile: {error}")
 
     try:
         key = read_private_key(args.signing_key.read_bytes()) if args.signing_key else None
@@ -311,6 +390,7 @@ def compress_command(arguments: list[str]) -> int:
                 bar,
                 stop=stop.is_set,
                 signing_key=key,
+                profile=profile,
             )
     except Interrupted as interrupted:
         bar.close()
@@ -325,10 +405,8 @@ def compress_command(arguments: list[str]) -> int:
         return 2
     bar.close()
     print(table(report))
-    print(report.selection.reason)
-    if report.selection.explanation is not None:
-        for effect in report.selection.explanation.effects:
-            print(effect.words)
+    show_predictions(report)
+    show_selection(report.selection)
     for warning in (*report.dataset.notes, *report.warnings):
         print(f"warning: {warning}")
     print(f"report: {args.out / 'report.json'}")

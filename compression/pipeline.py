@@ -30,6 +30,7 @@ from compression.checkpoint import (
     host_facts,
     resumed_replicas,
 )
+from compression.device_profile import DeviceProfile, Predictor, job_predictor
 from compression.distillation import distil, distil_depth
 from compression.encoder import (
     Encoder,
@@ -38,7 +39,13 @@ from compression.encoder import (
     numpy_weights,
     with_new_head,
 )
-from compression.errors import DeviceUnavailable, ExportFailed, Interrupted, OutOfMemory
+from compression.errors import (
+    DeviceUnavailable,
+    ExportFailed,
+    Interrupted,
+    InvalidSpec,
+    OutOfMemory,
+)
 from compression.evaluate import (
     drop_intervals,
     largest_difference,
@@ -132,10 +139,12 @@ def compress(
     on_checkpoint: Callable[[Saved], None] = lambda saved: None,
     stop: Callable[[], bool] = lambda: False,
     signing_key: Ed25519PrivateKey | None = None,
+    profile: DeviceProfile | None = None,
 ) -> CompressionReport:
     """Runs one job and returns its report, which is also written to `run_dir/report.json`.
 
-    Bundles are signed with `signing_key`, where there is one.
+    Bundles are signed with `signing_key`, where there is one. `profile`: the device's that
+    `constraints.latency_on` names.
 
     Files to publish are under `run_dir/artifacts/<sub-network>/`. Checkpoints are written to
     `run_dir/checkpoints` at the end of each stage that computes weights or scores, and in
@@ -154,6 +163,7 @@ def compress(
 
     with stages("load") as advance:
         job = load(spec, model_dir, dataset_dir, resumed_replicas(run_dir / CHECKPOINTS))
+        predictor = predictor_of(job, profile)
         checkpoints = Checkpoints(
             run_dir / CHECKPOINTS,
             identity=identity(spec, model_dir, dataset_dir),
@@ -264,10 +274,13 @@ def compress(
             )
             for config in [subnetwork.config(supernet.config)]
         ]
+        if predictor is not None:
+            reports = predictor.all_told(reports)
         chosen = selection.select(
             selection.candidates(reports, spec.constraints),
             spec.constraints,
             main_metric=job.task.main_metric,
+            on=predictor.on if predictor is not None else None,
         )
         reports = list(selection.with_decisions(reports, chosen))
         test_accuracy: float | None = None
@@ -307,6 +320,7 @@ def compress(
                 accuracy=teacher_accuracy,
                 metrics=learnt.teacher_metrics,
                 test_accuracy=test_accuracy,
+                encoder=teacher.config.to_dict(),
                 formats=with_latency(
                     TEACHER,
                     [
@@ -623,6 +637,23 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
         replicas=replicas or own_replicas(spec),
     )
+
+
+def predictor_of(job: Job, profile: DeviceProfile | None) -> Predictor | None:
+    """What predicts the latency that the constraints mean; None where they mean a measured one.
+
+    InvalidSpec where the profile is missing or does not reach: before anything is trained.
+    """
+    if job.spec.constraints.latency_on is None:
+        return None
+    if profile is None:
+        raise InvalidSpec(
+            "latency is to be predicted for another device, and its profile was not given",
+            pointer="/constraints/latency_on",
+        )
+    predictor = job_predictor(job.spec, profile, job.checkpoint.config, seq_len=job.seq_len)
+    predictor.check(job.plan.subnetworks)
+    return predictor
 
 
 def own_replicas(spec: Spec) -> int:

@@ -20,6 +20,7 @@ from pydantic import Field
 
 from compression import cost
 from compression.alignment import longest_overlap
+from compression.device_profile import DeviceProfile, plan_warnings
 from compression.engines import check_paddleslim
 from compression.errors import InvalidDataset, InvalidSpec
 from compression.examples import (
@@ -226,9 +227,12 @@ def model_info(checkpoint: Checkpoint) -> ModelInfo:
     )
 
 
-def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
+def make_plan(
+    spec: Spec, model: ModelInfo, dataset: DatasetProfile, profile: DeviceProfile | None = None
+) -> Plan:
     """Resolves columns, labels and sub-networks, and predicts their cost.
 
+    `profile`: the device's that latency_on names; None where that is not to be checked.
     InvalidSpec points at the spec's field that model or dataset contradict;
     InvalidDataset names the rows whose labels cannot be used.
     """
@@ -321,6 +325,7 @@ def make_plan(spec: Spec, model: ModelInfo, dataset: DatasetProfile) -> Plan:
         warnings=(
             *_warnings(spec, dataset, columns, values, labels, rows, subnetworks),
             *_budget_warnings(spec, seconds),
+            *plan_warnings(spec, profile, encoder, subnetworks, seq_len=seq_len),
         ),
     )
 
@@ -596,7 +601,7 @@ def _check_lengths(spec: Spec, encoder: EncoderConfig, *, pair: bool) -> None:
                 f"{length} tokens are more than the model's {encoder.max_tokens} positions",
                 pointer=pointer,
             )
-    if spec.constraints.latency_at is not None:
+    if spec.constraints.latency_at is not None and spec.constraints.latency_on is None:
         check_latency_at(spec.constraints.latency_at, _measured_settings(spec.latency))
     if spec.task.kind == "question_answering":
         room = longest_overlap(spec.task.max_seq_len)

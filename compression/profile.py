@@ -1,10 +1,9 @@
 """What the building blocks of an encoder cost on this device: python -m compression profile.
 
 Needs onnxruntime and numpy alone, so that a device can be profiled that will never run a
-job. The latency of any sub-network is then predicted by addition (`predict`): what a call
-costs, the embeddings, an attention and a feed-forward half of each layer, the head. What
-that leaves out: what a runtime gains or loses between blocks. `--report` tells how far it
-is off, against the sub-networks that a job measured on the same device.
+job. `compression.prediction` makes the latency of any sub-network of it. How far off that is
+is measured too: whole networks, none of which the prediction is made from, are timed by turns
+with the blocks. `--bundle` adds exported files, `--report` what a job measured on this device.
 
 A block is timed as it stands in a model: as many of its kind in a row as the model has
 layers, each with weights of its own, so that caches hold no more of them than they would.
@@ -13,13 +12,17 @@ layers, each with weights of its own, so that caches hold no more of them than t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import platform
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,122 +30,245 @@ from typing import Any
 import numpy as np
 
 from compression import blocks
-from compression.blocks import Shape
-from compression.runtime_env import core_count, cpu_name
+from compression.blocks import ACTIVATIONS, MASK, TYPES, Shape
+from compression.prediction import AXES, LatencyModel, OutsideProfile, Table
+from compression.runtime_env import core_count, cpu_name, instruction_sets, memory_bytes
 
-VERSION = 1
+VERSION = 2
+FORMATS = ("onnx", "onnx-int8-dynamic")
 WARM_UP_CALLS = 5
 FLOPS_TOLERANCE = 0.1  # a projection of the embeddings is not counted
+Setting = Mapping[str, int]  # by AXES
+Model = bytes | str  # an ONNX file, or its path
+Name = tuple[str, str, int]  # of what is timed: its format, its kind, its heads or neurons
 
-Table = dict[str, Any]
-"""One setting's milliseconds: {"call", "embeddings", "head"} and by count {"attention", "ffn"}."""
+
+@dataclass(frozen=True)
+class Space:
+    """What is measured: counts of a layer, and the layers of the deepest network."""
+
+    shape: Shape
+    heads: tuple[int, ...]
+    ffn: tuple[int, ...]
+    layers: int
+    formats: tuple[str, ...] = FORMATS
 
 
-def measure_blocks(
-    shape: Shape,
+@dataclass(frozen=True)
+class Network:
+    """A whole network to hold predictions against; `file`: where it is an exported one."""
+
+    heads: tuple[int, ...]
+    ffn: tuple[int, ...]
+    format: str
+    file: Path | None = None
+
+    def model(self, shape: Shape, setting: Setting) -> Model:
+        if self.file is not None:
+            return str(self.file)
+        sizes = (setting["batch_size"], setting["seq_len"])
+        return blocks.network(
+            shape, *sizes, heads=self.heads, neurons=self.ffn, int8=self.format != "onnx"
+        )
+
+
+def measure_setting(
+    space: Space, setting: Setting, networks: Sequence[Network], *, rounds: int
+) -> tuple[list[Table], list[float]]:
+    """One setting's table for each format, and milliseconds of each of the networks, by turns."""
+    shape, sizes, layers = space.shape, (setting["batch_size"], setting["seq_len"]), space.layers
+    models: dict[Name, Callable[[], Model]] = {("call", "", 0): partial(blocks.call, *sizes)}
+    models |= _models(shape, setting, networks)
+    for fmt in space.formats:
+        int8 = fmt != "onnx"
+        models |= {
+            (fmt, "embeddings", 0): partial(blocks.embeddings, shape, *sizes, int8=int8),
+            (fmt, "pooled_head", 0): partial(blocks.head, shape, *sizes, int8=int8),
+            (fmt, "token_head", 0): partial(blocks.token_head, shape, *sizes),
+            **{
+                (fmt, "attention", count): partial(
+                    blocks.attention, shape, *sizes, heads=count, layers=layers, int8=int8
+                )
+                for count in space.heads
+            },
+            **{
+                (fmt, "ffn", count): partial(
+                    blocks.ffn, shape, *sizes, neurons=count, layers=layers, int8=int8
+                )
+                for count in space.ffn
+            },
+        }
+    taken = _timed(models, shape, setting, rounds=rounds)
+    call = taken["call", "", 0]
+    tables: list[Table] = []
+    for fmt in space.formats:
+        beside = {
+            (kind, count): max(0.0, ms - call)
+            for (own, kind, count), ms in taken.items()
+            if own == fmt
+        }
+        tables.append(
+            {
+                **setting,
+                "format": fmt,
+                "call": call,
+                **{kind: beside[kind, 0] for kind in ("embeddings", "pooled_head", "token_head")},
+                "attention": {str(n): beside["attention", n] / layers for n in space.heads},
+                "ffn": {str(n): beside["ffn", n] / layers for n in space.ffn},
+            }
+        )
+    return tables, [taken["network", "", i] for i in range(len(networks))]
+
+
+def measure_networks(
+    shape: Shape, setting: Setting, networks: Sequence[Network], *, rounds: int
+) -> list[float]:
+    """Milliseconds of each of the networks."""
+    taken = _timed(_models(shape, setting, networks), shape, setting, rounds=rounds)
+    return [taken["network", "", i] for i in range(len(networks))]
+
+
+def whole_networks(space: Space, seed: int) -> list[Network]:
+    """In each format the widest, the narrowest, one of drawn counts, and one of half the layers."""
+    draw = random.Random(seed)
+
+    def drawn(layers: int) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            tuple(draw.randint(min(counts), max(counts)) for _ in range(layers))
+            for counts in (space.heads, space.ffn)
+        )
+
+    widest, narrowest = (
+        tuple((end(counts),) * space.layers for counts in (space.heads, space.ffn))
+        for end in (max, min)
+    )
+    layered = dict.fromkeys(
+        [widest, narrowest, drawn(space.layers), drawn((space.layers + 1) // 2)]
+    )
+    return [Network(heads, ffn, fmt) for fmt in space.formats for heads, ffn in layered]
+
+
+def settings_between(values: Mapping[str, Sequence[int]]) -> Iterator[Setting]:
+    """The middle of each two neighbours on each axis, the others at their first value."""
+    first = {axis: values[axis][0] for axis in AXES}
+    for axis in AXES:
+        for low, high in itertools.pairwise(sorted(set(values[axis]))):
+            if high - low > 1:
+                yield {**first, axis: (low + high) // 2}
+
+
+def measure(
+    space: Space,
+    values: Mapping[str, Sequence[int]],
     *,
-    heads: Sequence[int],
-    ffn: Sequence[int],
-    layers: int,
-    batch_size: int,
-    seq_len: int,
-    threads: int,
     rounds: int,
-) -> Table:
-    """Median milliseconds of each block, less what a call costs; of one layer each.
+    exported: Sequence[Network] = (),
+    on_setting: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[Table], list[dict[str, Any]]]:
+    """Tables for every combination of `values`, and the whole networks that were timed.
 
-    By turns, in shuffled order, each after an untimed call, as jobs measure latency.
+    Whole networks are also timed in settings between, where predictions are interpolated.
     """
-    sizes = (batch_size, seq_len)
-    models: dict[tuple[str, int], bytes] = {
-        ("call", 0): blocks.call(*sizes),
-        ("embeddings", 0): blocks.embeddings(shape, *sizes),
-        ("head", 0): blocks.head(shape, *sizes),
-        **{
-            ("attention", count): blocks.attention(shape, *sizes, heads=count, layers=layers)
-            for count in heads
-        },
-        **{
-            ("ffn", count): blocks.ffn(shape, *sizes, neurons=count, layers=layers) for count in ffn
-        },
-    }
-    runs = {name: _loaded(model, threads) for name, model in models.items()}
-    seconds: dict[tuple[str, int], list[float]] = {name: [] for name in runs}
-    order = sorted(runs)
-    for number in range(rounds):
-        random.Random(number).shuffle(order)
-        for name in order:
-            runs[name]()
-            started = time.perf_counter()
-            runs[name]()
-            seconds[name].append(time.perf_counter() - started)
-    taken = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
-    call = taken[("call", 0)]
+    settings = [
+        dict(zip(AXES, each, strict=True))
+        for each in itertools.product(*(dict.fromkeys(values[axis]) for axis in AXES))
+    ]
+    between = list(settings_between(values))
+    total = len(settings) + len(between)
+    tables: list[Table] = []
+    found: list[dict[str, Any]] = []
 
-    def of_one_layer(kind: str, counts: Sequence[int]) -> dict[str, float]:
-        return {str(count): max(0.0, taken[(kind, count)] - call) / layers for count in counts}
+    def keep(setting: Setting, networks: Sequence[Network], taken: Sequence[float]) -> None:
+        for network, ms in zip(networks, taken, strict=True):
+            found.append(
+                {
+                    **setting,
+                    "format": network.format,
+                    "heads": list(network.heads),
+                    "ffn": list(network.ffn),
+                    "measured_ms": ms,
+                    "served": network.file is not None,
+                }
+            )
 
+    for i, setting in enumerate([*settings, *between]):
+        on_setting(i, total)
+        networks = [*whole_networks(space, seed=i), *exported]
+        if i < len(settings):
+            own, taken = measure_setting(space, setting, networks, rounds=rounds)
+            tables += own
+        else:
+            taken = measure_networks(space.shape, setting, networks, rounds=rounds)
+        keep(setting, networks, taken)
+    return tables, found
+
+
+def misfit(network: Mapping[str, Any], space: Space) -> str | None:
+    """Why a profile of this says nothing of a report's sub-network; None where it does."""
+    if len(network["heads"]) > space.layers:
+        return f"it has {len(network['heads'])} layers, and the profile {space.layers}"
+    for field, counts in (("heads", space.heads), ("ffn", space.ffn)):
+        for count in network[field]:
+            if not min(counts) <= count <= max(counts):
+                return str(OutsideProfile(field, count, sorted(counts)))
+    lengths = [each["seq_len"] for fmt in network["formats"] for each in fmt.get("latencies", ())]
+    if lengths:
+        least, most = _flops(network, seq_len=lengths[0], shape=space.shape)
+        if not least * (1 - FLOPS_TOLERANCE) <= network["flops"] <= most * (1 + FLOPS_TOLERANCE):
+            return f"its FLOPs are not those of the profile's hidden size, {space.shape.hidden}"
+    return None
+
+
+def models_of(tables: Sequence[Table]) -> dict[str, LatencyModel]:
+    """By format."""
+    formats = dict.fromkeys(table["format"] for table in tables)
     return {
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "threads": threads,
-        "call": call,
-        "embeddings": max(0.0, taken[("embeddings", 0)] - call),
-        "head": max(0.0, taken[("head", 0)] - call),
-        "attention": of_one_layer("attention", heads),
-        "ffn": of_one_layer("ffn", ffn),
+        fmt: LatencyModel([table for table in tables if table["format"] == fmt]) for fmt in formats
     }
 
 
-def predict(table: Table, *, heads: Sequence[int], ffn: Sequence[int]) -> float:
-    """Milliseconds of a call of the sub-network with so many heads and neurons in each layer.
-
-    Counts between two that were measured are interpolated; ValueError beyond them.
-    """
-    layers = sum(_between(table["attention"], count) for count in heads)
-    layers += sum(_between(table["ffn"], count) for count in ffn)
-    return float(table["call"] + table["embeddings"] + layers + table["head"])
-
-
-def errors(tables: Sequence[Table], report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Predicted against measured p50 of each ONNX file of a job's report, in each setting.
-
-    ValueError for a sub-network that is a `misfit`.
-    """
+def measured_by_a_job(
+    networks: Iterable[Mapping[str, Any]], models: Mapping[str, LatencyModel]
+) -> list[dict[str, Any]]:
+    """The files of a job's report, in each of its settings that lies within the profile."""
     found = []
-    for network in report["subnetworks"]:
+    for network in networks:
         for fmt in network["formats"]:
-            for latency in fmt.get("latencies", ()) if fmt["format"] == "onnx" else ():
-                setting = {name: latency[name] for name in ("batch_size", "seq_len", "threads")}
-                for table in tables:
-                    if setting.items() <= table.items():
-                        predicted = predict(table, heads=network["heads"], ffn=network["ffn"])
-                        found.append(
-                            {
-                                "subnetwork": network["name"],
-                                **setting,
-                                "predicted_ms": predicted,
-                                "measured_ms": latency["p50_ms"],
-                                "error": predicted / latency["p50_ms"] - 1,
-                            }
-                        )
+            for latency in fmt.get("latencies", ()) if _is_predicted(fmt, models) else ():
+                entry = {
+                    **{axis: latency[axis] for axis in AXES},
+                    "format": fmt["format"],
+                    "heads": list(network["heads"]),
+                    "ffn": list(network["ffn"]),
+                    "measured_ms": latency["p50_ms"],
+                    "served": True,
+                }
+                try:
+                    models[fmt["format"]].predict(entry, heads=entry["heads"], ffn=entry["ffn"])
+                except OutsideProfile:
+                    continue
+                found.append(entry)
     return found
 
 
-def misfit(network: Mapping[str, Any], table: Table, shape: Shape) -> str | None:
-    """Why this profile says nothing of a report's sub-network; None where it does."""
-    for kind, name in (("attention", "heads"), ("ffn", "ffn")):
-        try:
-            for count in set(network[name]):
-                _between(table[kind], count)
-        except ValueError as error:
-            return f"{name}: {error}"
-    lengths = [each["seq_len"] for fmt in network["formats"] for each in fmt.get("latencies", ())]
-    if lengths:
-        least, most = _flops(network, seq_len=lengths[0], shape=shape)
-        if not least * (1 - FLOPS_TOLERANCE) <= network["flops"] <= most * (1 + FLOPS_TOLERANCE):
-            return f"its FLOPs are not those of the profile's hidden size, {shape.hidden}"
-    return None
+def _is_predicted(fmt: Mapping[str, Any], formats: Container[str]) -> bool:
+    """Whether all of the file is of blocks that were measured."""
+    return fmt["format"] in formats and not fmt.get("fp32_parts")
+
+
+def device_facts() -> dict[str, Any]:
+    """The fields of report.DeviceFingerprint, without what a device of this kind may lack."""
+    return {
+        "cpu": cpu_name() or platform.processor() or platform.machine(),
+        "cores": core_count(),
+        "threads": len(os.sched_getaffinity(0)),
+        "instruction_sets": list(instruction_sets()),
+        "memory_bytes": memory_bytes(),
+        "gpus": [],
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in ("onnxruntime", "numpy")},
+    }
 
 
 def _flops(network: Mapping[str, Any], *, seq_len: int, shape: Shape) -> tuple[int, int]:
@@ -156,21 +282,57 @@ def _flops(network: Mapping[str, Any], *, seq_len: int, shape: Shape) -> tuple[i
     return 2 * layers, 2 * (layers + head)
 
 
-def _loaded(model: bytes, threads: int) -> Callable[[], Any]:
-    """The block, warmed up, with inputs of zeros and small random states."""
+def _models(
+    shape: Shape, setting: Setting, networks: Sequence[Network]
+) -> dict[Name, Callable[[], Model]]:
+    return {
+        ("network", "", i): partial(network.model, shape, setting)
+        for i, network in enumerate(networks)
+    }
+
+
+def _timed(
+    models: Mapping[Name, Callable[[], Model]],
+    shape: Shape,
+    setting: Setting,
+    *,
+    rounds: int,
+) -> dict[Name, float]:
+    """Median milliseconds of each, by turns, in shuffled order, each after an untimed call, as
+    jobs measure latency."""
+    # One file after the other: only what the runtime made of it stays in the memory.
+    runs = {name: _loaded(make(), shape, setting) for name, make in models.items()}
+    seconds: dict[Name, list[float]] = {name: [] for name in runs}
+    order = sorted(runs)
+    for number in range(rounds):
+        random.Random(number).shuffle(order)
+        for name in order:
+            runs[name]()
+            started = time.perf_counter()
+            runs[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+
+
+def _loaded(model: Model, shape: Shape, setting: Setting) -> Callable[[], Any]:
+    """The model, warmed up, with random ids or small random states under a full mask."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = setting["threads"]
     options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(0)
-    feed = {
-        each.name: np.zeros(each.shape, np.int64)
-        if each.type == "tensor(int64)"
-        else generator.normal(size=each.shape).astype(np.float32)
-        for each in session.get_inputs()
-    }
+    feed = {}
+    for each in session.get_inputs():
+        if each.type != "tensor(int64)":
+            feed[each.name] = generator.normal(size=each.shape).astype(np.float32)
+            continue
+        sizes = (setting["batch_size"], setting["seq_len"])  # an exported file leaves them open
+        highest = 1 if each.name in (TYPES, "token_type_ids") else shape.vocab_size
+        feed[each.name] = generator.integers(0, highest, sizes, dtype=np.int64)
+        if each.name in (MASK, "attention_mask"):
+            feed[each.name] = np.ones(sizes, np.int64)
 
     def run() -> Any:
         return session.run(None, feed)
@@ -180,80 +342,151 @@ def _loaded(model: bytes, threads: int) -> Callable[[], Any]:
     return run
 
 
-def _between(measured: Mapping[str, float], count: int) -> float:
-    counts = sorted(map(int, measured))
-    if not counts[0] <= count <= counts[-1]:
-        raise ValueError(
-            f"{count} lies outside the profile, which goes from {counts[0]} to {counts[-1]}"
-        )
-    return float(np.interp(count, counts, [measured[str(each)] for each in counts]))
+def _bundle(folder: Path) -> tuple[dict[str, Any], list[Network]]:
+    """What the manifest of an unpacked bundle says of its network, and its files."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    own = manifest["subnetwork"]
+    facts = {
+        "heads": own["heads"],
+        "ffn": own["ffn"],
+        "flops": manifest["metrics"]["flops"],
+        "formats": list(manifest["formats"].values()),
+    }
+    return facts, [
+        Network(tuple(own["heads"]), tuple(own["ffn"]), fmt["format"], folder / file["path"])
+        for fmt in facts["formats"]
+        if _is_predicted(fmt, FORMATS)
+        for file in fmt["files"]
+        if file["path"].endswith(".onnx")
+    ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m compression profile",
         description=(__doc__ or "").partition("\n")[0],
         epilog="The defaults are MiniLM-L6's.",
     )
     parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--head-dim", type=int, default=32)
-    parser.add_argument("--vocab-size", type=int, default=30522)
-    parser.add_argument("--labels", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--heads", type=int, nargs="+", default=[3, 6, 9, 12])
-    parser.add_argument("--ffn", type=int, nargs="+", default=[384, 768, 1152, 1536])
+    parser.add_argument("--hidden", type=_positive, default=384)
+    parser.add_argument("--head-dim", type=_positive, default=32)
+    parser.add_argument("--vocab-size", type=_positive, default=30522)
+    parser.add_argument("--labels", type=_positive, default=2)
+    parser.add_argument(
+        "--embedding-size", type=_positive, help="where it is not the hidden size (ELECTRA)"
+    )
+    parser.add_argument("--activation", choices=ACTIVATIONS, default="gelu")
+    parser.add_argument("--layers", type=_positive, default=6)
+    parser.add_argument("--heads", type=_positive, nargs="+", default=[3, 6, 9, 12])
+    parser.add_argument("--ffn", type=_positive, nargs="+", default=[384, 768, 1152, 1536])
     for name, default in (("--batch-size", 1), ("--seq-len", 64), ("--threads", 1)):
-        parser.add_argument(name, type=int, nargs="+", default=[default])
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--report", type=Path, help="a job's report.json to hold it against")
+        parser.add_argument(name, type=_positive, nargs="+", default=[default])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
+    parser.add_argument("--rounds", type=_positive, default=50)
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="unpacked bundles whose ONNX files are timed and predicted too",
+    )
+    parser.add_argument("--report", type=Path, help="the report.json of a job on this device")
     options = parser.parse_args(arguments)
-    shape = Shape(options.hidden, options.head_dim, options.vocab_size, options.labels)
-    tables = [
-        measure_blocks(
-            shape,
-            heads=options.heads,
-            ffn=options.ffn,
-            layers=options.layers,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            threads=threads,
-            rounds=options.rounds,
-        )
-        for threads in options.threads
-        for seq_len in options.seq_len
-        for batch_size in options.batch_size
-    ]
+    # Now, and not when all is measured.
+    if not options.out.absolute().parent.is_dir():
+        parser.error(f"--out: there is no folder {options.out.absolute().parent}")
+    if options.report is not None and not options.report.is_file():
+        parser.error(f"--report: there is no file {options.report}")
+    for folder in options.bundle:
+        if not (folder / "manifest.json").is_file():
+            parser.error(f"--bundle: {folder} is no unpacked bundle: it has no manifest.json")
+    return options
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options(arguments)
+    shape = Shape(
+        options.hidden,
+        options.head_dim,
+        options.vocab_size,
+        options.labels,
+        options.embedding_size,
+        options.activation,
+    )
+    formats = tuple(fmt for fmt in FORMATS if fmt in {"onnx", *options.formats})
+    space = Space(shape, tuple(options.heads), tuple(options.ffn), options.layers, formats)
+    values = {axis: getattr(options, axis) for axis in AXES}
+    bundles = [_bundle(folder) for folder in options.bundle]
+    for (facts, _), folder in zip(bundles, options.bundle, strict=True):
+        if (why := misfit(facts, space)) is not None:
+            print(f"--bundle: {folder} cannot be predicted: {why}", file=sys.stderr)
+            return 2
+
+    def tell(done: int, total: int) -> None:
+        print(f"measuring setting {done + 1} of {total}", file=sys.stderr)
+
+    tables, networks = measure(
+        space,
+        values,
+        rounds=options.rounds,
+        exported=[each for _, own in bundles for each in own if each.format in formats],
+        on_setting=tell,
+    )
     profile = {
         "widthwise_profile": VERSION,
-        "cpu": cpu_name(),
-        "cores": core_count(),
-        "platform": platform.platform(),
-        "onnxruntime": version("onnxruntime"),
+        "device": device_facts(),
         "shape": vars(shape),
-        "layers": options.layers,
+        "layers": space.layers,
         "rounds": options.rounds,
         "tables": tables,
+        "networks": networks,
     }
     # Before the report is read: whatever that holds, the measurement is kept.
     options.out.write_text(json.dumps(profile, indent=2) + "\n")
+    models = models_of(tables)
     if options.report is not None:
         fitting = []
         for network in json.loads(options.report.read_text())["subnetworks"]:
-            why = misfit(network, tables[0], shape)
+            why = misfit(network, space)
             if why is None:
                 fitting.append(network)
             else:
                 print(f"{network['name']:>6} is left out: {why}")
-        profile["errors"] = errors(tables, {"subnetworks": fitting})
-        for each in profile["errors"]:
-            print(
-                f"{each['subnetwork']:>6}, batch {each['batch_size']}, {each['seq_len']} tokens, "
-                f"{each['threads']} thread(s): predicted {each['predicted_ms']:.2f} ms, measured "
-                f"{each['measured_ms']:.2f} ms ({100 * each['error']:+.0f} %)"
-            )
+        networks += measured_by_a_job(fitting, models)
         options.out.write_text(json.dumps(profile, indent=2) + "\n")
+    for fmt, model in models.items():
+        own = [each for each in networks if each["format"] == fmt]
+        _show(fmt, own, model.errors(own))
     return 0
+
+
+def _show(fmt: str, networks: Sequence[Mapping[str, Any]], off: Sequence[float]) -> None:
+    for network, error in zip(networks, off, strict=True):
+        measured = network["measured_ms"]
+        heads, ffn = (_each(network[name]) for name in ("heads", "ffn"))
+        print(
+            f"{fmt}, batch {network['batch_size']}, {network['seq_len']} tokens, "
+            f"{network['threads']} thread(s), {len(network['heads'])} layers, heads {heads}, "
+            f"neurons {ffn}"
+            f"{', exported' if network['served'] else ''}: predicted {measured * (1 + error):.2f} "
+            f"ms, measured {measured:.2f} ms ({100 * error:+.0f} %)"
+        )
+    print(
+        f"{fmt}: of {len(off)} whole networks, predictions are {100 * min(off):+.0f} to "
+        f"{100 * max(off):+.0f} % off, {100 * statistics.mean(map(abs, off)):.0f} % on average"
+    )
+
+
+def _each(counts: Sequence[int]) -> str:
+    """The one count of all layers, or one a layer."""
+    return ",".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
 
 if __name__ == "__main__":

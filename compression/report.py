@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -101,6 +101,69 @@ class LatencyReport(Frozen):
         return LatencySetting(self.batch_size, self.seq_len, self.threads)
 
 
+class Gpu(Frozen):
+    name: str
+    driver: str
+    memory_bytes: int
+
+
+class DeviceFingerprint(Frozen):
+    """The machine that measured: latency figures are comparable where this is the same."""
+
+    cpu: str
+    cores: int = Field(description="Physical ones that the job may use.")
+    threads: int = Field(description="Processors that the job may use, hyper-threads counted.")
+    instruction_sets: tuple[str, ...] = Field(description="Those that matter, of the CPU.")
+    memory_bytes: int | None
+    gpus: tuple[Gpu, ...] = Field(description="In the machine, whether or not they were used.")
+    platform: str
+    python: str
+    libraries: Mapping[str, str] = Field(description="Versions of those that measure or serve.")
+
+
+class PredictionError(Frozen):
+    """How far predictions for a device are off: predicted / measured - 1, on whole networks.
+
+    None of these networks is one that predictions are made from.
+    """
+
+    networks: int = Field(description="That were timed on the device.")
+    served: int = Field(
+        description="Of these, exported files; the others were put together to be timed."
+    )
+    lowest: float = Field(description="Most below what was measured; -0.1 is 10 % below.")
+    highest: float = Field(description="Most above it.")
+    mean_absolute: float
+
+
+class ProfiledDevice(Frozen):
+    """A device that latency is predicted for, from an uploaded profile of it."""
+
+    profile: str = Field(description="What the constraint calls it: an id, or a file's name.")
+    sha256: str = Field(description="Of the profile's content.")
+    device: DeviceFingerprint
+    errors: Mapping[Format, PredictionError] = Field(
+        description="Of each format that it was profiled in."
+    )
+
+
+class PredictedLatency(Frozen):
+    """Milliseconds a call of an ONNX file on another device; not measured.
+
+    The teacher's in fp32, which the speed-up is against, is predicted in the same way.
+    """
+
+    p50_ms: float
+    speedup: float
+    batch_size: int
+    seq_len: int
+    threads: int
+    on: ProfiledDevice
+    # It has an error, not an interval of a confidence.
+    p50_intervals: ClassVar[Intervals] = ()
+    speedup_intervals: ClassVar[Intervals] = ()
+
+
 class FileReport(Frozen):
     """`path` is relative to the sub-network's artifact folder."""
 
@@ -150,6 +213,9 @@ class FormatReport(Frozen):
     )
     latencies: tuple[LatencyReport, ...] = Field(
         (), description="In every setting of the spec; the first one is `latency`."
+    )
+    predicted: PredictedLatency | None = Field(
+        None, description="On the device that the job's constraints name with latency_on."
     )
 
 
@@ -217,13 +283,16 @@ class TeacherReport(Frozen):
     test_accuracy: float | None = Field(None, description="The main metric on test.")
     metrics: Mapping[str, float] = Field({}, description=METRICS)
     formats: tuple[FormatReport, ...] = ()
+    encoder: Mapping[str, Any] | None = Field(
+        None, description="Its shape, EncoderConfig.to_dict(): what predictions need."
+    )
 
 
 class Candidate(Frozen):
     """A sub-network in a served format, with what the constraints look at.
 
-    Latency and speed-up are those of the setting that the constraints mean; intervals have the
-    confidence that they ask for, else 0.95.
+    Latency and speed-up are those of the setting that the constraints mean, predicted where they
+    name a device; intervals have the confidence that they ask for, else 0.95.
     """
 
     subnetwork: str
@@ -283,6 +352,11 @@ class Selection(Frozen):
         (), description="The three nearest, where nothing holds."
     )
     explanation: Explanation | None = None
+    latency_on: ProfiledDevice | None = Field(
+        None,
+        description="The device that every latency and speed-up here is predicted for; null where "
+        "they were measured on the worker's.",
+    )
 
 
 class DatasetReport(Frozen):
@@ -317,26 +391,6 @@ class TrainingReport(Frozen):
         description="Rows computed at once; null where the whole batch was."
     )
     notes: tuple[str, ...] = ()
-
-
-class Gpu(Frozen):
-    name: str
-    driver: str
-    memory_bytes: int
-
-
-class DeviceFingerprint(Frozen):
-    """The machine that measured: latency figures are comparable where this is the same."""
-
-    cpu: str
-    cores: int = Field(description="Physical ones that the job may use.")
-    threads: int = Field(description="Processors that the job may use, hyper-threads counted.")
-    instruction_sets: tuple[str, ...] = Field(description="Those that matter, of the CPU.")
-    memory_bytes: int | None
-    gpus: tuple[Gpu, ...] = Field(description="In the machine, whether or not they were used.")
-    platform: str
-    python: str
-    libraries: Mapping[str, str] = Field(description="Versions of those that measure or serve.")
 
 
 class CompressionReport(Frozen):

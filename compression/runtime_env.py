@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+MEMINFO = Path("/proc/meminfo")
 MEASURED = Path("training-environment.json")  # in the folder that keeps the choice
 _MEASURE_SECONDS = 120  # longest for one candidate
 _REPOSITORY = Path(__file__).resolve().parent.parent
+# Those that the kernels of ONNX Runtime and oneDNN choose by; /proc/cpuinfo's names.
+INSTRUCTION_SETS = (
+    *("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni"),
+    *("avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),  # ARM
+)
 
 Variables = Mapping[str, str]
 
@@ -58,6 +67,25 @@ def core_count(cpuinfo: Path = CPUINFO, usable: set[int] | None = None) -> int:
         if int(number) in usable
     }
     return max(1, len(each))
+
+
+def instruction_sets(cpuinfo: Path = CPUINFO) -> tuple[str, ...]:
+    """Those of INSTRUCTION_SETS that the processor has; none where the kernel does not say."""
+    try:
+        match = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(), re.MULTILINE)
+    except OSError:
+        return ()
+    present = set(match[1].split()) if match else set()
+    return tuple(name for name in INSTRUCTION_SETS if name in present)
+
+
+def memory_bytes(meminfo: Path = MEMINFO) -> int | None:
+    """The machine's memory; None where the kernel does not say."""
+    try:
+        match = re.search(r"^MemTotal:\s*(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return 1024 * int(match[1]) if match else None
 
 
 def _cpuinfo(field: str, cpuinfo: Path) -> list[str]:

@@ -19,6 +19,7 @@ from compression.constraints import (
     in_ms,
     in_points,
 )
+from compression.device_profile import Predictor, in_words
 from compression.errors import InvalidSpec
 from compression.pareto import pareto_front
 from compression.report import (
@@ -31,6 +32,8 @@ from compression.report import (
     Intervals,
     LatencyReport,
     NearestMiss,
+    PredictedLatency,
+    ProfiledDevice,
     Selection,
     SubnetworkReport,
 )
@@ -57,8 +60,8 @@ FORMAT_NAMES: dict[Format, str] = {
 def candidates(
     subnetworks: Iterable[SubnetworkReport], constraints: ConstraintSpec | None = None
 ) -> tuple[Candidate, ...]:
-    """Each published pair of sub-network and served format that was measured as `constraints`
-    mean latency, in the report's order."""
+    """Each published pair of sub-network and served format that was measured (or is predicted)
+    as `constraints` mean latency, in the report's order."""
     constraints = constraints or ConstraintSpec()
     at = constraints.latency_at or LatencyAt()
     confidence = constraints.confidence or SHOWN_CONFIDENCE
@@ -79,12 +82,17 @@ def candidates(
         )
         for subnetwork in subnetworks
         for report in subnetwork.formats
-        if (latency := _latency_at(report, at)) is not None
+        if (latency := _latency_of(report, at, predicted=constraints.latency_on is not None))
+        is not None
     )
 
 
 def select(
-    choices: Sequence[Candidate], constraints: ConstraintSpec, *, main_metric: str = "accuracy"
+    choices: Sequence[Candidate],
+    constraints: ConstraintSpec,
+    *,
+    main_metric: str = "accuracy",
+    on: ProfiledDevice | None = None,
 ) -> Selection:
     """The candidate to deploy, or none and the nearest three, and what each constraint did.
 
@@ -93,7 +101,7 @@ def select(
     and if all lose more, the most accurate. Ties go to the more accurate (faster) one, then
     to the smaller, then to the name, so an answer can be repeated.
     Candidates with a figure that is not finite are left out. `choices` are `candidates` of the
-    same constraints.
+    same constraints; `on` is the device that their latency is predicted for.
     """
     metric = METRIC_NAMES.get(main_metric, main_metric)
     bounds = bounds_of(constraints, metric=metric)
@@ -101,42 +109,54 @@ def select(
     left_out = len(choices) - len(usable)
     if not usable:
         return Selection(
-            subnetwork=None, format=None, reason=_nothing_to_choose(left_out, metric), nearest=()
+            subnetwork=None,
+            format=None,
+            reason=_nothing_to_choose(left_out, metric, on),
+            nearest=(),
+            latency_on=on,
         )
     found = _decide(usable, bounds, constraints, metric)
     explanation = Explanation(
         candidates=len(usable),
         holding=sum(_holds_all(c, bounds) for c in usable),
-        latency=_latency_words(constraints.latency_at),
+        latency=_latency_words(constraints.latency_at, on),
         effects=tuple(
             _effect(i, usable, bounds, constraints, metric, found) for i in range(len(bounds))
         ),
     )
     if found is None:
-        return _nothing_holds(usable, bounds, explanation)
+        return _nothing_holds(usable, bounds, explanation, on)
     return Selection(
         subnetwork=found.best.subnetwork,
         format=found.best.format,
-        reason=_reason(found, total=len(usable), metric=metric) + _meant(constraints) + ".",
+        reason=_reason(found, total=len(usable), metric=metric) + _meant(constraints, on) + ".",
         nearest=(),
         explanation=explanation,
+        latency_on=on,
     )
 
 
 def reselect(
-    subnetworks: Sequence[SubnetworkReport], constraints: ConstraintSpec, *, main_metric: str
+    subnetworks: Sequence[SubnetworkReport],
+    constraints: ConstraintSpec,
+    *,
+    main_metric: str,
+    predictor: Predictor | None = None,
 ) -> Selection:
     """A finished job's measurements, asked again under other constraints.
 
-    InvalidSpec where they mean a latency or a confidence that the job has not measured.
+    `predictor`: of the device that `constraints.latency_on` names. InvalidSpec where they mean a
+    latency or a confidence that the job has not measured, and that is not predicted.
     """
+    if predictor is not None:
+        subnetworks = predictor.all_told(subnetworks)
     measured = [
         latency.setting
         for subnetwork in subnetworks
         for report in subnetwork.formats
         for latency in (report.latencies or filter(None, (report.latency,)))
     ]
-    if constraints.latency_at is not None and measured:
+    if constraints.latency_at is not None and measured and predictor is None:
         check_latency_at(
             constraints.latency_at,
             {
@@ -151,7 +171,8 @@ def reselect(
             "this job kept no intervals: ask for constraints without a confidence",
             pointer="/constraints/confidence",
         )
-    return select(choices, constraints, main_metric=main_metric)
+    on = None if predictor is None else predictor.on
+    return select(choices, constraints, main_metric=main_metric, on=on)
 
 
 def check_latency_at(at: LatencyAt, measured: Mapping[str, Sequence[int]]) -> None:
@@ -193,6 +214,14 @@ def with_decisions(
 
 def _is_measured(report: FormatReport) -> bool:
     return report.published and report.format in SERVED_FORMATS and report.latency is not None
+
+
+def _latency_of(
+    report: FormatReport, at: LatencyAt, *, predicted: bool
+) -> LatencyReport | PredictedLatency | None:
+    if predicted:
+        return report.predicted if report.published else None
+    return _latency_at(report, at)
 
 
 def _latency_at(report: FormatReport, at: LatencyAt) -> LatencyReport | None:
@@ -358,25 +387,29 @@ def _reason(found: _Choice, *, total: int, metric: str) -> str:
     return f"{_label(found.best)} is {why}: {_figures(found.best, metric)}{found.note}"
 
 
-def _meant(constraints: ConstraintSpec) -> str:
+def _meant(constraints: ConstraintSpec, on: ProfiledDevice | None) -> str:
     """What latency and bounds mean where that is not the usual."""
     parts = []
-    if constraints.latency_at is not None:
-        parts.append(f"; latency is {_latency_words(constraints.latency_at)}")
+    if constraints.latency_at is not None or on is not None:
+        parts.append(f"; latency is {_latency_words(constraints.latency_at, on)}")
     if constraints.confidence is not None:
         parts.append(f"; bounds hold with {100 * constraints.confidence:g} % confidence")
     return "".join(parts)
 
 
-def _latency_words(at: LatencyAt | None) -> str:
+def _latency_words(at: LatencyAt | None, on: ProfiledDevice | None) -> str:
     """ "p95 with batch_size 16"; what is not named is as in the latency spec."""
     at = at or LatencyAt()
     asked = [f"{name} {value}" for name in LatencySetting._fields if (value := getattr(at, name))]
-    return f"p{at.percentile}" + (f" with {_join(asked)}" if asked else "")
+    where = f", {in_words(on)}" if on is not None else ""
+    return f"p{at.percentile}" + (f" with {_join(asked)}" if asked else "") + where
 
 
 def _nothing_holds(
-    usable: Sequence[Candidate], bounds: Sequence[Bound], explanation: Explanation
+    usable: Sequence[Candidate],
+    bounds: Sequence[Bound],
+    explanation: Explanation,
+    on: ProfiledDevice | None,
 ) -> Selection:
     def violation(c: Candidate) -> float:
         return sum(max(0.0, bound.excess(c)) for bound in bounds)
@@ -399,19 +432,23 @@ def _nothing_holds(
         format=None,
         reason=(
             f"None of {_number(len(usable))} holds every constraint{apart}: {_join(cuts)}; the "
-            f"nearest is {_label(marked[0])}, which {_join(marked[0].misses)}."
+            f"nearest is {_label(marked[0])}, which {_join(marked[0].misses)}"
+            + (f"; latency is {explanation.latency}." if on is not None else ".")
         ),
         nearest=marked,
         explanation=explanation,
+        latency_on=on,
     )
 
 
-def _nothing_to_choose(left_out: int, metric: str) -> str:
+def _nothing_to_choose(left_out: int, metric: str, on: ProfiledDevice | None) -> str:
     if left_out:
         return (
             f"Nothing was selected: of {_number(left_out)}, none has a finite {metric}, latency, "
             "speed-up and size."
         )
+    if on is not None:
+        return f"Nothing was selected: no file was published whose latency can be {in_words(on)}."
     return "Nothing was selected: no served format of any sub-network was published and measured."
 
 

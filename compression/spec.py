@@ -260,7 +260,7 @@ class SupernetSpec(_Asked):
     @property
     def has_depth(self) -> bool:
         """Whether there is anything for the depth stage to train."""
-        return self.depth_mults != (1,)
+        return self.depth_mults != (Fraction(1),)
 
     @field_validator("width_mults", "depth_mults")
     @classmethod
@@ -444,6 +444,15 @@ class ConstraintSpec(_Asked):
     max_size_mb: float | None = Field(None, gt=0, description="10^6 bytes of the served file.")
     latency_at: LatencyAt | None = Field(
         None, description="The percentile and the measured setting that latency means here."
+    )
+    latency_on: Text | None = Field(
+        None,
+        min_length=1,
+        max_length=200,
+        pattern=r"^[^\x00-\x1f\x7f]+$",
+        description="A device's profile: the id of an uploaded one. Latency and speed-up are then "
+        "predicted for that device: p50 of ONNX files in the formats that it was profiled in, in "
+        "any setting that lies within the profile. null: as measured on the worker.",
     )
     objective: Literal["latency", "size", "accuracy"] | None = Field(
         None,

@@ -37,6 +37,7 @@ ID_PREFIXES = {
     "api_key": "key_",
     "model": "mdl_",
     "dataset": "dst_",
+    "profile": "prf_",
     "job": "job_",
     "run": "run_",
     "artifact": "art_",
@@ -179,6 +180,22 @@ class Dataset(Record):
     created_at: Mapped[datetime]
 
 
+class Profile(Record):
+    """A device's latency profile. `content`: compression.device_profile.DeviceProfile, `sha256`
+    of it; `summary`: the same without its tables and networks, and with its error."""
+
+    __tablename__ = "profiles"
+    __table_args__ = (Index(None, "project_id", "created_at", "id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    name: Mapped[str] = mapped_column(String(200))
+    sha256: Mapped[str] = mapped_column(String(64))
+    summary: Mapped[Any]
+    content: Mapped[Any] = mapped_column(deferred=True)  # up to a mebibyte, which lists do not show
+    created_at: Mapped[datetime]
+
+
 class Job(Record):
     """What a user asked for.
 
@@ -201,6 +218,8 @@ class Job(Record):
     name: Mapped[str] = mapped_column(String(200))
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
     dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
+    # What the spec's constraints.latency_on names.
+    profile_id: Mapped[str | None] = mapped_column(ForeignKey("profiles.id"))
     spec: Mapped[Any]
     plan: Mapped[Any | None]
     state: Mapped[JobState] = mapped_column(_named(JobState))

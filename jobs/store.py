@@ -25,6 +25,7 @@ from jobs.records import (
     Event,
     Job,
     Model,
+    Profile,
     Run,
     new_id,
 )
@@ -37,7 +38,8 @@ class Claim:
     """The right to run a job, until its lease ends or another run has a higher `fence`.
 
     `model_files` and `dataset_files` are what the run stages in: see records.Model; and of
-    `checkpoints` (records.Job) the newest that is good.
+    `checkpoints` (records.Job) the newest that is good. `profile`: the content of the device's
+    profile that the spec names, if it names one.
     """
 
     job_id: str
@@ -49,6 +51,7 @@ class Claim:
     model_files: tuple[dict[str, Any], ...]
     dataset_files: tuple[dict[str, Any], ...]
     checkpoints: tuple[dict[str, Any], ...]
+    profile: dict[str, Any] | None = None
 
 
 def json_safe(value: Any) -> Any:
@@ -64,7 +67,7 @@ def json_safe(value: Any) -> Any:
     return value
 
 
-# --- models and datasets ----------------------------------------------------------------
+# --- models, datasets and profiles ----------------------------------------------------------------
 
 
 def add_model(
@@ -125,12 +128,43 @@ def add_dataset(
     return dataset
 
 
+def add_profile(
+    session: Session,
+    *,
+    project_id: str,
+    name: str,
+    sha256: str,
+    summary: Mapping[str, Any],
+    content: Mapping[str, Any],
+) -> Profile:
+    """Stores a profile that has been validated."""
+    profile = Profile(
+        id=new_id("profile"),
+        project_id=project_id,
+        name=name,
+        sha256=sha256,
+        summary=json_safe(summary),
+        content=json_safe(content),
+        created_at=now(session),
+    )
+    session.add(profile)
+    session.flush()
+    return profile
+
+
 def get_model(session: Session, id: str, *, project_id: str) -> Model:
     return get_of_project(session, Model, "model", id, project_id)
 
 
 def get_dataset(session: Session, id: str, *, project_id: str) -> Dataset:
     return get_of_project(session, Dataset, "dataset", id, project_id)
+
+
+def get_profile(session: Session, id: str, *, project_id: str) -> Profile:
+    """With its content loaded."""
+    profile = get_of_project(session, Profile, "profile", id, project_id)
+    session.refresh(profile, ["content"])  # it could not be read once the session has ended
+    return profile
 
 
 def list_models(
@@ -146,6 +180,12 @@ def list_datasets(
     return page_of_project(session, Dataset, "dataset", project_id, after, limit)
 
 
+def list_profiles(
+    session: Session, *, project_id: str, after: str | None = None, limit: int = 50
+) -> list[Profile]:
+    return page_of_project(session, Profile, "profile", project_id, after, limit)
+
+
 # --- jobs, as their users see them ------------------------------------------------------
 
 
@@ -158,10 +198,13 @@ def create_job(
     dataset_id: str,
     spec: Mapping[str, Any],
     plan: Mapping[str, Any] | None = None,
+    profile_id: str | None = None,
 ) -> Job:
     """A queued job with its first event. Call `queue.enqueue_job` after the commit."""
     get_model(session, model_id, project_id=project_id)
     get_dataset(session, dataset_id, project_id=project_id)
+    if profile_id is not None:
+        get_profile(session, profile_id, project_id=project_id)
     at = now(session)
     job = Job(
         id=new_id("job"),
@@ -169,6 +212,7 @@ def create_job(
         name=name,
         model_id=model_id,
         dataset_id=dataset_id,
+        profile_id=profile_id,
         spec=json_safe(spec),
         plan=json_safe(plan),
         state=JobState.QUEUED,
@@ -345,6 +389,9 @@ def claim_job(
         model_files=tuple(session.get_one(Model, job.model_id).files),
         dataset_files=tuple(session.get_one(Dataset, job.dataset_id).files),
         checkpoints=tuple(job.checkpoints or ()),
+        profile=None
+        if job.profile_id is None
+        else get_profile(session, job.profile_id, project_id=job.project_id).content,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import random
@@ -479,6 +480,75 @@ def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 def write_json(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def device_profile(
+    *,
+    hidden: int = 32,
+    head_dim: int = 8,
+    layers: int = 2,
+    heads: tuple[int, ...] = (1, 4),
+    ffn: tuple[int, ...] = (16, 64),
+    batch_size: tuple[int, ...] = (1,),
+    seq_len: tuple[int, ...] = (4, 64),
+    threads: tuple[int, ...] = (1,),
+    formats: tuple[str, ...] = ("onnx",),
+    off: tuple[float, ...] = (0.05, -0.02),
+) -> dict[str, Any]:
+    """A device on which a call takes a millisecond, and each head and each ten neurons of a layer
+    one more for ten tokens of a row: divided by threads, and by 4 in int8. Of `tiny_bert`, unless
+    told otherwise.
+
+    Predictions are off by `off` on its whole networks.
+    """
+    tables, networks = [], []
+    for fmt, rows, tokens, cores in itertools.product(formats, batch_size, seq_len, threads):
+        each = rows * tokens / 10 / cores / (1 if fmt == "onnx" else 4)
+        setting = {"batch_size": rows, "seq_len": tokens, "threads": cores, "format": fmt}
+        costs: dict[str, dict[str, float]] = {
+            "attention": {str(count): count * each for count in heads},
+            "ffn": {str(count): count / 10 * each for count in ffn},
+        }
+        if fmt not in [table["format"] for table in tables]:
+            widest = 1.0 + layers * (heads[-1] + ffn[-1] / 10) * each
+            networks += [
+                {
+                    **setting,
+                    "heads": [heads[-1]] * layers,
+                    "ffn": [ffn[-1]] * layers,
+                    "measured_ms": widest / (1 + error),
+                    "served": False,
+                }
+                for error in off
+            ]
+        beside = {"embeddings": 0.0, "pooled_head": 0.0, "token_head": 0.5}
+        tables.append({**setting, "call": 1.0, **beside, **costs})
+    return {
+        "widthwise_profile": 2,
+        "device": {
+            "cpu": "Test Board rev 3",
+            "cores": 4,
+            "threads": 4,
+            "instruction_sets": ["asimd"],
+            "memory_bytes": 2**30,
+            "gpus": [],
+            "platform": "Linux-6.1-aarch64",
+            "python": "3.11.2",
+            "libraries": {"onnxruntime": "1.32.0", "numpy": "1.26.4"},
+        },
+        "shape": {
+            "hidden": hidden,
+            "head_dim": head_dim,
+            "vocab_size": 60,
+            "labels": 2,
+            "embedding_size": None,
+            "activation": "gelu",
+        },
+        "layers": layers,
+        "rounds": 5,
+        "tables": tables,
+        "networks": networks,
+    }
 
 
 _TORCH_STORAGES = {

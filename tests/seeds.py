@@ -40,9 +40,10 @@ def seed_job(
     project_id: str = DEFAULT_PROJECT,
     model: Path | None = None,
     dataset: Path | None = None,
+    profile: Mapping[str, Any] | None = None,
 ) -> str:
     """A queued job with a model and a dataset of its own; with `objects`, their files too: those
-    of the folders `model` and `dataset`, or one that holds nothing."""
+    of the folders `model` and `dataset`, or one that holds nothing. `profile`: a device's."""
     model_id, dataset_id = new_id("model"), new_id("dataset")
     model_files, dataset_files = [], []
     if objects is not None:
@@ -77,6 +78,14 @@ def seed_job(
             files=dataset_files,
             profile={},
         )
+        stored = profile and store.add_profile(
+            session,
+            project_id=project_id,
+            name="profile",
+            sha256="0" * 64,
+            summary={},
+            content=profile,
+        )
         job = store.create_job(
             session,
             project_id=project_id,
@@ -84,5 +93,6 @@ def seed_job(
             model_id=model_id,
             dataset_id=dataset_id,
             spec=spec or {},
+            profile_id=stored.id if stored else None,
         )
     return job.id

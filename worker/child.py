@@ -1,11 +1,12 @@
 """The process of one job: the only place that imports the half of `compression` with paddle.
 
 One JSON request comes on standard input: `{"spec", "model_dir", "dataset_dir", "run_dir",
-"checkpoint_seconds", "signing_key"}`, the last a private key in PEM or null. JSON lines go to
-standard output: `{"kind": "progress", "stage", "step", "total", "message", "figures"}` and
-`{"kind": "checkpoint", "name", "sha256", "stage", "step"}` as it goes, then `{"kind": "done",
-"report"}` or `{"kind": "failed", "code", "message", "pointer", "rows"}`. SIGTERM makes it write a
-checkpoint and end without either; where `run_dir/checkpoints` holds one, the job goes on from it.
+"checkpoint_seconds", "signing_key", "profile"}`, the last two a private key in PEM and a device's
+profile, or null. JSON lines go to standard output: `{"kind": "progress", "stage", "step", "total",
+"message", "figures"}` and `{"kind": "checkpoint", "name", "sha256", "stage", "step"}` as it goes,
+then `{"kind": "done", "report"}` or `{"kind": "failed", "code", "message", "pointer", "rows"}`.
+SIGTERM makes it write a checkpoint and end without either; where `run_dir/checkpoints` holds one,
+the job goes on from it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
 
     from compression.checkpoint import Saved
+    from compression.device_profile import DeviceProfile
     from compression.errors import CompressionError, Interrupted
     from compression.report import Progress
     from compression.signing import read_private_key
@@ -63,7 +65,7 @@ def main() -> int:
     try:
         from compression.pipeline import compress
 
-        pem = request["signing_key"]
+        pem, profile = request["signing_key"], request["profile"]
         report = compress(
             spec=Spec.model_validate(request["spec"]),
             model_dir=Path(request["model_dir"]),
@@ -74,6 +76,7 @@ def main() -> int:
             on_checkpoint=on_checkpoint,
             stop=stop.is_set,
             signing_key=None if pem is None else read_private_key(pem.encode()),
+            profile=None if profile is None else DeviceProfile.model_validate(profile),
         )
     except Interrupted:
         return INTERRUPTED

@@ -275,6 +275,7 @@ class Runner:
             "run_dir": str(folder / "run"),
             "checkpoint_seconds": self._settings.checkpoint_seconds,
             "signing_key": self._signing_key,
+            "profile": claim.profile,
         }
         process = JobProcess(
             self._child_command,

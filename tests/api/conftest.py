@@ -30,7 +30,7 @@ from jobs.roles import Role
 from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.store import Claim
-from tests.builders import tiny_bert, tiny_dataset
+from tests.builders import device_profile, tiny_bert, tiny_dataset
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ class Service:
     def job_body(self, **spec: Any) -> dict[str, Any]:
         spec = {"task": {"max_seq_len": 32}, **spec}
         return {"model": self.model_id, "dataset": self.dataset_id, "spec": spec}
+
+    def new_profile(self, **changes: Any) -> str:
+        answer = self.client.post("/v1/profiles", json=device_profile(**changes))
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["id"])
 
     def new_job(self) -> str:
         answer = self.client.post("/v1/jobs", json=self.job_body())

@@ -14,6 +14,7 @@ from tests.api.conftest import Service
 ROUTES = {
     ("post", "/v1/models"), ("get", "/v1/models"), ("get", "/v1/models/{model_id}"),
     ("post", "/v1/datasets"), ("get", "/v1/datasets"), ("get", "/v1/datasets/{dataset_id}"),
+    ("post", "/v1/profiles"), ("get", "/v1/profiles"), ("get", "/v1/profiles/{profile_id}"),
     ("post", "/v1/jobs"), ("get", "/v1/jobs"), ("get", "/v1/jobs/{job_id}"),
     ("post", "/v1/jobs/{job_id}/cancel"), ("get", "/v1/jobs/{job_id}/events"),
     ("get", "/v1/jobs/{job_id}/subnetworks"), ("get", "/v1/jobs/{job_id}/artifacts"),
@@ -82,14 +83,27 @@ def test_the_examples_of_a_job_fit_its_schema(document: dict[str, Any], service:
         assert answer.json()["type"] == "urn:widthwise:problem:unknown-reference"
 
 
+def test_the_examples_of_a_profile_are_profiles(document: dict[str, Any], service: Service) -> None:
+    operation = document["paths"]["/v1/profiles"]["post"]
+    content = operation["requestBody"]["content"]["application/json"]
+    for example in content["examples"].values():
+        schema = content["schema"] | {"components": document["components"]}
+        jsonschema.validate(example["value"], schema)
+        answer = service.client.post("/v1/profiles", json=example["value"])
+        assert answer.status_code == 201, answer.text
+        assert abs(answer.json()["errors"]["onnx"]["highest"]) < 0.2
+
+
 def test_answers_fit_their_documented_schemas(document: dict[str, Any], service: Service) -> None:
-    job_id = service.new_job()
+    job_id, profile_id = service.new_job(), service.new_profile()
     for path, template in (
         (f"/v1/jobs/{job_id}", "/v1/jobs/{job_id}"),
         ("/v1/jobs", "/v1/jobs"),
         (f"/v1/jobs/{job_id}/events", "/v1/jobs/{job_id}/events"),
         (f"/v1/models/{service.model_id}", "/v1/models/{model_id}"),
         (f"/v1/datasets/{service.dataset_id}", "/v1/datasets/{dataset_id}"),
+        (f"/v1/profiles/{profile_id}", "/v1/profiles/{profile_id}"),
+        ("/v1/profiles", "/v1/profiles"),
         ("/v1/me", "/v1/me"),
         ("/v1/projects", "/v1/projects"),
         ("/v1/keys", "/v1/keys"),

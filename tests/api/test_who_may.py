@@ -17,6 +17,7 @@ from jobs.access import new_key
 from jobs.roles import Role
 from jobs.states import JobState
 from tests.api.conftest import Key, Service, assert_problem
+from tests.builders import device_profile
 
 # Who may at least, and with what body the request gets past its validation.
 VIEWER, SUBMITTER, ADMIN = Role
@@ -29,6 +30,9 @@ ROLES: dict[tuple[str, str], Role] = {
     ("POST", "/v1/datasets"): SUBMITTER,
     ("PUT", "/v1/datasets"): SUBMITTER,
     ("GET", "/v1/datasets/{dataset_id}"): VIEWER,
+    ("GET", "/v1/profiles"): VIEWER,
+    ("POST", "/v1/profiles"): SUBMITTER,
+    ("GET", "/v1/profiles/{profile_id}"): VIEWER,
     ("GET", "/v1/jobs"): VIEWER,
     ("POST", "/v1/jobs"): SUBMITTER,
     ("GET", "/v1/jobs/{job_id}"): VIEWER,
@@ -54,6 +58,7 @@ UNLISTED = {("PUT", "/v1/models"), ("PUT", "/v1/datasets")}  # as curl -T sends 
 BODIES: dict[tuple[str, str], Any] = {
     ("POST", "/v1/jobs/{job_id}/selection"): {"constraints": {}},
     ("POST", "/v1/keys"): {"name": "made by the walk", "role": "viewer"},
+    ("POST", "/v1/profiles"): device_profile(),
     ("POST", "/v1/projects"): {"name": "made by the walk"},
 }
 EVERY = sorted(ROLES)
@@ -98,6 +103,7 @@ def house(service: Service) -> Iterator[House]:
         ids={
             "model_id": service.model_id,
             "dataset_id": service.dataset_id,
+            "profile_id": service.new_profile(),
             "job_id": job_id,
             "artifact_id": artifact_id,
             "key_id": keys["victim"].id,
@@ -172,7 +178,13 @@ def test_another_projects_key_finds_nothing(house: House, method: str, path: str
 
 @pytest.mark.parametrize(
     ("listing", "kind"),
-    [("models", "model_id"), ("datasets", "dataset_id"), ("jobs", "job_id"), ("keys", "key_id")],
+    [
+        ("models", "model_id"),
+        ("datasets", "dataset_id"),
+        ("profiles", "profile_id"),
+        ("jobs", "job_id"),
+        ("keys", "key_id"),
+    ],
 )
 def test_another_projects_id_is_no_cursor(house: House, listing: str, kind: str) -> None:
     client = house.service.as_key(house.keys["other"].secret)
@@ -305,6 +317,7 @@ def test_every_change_leaves_one_entry(service: Service) -> None:
     client.post(f"/v1/keys/{key['id']}/revoke")
     client.post(f"/v1/keys/{key['id']}/revoke")
     project = client.post("/v1/projects", json={"name": "p"}).json()
+    profile = client.post("/v1/profiles", json=device_profile()).json()
     client.post("/v1/jobs?dry_run=true", json=service.job_body())
     client.post(f"/v1/jobs/{job['id']}/selection", json={"constraints": {}})
 
@@ -315,6 +328,7 @@ def test_every_change_leaves_one_entry(service: Service) -> None:
         job["id"]: ["job.cancel_requested", "job.created"],
         key["id"]: ["key.revoked", "key.created"],
         project["id"]: ["project.created"],
+        profile["id"]: ["profile.uploaded"],
     }
     for target, actions in expected.items():
         entries = client.get(f"/v1/audit?target={target}").json()["items"]

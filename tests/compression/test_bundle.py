@@ -30,6 +30,7 @@ from compression.bundle import (
     model_card,
     write_bundle,
 )
+from compression.device_profile import DeviceProfile, make_predictor
 from compression.encoder import Encoder, build_encoder
 from compression.export import Parity, export_formats, format_report
 from compression.manifest import SCHEMA, Manifest, Provenance, code_digest, schema_bytes
@@ -44,11 +45,11 @@ from compression.report import (
     TeacherReport,
     TrainingReport,
 )
-from compression.spec import Format, Spec
+from compression.spec import ConstraintSpec, Format, LatencySetting, Spec
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer, save_tokenizer
 from compression.verify import verify_bundle
-from tests.builders import tiny_bert
+from tests.builders import device_profile, tiny_bert
 from tests.encoders import as_tensors
 
 TEXTS = ["a good film", "the story was dull , slow and very very very long", "music"]
@@ -467,6 +468,33 @@ def test_the_card_says_what_was_measured_and_what_was_not(case: Case) -> None:
         "fine-tuned for 12 steps",
     ):
         assert words in card, words
+
+
+def test_a_predicted_latency_is_told_as_one_with_its_device_and_error(
+    case: Case, tmp_path: Path
+) -> None:
+    assert "predicted" not in model_card(case.facts)
+    profile = DeviceProfile.model_validate(device_profile())
+    asked = ConstraintSpec(latency_on="prf_|board")
+    config = read_checkpoint(case.model).config
+    predictor = make_predictor(profile, asked, config, LatencySetting(1, 10, 1))
+    (told,) = predictor.all_told([case.facts.subnetwork])
+    facts = replace(case.facts, subnetwork=told)
+    card = model_card(facts)
+    assert (
+        "For another device its latency was predicted, not measured: in ONNX a p50 of 11.40 ms and "
+        "a speed-up of 1.91 (batch 1, 10 tokens, 1 thread), predicted for Test Board rev 3 (4 "
+        "cores, ONNX Runtime 1.32.0), where predictions were -2 to +5 % off on 2 whole networks."
+    ) in card
+    assert f"profile is `prf_\u00a6board`, SHA-256 {profile.sha256}" in card
+    folder = case.unpack(tmp_path, facts)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    jsonschema.validate(manifest, json.loads((folder / SCHEMA.name).read_text()))
+    predicted = manifest["formats"]["onnx"]["predicted"]
+    assert predicted["p50_ms"] == pytest.approx(11.4)
+    assert predicted["on"]["device"]["cpu"] == "Test Board rev 3"
+    assert predicted["on"]["errors"]["onnx"]["highest"] == pytest.approx(0.05)
+    assert manifest["formats"]["paddle"]["predicted"] is None
 
 
 def test_the_card_says_how_it_was_made(case: Case) -> None:

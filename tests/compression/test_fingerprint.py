@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from compression.fingerprint import fingerprint, gpus, instruction_sets, memory_bytes
+from compression.fingerprint import fingerprint, gpus
 from compression.report import DeviceFingerprint
+from compression.runtime_env import instruction_sets, memory_bytes
 
 
 def test_this_machine_is_described() -> None:

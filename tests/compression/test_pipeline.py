@@ -39,7 +39,7 @@ from compression.spec import (
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer
 from compression.verify import verify_bundle
-from tests.builders import WORDS, tiny_bert, tiny_dataset, tiny_family
+from tests.builders import WORDS, device_profile, tiny_bert, tiny_dataset, tiny_family
 from tests.encoders import as_tensors, random_weights, tiny_config
 from tests.services import wait_until
 
@@ -614,6 +614,14 @@ def test_a_gpu_is_refused_clearly_where_there_is_none(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_device_without_its_profile_ends_before_anything_is_trained(tmp_path: Path) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 80, "dev": 40, "test": 20}, seed=1)
+    with pytest.raises(InvalidSpec, match="its profile was not given") as error:
+        compress(small_spec(constraints={"latency_on": "prf_1"}), model, dataset, tmp_path / "run")
+    assert error.value.pointer == "/constraints/latency_on"
+
+
 def test_an_illegal_width_ends_before_anything_is_trained(tmp_path: Path) -> None:
     model = tiny_bert(tmp_path / "model", num_labels=None, seed=1)
     dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 80, "dev": 40, "test": 20}, seed=1)
@@ -773,12 +781,26 @@ def test_the_command_line_does_the_same_job(
         "export: {formats: [onnx]}\n"
     )
     arguments = ["--model", str(model), "--dataset", str(dataset), "--spec", str(spec)]
-    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    board = tmp_path / "board.json"
+    board.write_text(json.dumps(device_profile()))
+    assert main([*arguments, "--profile", str(board), "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr()
     assert "1/2" in shown.out
     assert "distil" in shown.err
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "w1_2 in onnx: " in shown.out and "ms predicted for Test Board rev 3" in shown.out
+    written = tmp_path / "out" / "report.json"
+    report = json.loads(written.read_text())
     assert report["distillation_steps"] == 2
+    check_predicted(report, tmp_path / "out" / "artifacts" / "w1_2" / "bundle.tar.gz")
+    check_select_command(written, board, capsys)
+
+    for bad, told in ((tmp_path / "absent", "No such file"), (spec, "is no device profile")):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--profile", str(bad), "--out", str(tmp_path / "other")])
+        assert told in capsys.readouterr().err
+    board.write_text(json.dumps(device_profile(seq_len=(2, 3))))
+    assert main([*arguments, "--profile", str(board), "--out", str(tmp_path / "short")]) == 2
+    assert "(/constraints/latency_at/seq_len)" in capsys.readouterr().err
 
     for options in ([], ["--resume"]):
         with pytest.raises(SystemExit):
@@ -792,6 +814,41 @@ def test_the_command_line_does_the_same_job(
     with pytest.raises(SystemExit):
         main([*arguments, "--out", str(tmp_path / "third")])
     assert "supernt" in capsys.readouterr().err
+
+
+def check_predicted(report: dict[str, Any], bundle: Path) -> None:
+    """A report for another device says so everywhere."""
+    (network,) = report["subnetworks"]
+    (fmt,) = network["formats"]
+    tokens, predicted = fmt["latency"]["seq_len"], fmt["predicted"]
+    assert predicted["p50_ms"] == pytest.approx(1 + 2 * (2 + 3.2) * tokens / 10)
+    assert predicted["on"]["profile"] == report["spec"]["constraints"]["latency_on"] == "board.json"
+    selection = report["selection"]
+    assert selection["latency_on"] == predicted["on"]
+    assert "predicted for Test Board rev 3" in selection["reason"]
+    with tarfile.open(bundle) as archive:
+        card = archive.extractfile("w1_2/MODEL_CARD.md")
+        assert card is not None
+        assert "its latency was predicted, not measured" in card.read().decode()
+
+
+def check_select_command(report: Path, board: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = report.read_bytes()
+    spec = board.with_name("constraints.yaml")
+    spec.write_text("constraints: {max_latency_ms: 2, objective: latency}\n")
+    ask = ["select", str(report), "--spec", str(spec)]
+    assert main(ask) == 0
+    assert "predicted" not in capsys.readouterr().out
+    assert main([*ask, "--profile", str(board)]) == 1
+    assert "predicted for Test Board rev 3" in capsys.readouterr().out
+    spec.write_text("constraints: {latency_at: {threads: 9}}\n")
+    with pytest.raises(SystemExit):
+        main([*ask, "--profile", str(board)])
+    assert "threads 9 lies outside" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["select", str(board)])
+    assert "subnetworks" in capsys.readouterr().err
+    assert report.read_bytes() == before
 
 
 @pytest.mark.usefixtures("restored_environment")

@@ -6,19 +6,27 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import paddle
 import pytest
 
 from compression import blocks, cost
 from compression.__main__ import main
 from compression.blocks import Shape
-from compression.profile import errors, measure_blocks, predict
-from tests.encoders import tiny_config
+from compression.device_profile import read_profile
+from compression.elastic import ACTIVATIONS
+from compression.encoder import build_encoder
+from compression.export import Int8Source, export_formats
+from compression.prediction import LatencyModel
+from compression.profile import Space, measure_setting, settings_between, whole_networks
+from compression.spec import Format
+from tests.encoders import random_weights, tiny_config
 
 SHAPE = Shape(hidden=8, head_dim=4, vocab_size=30, labels=3)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -28,6 +36,13 @@ BLOCKS = {
     "attention": blocks.attention(SHAPE, 2, 5, heads=3, layers=2),
     "ffn": blocks.ffn(SHAPE, 2, 5, neurons=7, layers=2),
     "head": blocks.head(SHAPE, 2, 5),
+    "token_head": blocks.token_head(SHAPE, 2, 5),
+    "network": blocks.network(SHAPE, 2, 5, heads=[3, 1], neurons=[7, 4]),
+    "int8 embeddings": blocks.embeddings(SHAPE, 2, 5, int8=True),
+    "int8 attention": blocks.attention(SHAPE, 2, 5, heads=3, layers=2, int8=True),
+    "int8 ffn": blocks.ffn(SHAPE, 2, 5, neurons=7, layers=2, int8=True),
+    "int8 head": blocks.head(SHAPE, 2, 5, int8=True),
+    "int8 network": blocks.network(SHAPE, 2, 5, heads=[3, 1], neurons=[7, 4], int8=True),
 }
 
 
@@ -48,6 +63,7 @@ def test_every_block_is_what_the_onnx_package_reads_and_calls_valid(name: str) -
         ("attention", 2 * (3 * (8 * 12 + 12) + 12 * 8 + 8 + 2 * 8)),
         ("ffn", 2 * (8 * 7 + 7 + 7 * 8 + 8 + 2 * 8)),
         ("head", 8 * 8 + 8 + 8 * 3 + 3),
+        ("token_head", 8 * 3 + 3),
     ],
 )
 def test_a_block_has_the_weights_of_its_layers(name: str, expected: int) -> None:
@@ -77,38 +93,65 @@ def test_the_attention_block_computes_attention() -> None:
     np.testing.assert_allclose(found[0], expected, atol=1e-4)
 
 
-TABLE = {
-    "batch_size": 1,
-    "seq_len": 8,
-    "threads": 1,
-    "call": 0.5,
-    "embeddings": 1.0,
-    "head": 0.25,
-    "attention": {"2": 2.0, "4": 3.0, "10": 9.0},
-    "ffn": {"100": 1.0, "50": 0.5},
-}
+@pytest.mark.parametrize("activation", blocks.ACTIVATIONS)
+def test_the_feed_forward_block_has_the_models_activation(activation: str) -> None:
+    shape = dataclasses.replace(SHAPE, activation=activation)
+    model = blocks.ffn(shape, 1, 5, neurons=7, layers=1)
+    onnx.checker.check_model(onnx.load_model_from_string(model), full_check=True)
+    matrices = [each for each in weights_of(model).values() if each.ndim]
+    w1, b1, w2, b2, scale, shift = matrices
+    x = np.random.default_rng(0).normal(size=(1, 5, 8)).astype(np.float32) * 50
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    inner = paddle.to_tensor(x[0] @ w1 + b1)
+    active = ACTIVATIONS[activation](inner).numpy()
+    summed = x[0] + active @ w2 + b2
+    centred = summed - summed.mean(axis=-1, keepdims=True)
+    expected = scale * centred / centred.std(axis=-1, keepdims=True) + shift
+    np.testing.assert_allclose(session.run(None, {"x": x})[0][0], expected, atol=1e-4)
 
 
-def test_a_prediction_is_the_sum_of_its_blocks() -> None:
-    assert predict(TABLE, heads=[4, 2], ffn=[100, 50]) == pytest.approx(1.75 + 5.0 + 1.5)
-    assert predict(TABLE, heads=[3, 7], ffn=[75, 75]) == pytest.approx(1.75 + 8.5 + 1.5)
-    with pytest.raises(ValueError, match="11 lies outside the profile, which goes from 2 to 10"):
-        predict(TABLE, heads=[11], ffn=[50])
+@pytest.mark.parametrize("embedding_size", [None, 3])
+def test_a_whole_network_runs_and_has_the_weights_of_an_encoder(embedding_size: int | None) -> None:
+    shape = dataclasses.replace(SHAPE, embedding_size=embedding_size)
+    model = blocks.network(shape, 2, 5, heads=[3, 1], neurons=[7, 4])
+    onnx.checker.check_model(onnx.load_model_from_string(model), full_check=True)
+    floats = [each for each in weights_of(model).values() if each.dtype == np.float32]
+    config = tiny_config(
+        hidden=8, head_dim=4, vocab_size=30, max_positions=5, embedding_size=embedding_size
+    )
+    expected = cost.parameters(dataclasses.replace(config, heads=(3, 1), ffn=(7, 4)))
+    assert sum(each.size for each in floats if each.ndim) == expected
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    ids = np.array([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8]], np.int64)
+    feed = {"ids": ids, "types": np.zeros_like(ids), "mask": np.array(ids > 0, np.int64)}
+    (logits,) = session.run(None, feed)
+    assert logits.shape == (2, 3)
+    feed["ids"] = ids + np.where(ids == 0, 9, 0)  # another id under the mask changes nothing
+    np.testing.assert_allclose(session.run(None, feed)[0], logits, atol=1e-5)
 
 
-def test_a_prediction_is_held_against_what_a_job_measured_in_the_same_setting() -> None:
-    def latency(batch_size: int, p50: float) -> dict[str, Any]:
-        return {"batch_size": batch_size, "seq_len": 8, "threads": 1, "p50_ms": p50}
+def test_int8_blocks_have_the_operators_of_the_files_that_jobs_write(tmp_path: Path) -> None:
+    """Of one layer: as many of each as the quantiser puts into a layer of an exported file."""
+    config = tiny_config(hidden=8, head_dim=4, vocab_size=30, heads=(2, 2), ffn=(4, 4))
+    rows = np.ones((2, 5), np.int64)
+    np.savez(tmp_path / "rows.npz", input_ids=rows, token_type_ids=0 * rows, attention_mask=rows)
+    sources = Int8Source(tmp_path / "rows.npz", tmp_path)
+    formats: tuple[Format, ...] = ("onnx-int8-dynamic",)
+    (exported,) = export_formats(
+        formats, build_encoder(config, random_weights(config)), tmp_path, labels=None, int8=sources
+    ).values()
+    assert exported.error is None
+    served = onnx.load(str(exported.folder / "model.onnx"))
+    own = onnx.load_model_from_string(
+        blocks.network(SHAPE, 1, 5, heads=[2, 2], neurons=[4, 4], int8=True)
+    )
 
-    formats = [
-        {"format": "onnx", "latencies": [latency(1, 4.0), latency(16, 40.0)]},
-        {"format": "paddle", "latencies": [latency(1, 9.0)]},
-    ]
-    report = {"subnetworks": [{"name": "w1", "heads": [2], "ffn": [50], "formats": formats}]}
-    (found,) = errors([TABLE], report)
-    assert (found["subnetwork"], found["batch_size"]) == ("w1", 1)
-    assert found["predicted_ms"] == pytest.approx(4.25)
-    assert found["error"] == pytest.approx(0.0625)
+    def operators(model: onnx.ModelProto) -> Counter[str]:
+        found = Counter(node.op_type for node in model.graph.node)
+        named = ("DynamicQuantizeLinear", "MatMulInteger", "MatMul", "LayerNormalization", "Erf")
+        return Counter({name: found[name] for name in named})
+
+    assert operators(own) == operators(served)
 
 
 def test_sub_networks_of_another_shape_are_left_out_and_the_measurement_is_kept(
@@ -138,10 +181,12 @@ def test_sub_networks_of_another_shape_are_left_out_and_the_measurement_is_kept(
     command = ["profile", "--out", str(out), *small.split(), "--report", str(report)]
     report.write_text(json.dumps({"subnetworks": networks}))
     assert main(command) == 0
-    assert [each["subnetwork"] for each in json.loads(out.read_text())["errors"]] == ["fits"]
+    (served,) = [each for each in json.loads(out.read_text())["networks"] if each["served"]]
+    assert (served["heads"], served["measured_ms"]) == ([2, 2], 1.0)
     told = capsys.readouterr().out
-    assert "wide is left out: heads: 3 lies outside the profile" in told
+    assert "wide is left out: heads 3 lies outside the profile, which has from 1 to 2" in told
     assert "other is left out: its FLOPs are not those of the profile's hidden size, 64" in told
+    assert "2 layers, heads 2, neurons 4, exported: predicted" in told
 
     out.unlink()
     report.write_text("{}")
@@ -151,23 +196,117 @@ def test_sub_networks_of_another_shape_are_left_out_and_the_measurement_is_kept(
 
 
 def test_a_table_has_every_count_in_milliseconds_of_one_layer() -> None:
-    table = measure_blocks(
-        SHAPE, heads=[1, 2], ffn=[4], layers=2, batch_size=2, seq_len=5, threads=1, rounds=3
-    )
-    assert (table["batch_size"], table["seq_len"], table["threads"]) == (2, 5, 1)
-    assert set(table["attention"]) == {"1", "2"} and set(table["ffn"]) == {"4"}
-    assert table["call"] > 0
-    assert predict(table, heads=[1, 2], ffn=[4, 4]) >= table["call"]
+    space = Space(SHAPE, heads=(1, 2), ffn=(4,), layers=2)
+    setting = {"batch_size": 2, "seq_len": 5, "threads": 1}
+    networks = whole_networks(space, seed=0)
+    tables, taken = measure_setting(space, setting, networks, rounds=3)
+    assert [table["format"] for table in tables] == ["onnx", "onnx-int8-dynamic"]
+    assert len(taken) == len(networks) and min(taken) > 0
+    for table in tables:
+        assert {axis: table[axis] for axis in setting} == setting
+        assert set(table["attention"]) == {"1", "2"} and set(table["ffn"]) == {"4"}
+        assert table["call"] > 0
+        model = LatencyModel([table])
+        assert model.predict(setting, heads=[1, 2], ffn=[4, 4]) >= table["call"]
 
 
-def test_the_command_writes_a_table_for_each_setting(tmp_path: Path) -> None:
+def test_predictions_are_held_against_networks_of_every_kind() -> None:
+    space = Space(SHAPE, heads=(2, 12), ffn=(10, 100), layers=6)
+    found = whole_networks(space, seed=1)
+    assert [each.format for each in found] == ["onnx"] * 4 + ["onnx-int8-dynamic"] * 4
+    widest, narrowest, drawn, shallow = found[:4]
+    assert (widest.heads, widest.ffn) == ((12,) * 6, (100,) * 6)
+    assert (narrowest.heads, narrowest.ffn) == ((2,) * 6, (10,) * 6)
+    assert len(drawn.heads) == 6 and len(set(drawn.heads)) > 1 and len(set(drawn.ffn)) > 1
+    assert len(shallow.heads) == len(shallow.ffn) == 3
+    assert whole_networks(space, seed=2)[2] != drawn
+    single = Space(SHAPE, heads=(2,), ffn=(10,), layers=1, formats=("onnx",))
+    assert len(whole_networks(single, seed=1)) == 1  # and not four times the same
+
+
+def test_settings_between_the_measured_ones_are_tried_too() -> None:
+    values = {"batch_size": [1, 2, 9], "seq_len": [64, 16], "threads": [2]}
+    assert list(settings_between(values)) == [
+        {"batch_size": 5, "seq_len": 64, "threads": 2},
+        {"batch_size": 1, "seq_len": 40, "threads": 2},
+    ]
+
+
+def test_the_command_writes_what_the_service_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "profile.json"
     small = "--hidden 8 --head-dim 4 --vocab-size 30 --layers 1 --heads 1 2 --ffn 4 --rounds 2"
-    setting = "--batch-size 1 2 --seq-len 5"
+    setting = "--batch-size 1 4 --seq-len 5"
     assert main(["profile", "--out", str(out), *small.split(), *setting.split()]) == 0
-    profile = json.loads(out.read_text())
-    assert [table["batch_size"] for table in profile["tables"]] == [1, 2]
-    assert profile["shape"] == {"hidden": 8, "head_dim": 4, "vocab_size": 30, "labels": 2}
+    profile = read_profile(out)
+    assert [table.batch_size for table in profile.tables] == [1, 1, 4, 4]
+    assert {network.batch_size for network in profile.networks} == {1, 2, 4}
+    assert profile.shape.hidden == 8 and profile.shape.activation == "gelu"
+    assert profile.device.libraries["onnxruntime"] == onnxruntime.__version__
+    errors = profile.errors
+    assert list(errors) == ["onnx", "onnx-int8-dynamic"]
+    assert sum(error.networks for error in errors.values()) == len(profile.networks)
+    told = capsys.readouterr()
+    for fmt, error in errors.items():
+        assert error.served == 0
+        assert f"{fmt}: of {error.networks} whole networks, predictions are" in told.out
+    assert "measuring setting 3 of 3" in told.err
+
+
+def test_exported_files_of_bundles_are_timed_on_the_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(hidden=8, head_dim=4, vocab_size=30, heads=(2, 2), ffn=(4, 4))
+    folder = tmp_path / "w1"
+    export_formats(("onnx",), build_encoder(config, random_weights(config)), folder, labels=None)
+    latency = {"batch_size": 1, "seq_len": 8, "threads": 1}
+    manifest = {
+        "subnetwork": {"heads": [2, 2], "ffn": [4, 4]},
+        "metrics": {"flops": cost.flops(config, 8)},
+        "formats": {
+            "onnx": {
+                "format": "onnx",
+                "files": [{"path": "onnx/model.onnx"}],
+                "latencies": [latency],
+            }
+        },
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    out = tmp_path / "profile.json"
+    small = "--head-dim 4 --vocab-size 30 --layers 2 --heads 1 2 --ffn 4 --rounds 2 --seq-len 6"
+    command = ["profile", "--out", str(out), *small.split(), "--bundle", str(folder)]
+    assert main([*command, "--hidden", "8"]) == 0
+    assert read_profile(out).errors["onnx"].served == 1
+    out.unlink()
+    assert main([*command, "--hidden", "80"]) == 2
+    assert "its FLOPs are not those of the profile's hidden size, 80" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--out", "there is no folder"),
+        ("--report", "there is no file"),
+        ("--bundle", "is no unpacked bundle: it has no manifest.json"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_told_before_anything_is_measured(
+    tmp_path: Path, option: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["profile", "--out", str(tmp_path / "p.json"), option, str(tmp_path / "no" / "p")])
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--heads", "--threads", "--rounds"])
+def test_a_count_below_one_is_refused(
+    tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["profile", "--out", str(tmp_path / "p.json"), option, "0"])
+    assert "0 is less than 1" in capsys.readouterr().err
 
 
 def test_a_device_needs_onnxruntime_and_numpy_alone(tmp_path: Path) -> None:
@@ -186,4 +325,4 @@ def test_a_device_needs_onnxruntime_and_numpy_alone(tmp_path: Path) -> None:
         timeout=120,
         check=True,
     )
-    assert done.stdout.strip() == "{'onnxruntime'}"
+    assert done.stdout.splitlines()[-1] == "{'onnxruntime'}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from compression.device_profile import DeviceProfile, Predictor, make_predictor
 from compression.errors import InvalidSpec
 from compression.report import (
     Candidate,
@@ -19,7 +20,9 @@ from compression.report import (
     SubnetworkReport,
 )
 from compression.selection import candidates, reselect, select, with_decisions
-from compression.spec import CONFIDENCES, ConstraintSpec, Format
+from compression.spec import CONFIDENCES, ConstraintSpec, Format, LatencyAt, LatencySetting
+from tests.builders import device_profile
+from tests.encoders import tiny_config
 
 
 def candidate(
@@ -461,3 +464,95 @@ def test_int8_is_a_candidate_with_the_accuracy_that_is_its_own() -> None:
     assert [report.pareto for report in marked] == [True, True, True, True]
     slower = (*reports[:3], subnetwork("w1_4", 0.9, format_report("onnx", p50=2.6)))
     assert [report.pareto for report in with_decisions(slower, selection)] == [True] * 3 + [False]
+
+
+def predictor(constraints: ConstraintSpec, **changes: Any) -> Predictor:
+    """Of a device of `device_profile`, for a teacher of one layer with 4 heads and 64 neurons."""
+    teacher = tiny_config(hidden=32, head_dim=8, layers=1, heads=(4,), ffn=(64,))
+    profile = DeviceProfile.model_validate(device_profile(**changes))
+    return make_predictor(profile, constraints, teacher, LatencySetting(1, 20, 1))
+
+
+def layered(name: str, heads: int, ffn: int, *formats: FormatReport) -> SubnetworkReport:
+    return subnetwork(name, 0.5, *formats).model_copy(update={"heads": (heads,), "ffn": (ffn,)})
+
+
+def test_latency_on_another_device_is_what_is_predicted_there() -> None:
+    """Measured here, heads are cheap and neurons dear; on the board it is the other way round."""
+    reports = (
+        layered("many_heads", 4, 16, format_report("onnx", p50=2.0)),
+        layered(
+            "many_neurons",
+            1,
+            32,
+            format_report("onnx", p50=5.0),
+            format_report("onnx-int8-dynamic", p50=1.0, accuracy_drop=0.6),
+            format_report("paddle", p50=1.0),
+        ),
+        layered("unpublished", 1, 16, format_report("onnx", p50=1.0, published=False)),
+    )
+    assert reselect(reports, ConstraintSpec(), main_metric="accuracy").format == "paddle"
+    asked = ConstraintSpec(latency_on="prf_1", max_latency_ms=12)
+    on_board = reselect(reports, asked, main_metric="accuracy", predictor=predictor(asked))
+    assert (on_board.subnetwork, on_board.format) == ("many_neurons", "onnx")
+    # Ten tokens cost a head one millisecond and ten neurons another.
+    assert on_board.reason == (
+        "many_neurons in ONNX is the only one of 2 candidates that takes at most 12.0 ms and loses "
+        "at most 1.0 points of accuracy: 9.40 ms, 0.5 points of accuracy below the teacher, 2.32 "
+        "times as fast, 70.0 MB; 1.0 points because no bound on accuracy was set; latency is p50, "
+        "predicted for Test Board rev 3 (4 cores, ONNX Runtime 1.32.0), where predictions were -2 "
+        "to +5 % off on 2 whole networks."
+    )
+    assert on_board.explanation is not None
+    assert on_board.explanation.latency.startswith("p50, predicted for Test Board rev 3")
+    (effect,) = on_board.explanation.effects
+    assert effect.nearest_miss is not None and effect.nearest_miss.by == pytest.approx(0.2)
+    assert on_board.latency_on is not None and on_board.latency_on.profile == "prf_1"
+
+    none = ConstraintSpec(latency_on="prf_1", max_latency_ms=9, latency_at=LatencyAt(seq_len=30))
+    nothing = reselect(reports, none, main_metric="accuracy", predictor=predictor(none))
+    assert [each.latency_ms for each in nothing.nearest] == pytest.approx([13.6, 17.8])
+    assert "latency is p50 with seq_len 30, predicted for Test Board" in nothing.reason
+    assert nothing.latency_on is not None
+
+
+def test_a_sub_network_beyond_the_profile_is_refused_by_its_name() -> None:
+    reports = [layered("w1_8", 1, 8, format_report("onnx", p50=1.0))]
+    asked = ConstraintSpec(latency_on="prf_1")
+    with pytest.raises(InvalidSpec, match="w1_8 cannot be predicted: neurons 8 lies outside"):
+        reselect(reports, asked, main_metric="accuracy", predictor=predictor(asked))
+
+
+def test_a_file_that_was_not_published_is_never_chosen_for_its_prediction() -> None:
+    reports = [layered("w1", 4, 64, format_report("onnx", p50=1.0, published=False))]
+    asked = ConstraintSpec(latency_on="prf_1")
+    none = reselect(reports, asked, main_metric="accuracy", predictor=predictor(asked))
+    assert none.subnetwork is None
+    assert none.reason.startswith(
+        "Nothing was selected: no file was published whose latency can be predicted for Test Board"
+    )
+    assert none.latency_on is not None
+
+
+def test_int8_is_predicted_where_it_was_profiled_and_is_int8_as_a_whole() -> None:
+    dynamic = {"accuracy_drop": 0.6, "flipped": 0.01}
+    reports = (
+        layered("w1", 4, 64, format_report("onnx-int8-dynamic", p50=9.0, **dynamic)),
+        layered(
+            "w1_2",
+            2,
+            32,
+            format_report("onnx", p50=5.0),
+            format_report(
+                "onnx-int8-dynamic", p50=4.0, fp32_parts=("layers.0.ffn.output",), **dynamic
+            ),
+        ),
+    )
+    asked = ConstraintSpec(latency_on="prf_1", objective="latency")
+    both = predictor(asked, formats=("onnx", "onnx-int8-dynamic"))
+    chosen = reselect(reports, asked, main_metric="accuracy", predictor=both)
+    assert (chosen.subnetwork, chosen.format) == ("w1", "onnx-int8-dynamic")
+    assert chosen.explanation is not None and chosen.explanation.candidates == 2
+    assert "6.20 ms, 0.6 points" in chosen.reason
+    in_fp32 = reselect(reports, asked, main_metric="accuracy", predictor=predictor(asked))
+    assert (in_fp32.subnetwork, in_fp32.format) == ("w1_2", "onnx")

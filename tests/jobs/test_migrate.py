@@ -54,12 +54,12 @@ def test_many_upgrade_at_once(empty_url: str, tmp_path: Path) -> None:
     database = Database(empty_url)
     upgrade(database)  # and once more
     with database.reading() as session:
-        assert session.scalars(text("SELECT version_num FROM alembic_version")).all() == ["0003"]
+        assert session.scalars(text("SELECT version_num FROM alembic_version")).all() == ["0004"]
         assert [project.id for project in session.query(Project)] == [DEFAULT_PROJECT]
     database.close()
 
 
-# What the version of revision 0002 wrote: its columns alone.
+# What the versions of revisions 0002 and 0003 wrote: the columns of the first alone.
 OLD_INSERTS = (
     "INSERT INTO api_keys (id, project_id, name, hash, created_at, revoked_at)"
     " VALUES ('key_{n}', 'prj_default', 'old', '{n:064}', '2026-11-01 00:00:00', NULL)",
@@ -81,11 +81,14 @@ def insert_as_before(database: Database, number: int) -> None:
             connection.exec_driver_sql(statement.format(n=number))
 
 
-def test_data_of_the_revision_before_keeps_its_meaning_and_its_writers(empty_url: str) -> None:
-    """Roles come to a database with keys and jobs in it, while processes of the version before
-    go on writing."""
+@pytest.mark.parametrize("revision", ["0002", "0003"])
+def test_data_of_revisions_before_keeps_its_meaning_and_its_writers(
+    empty_url: str, revision: str
+) -> None:
+    """Roles and profiles come to a database with keys and jobs in it, while processes of a version
+    before go on writing."""
     database = Database(empty_url)
-    upgrade(database, "0002")
+    upgrade(database, revision)
     insert_as_before(database, 1)
     upgrade(database)
     insert_as_before(database, 2)
@@ -100,6 +103,7 @@ def test_data_of_the_revision_before_keeps_its_meaning_and_its_writers(empty_url
                 session, f"job_{number}", worker="w", lease_seconds=60, max_runs=3
             )
             assert claim is not None
+            assert claim.profile is None
     database.close()
 
 

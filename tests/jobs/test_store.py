@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobs import store
+from jobs import access, store
 from jobs.db import Database, now
 from jobs.errors import Conflict, NotFound, StaleRun
 from jobs.records import DEFAULT_PROJECT, Event, Job, Project, Run
@@ -467,3 +467,33 @@ def test_keys_and_passwords_never_reach_events_or_errors(database: Database) -> 
     told = [event.data for event in events_of(database, job_id)] + [job_of(database, job_id).error]
     assert "secret" not in repr(told)
     assert told[2] == {"last_lines": ["GET wwk_***", {"url": "postgresql://u:***@h/d"}]}
+
+
+def test_a_claim_carries_the_content_of_the_profile_that_its_job_names(database: Database) -> None:
+    content = {"tables": [{"attention": {"3": 1.5}}]}
+    found = claimed(database, seed_job(database, profile=content))
+    assert found.profile == content
+    assert claimed(database, seed_job(database)).profile is None
+
+
+def test_a_job_cannot_name_another_projects_profile(database: Database) -> None:
+    with database.transaction() as session:
+        other = access.add_project(session, name="another").id
+        profile = store.add_profile(
+            session, project_id=other, name="p", sha256="0" * 64, summary={}, content={"a": 1}
+        ).id
+    with database.reading() as session:
+        assert store.get_profile(session, profile, project_id=other).content == {"a": 1}
+        with pytest.raises(NotFound):
+            store.get_profile(session, profile, project_id=DEFAULT_PROJECT)
+    job = job_of(database, seed_job(database))
+    with pytest.raises(NotFound), database.transaction() as session:
+        store.create_job(
+            session,
+            project_id=DEFAULT_PROJECT,
+            name="j",
+            model_id=job.model_id,
+            dataset_id=job.dataset_id,
+            spec={},
+            profile_id=profile,
+        )

@@ -60,6 +60,8 @@ def main() -> None:
         elif name == "key":
             assert request["signing_key"] == value
             assert value not in os.environ.values()
+        elif name == "profile":
+            assert (request["profile"] or {}).get("device") == value, request["profile"]
         elif name == "artifact":
             path = run_dir / "artifacts" / value
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from jobs.db import Database
 from jobs.records import DEFAULT_PROJECT, Artifact
 from jobs.settings import Settings
 from jobs.states import JobState
+from tests.seeds import seed_job
 from tests.services import START_SECONDS, wait_until
 from tests.worker.helpers import (
     CHILD_COMMAND,
@@ -125,6 +126,17 @@ def test_a_job_is_taken_that_was_offered_while_another_offer_came_to_nothing(
         offers[1].join(0.5)  # time enough to be refused
     for offer in offers:
         offer.join(START_SECONDS)
+    wait_for_state(database, job_id, "succeeded")
+
+
+@ON_SQLITE
+def test_a_job_process_gets_the_devices_profile_as_a_value(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    job_id = seed_job(
+        database, objects, spec={"do": ["profile board"]}, profile={"device": "board"}
+    )
+    assert make_runner().offer(job_id)
     wait_for_state(database, job_id, "succeeded")
 
 
