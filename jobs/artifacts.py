@@ -138,7 +138,7 @@ class ObjectStore:
         self.size("readiness-probe")
 
 
-def open_store(url: str, **credentials: str) -> ObjectStore:
+def open_store(url: str, **credentials: Any) -> ObjectStore:
     """`file:///folder` (made if absent) or `s3://bucket/prefix`, with S3's `access_key_id` and
     `secret_access_key` unless obstore is to look for them itself."""
     parts = urlsplit(url)
