@@ -131,6 +131,16 @@ def wait_for_event(client: Client, job_id: str, *, stage: str) -> None:
     raise AssertionError(f"{job_id} never reached the stage {stage}")
 
 
+def events_so_far(client: Client, job_id: str) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    while True:
+        after = events[-1]["number"] if events else 0
+        page = client.get(f"/v1/jobs/{job_id}/events", after=after, limit=100)
+        if not page["items"]:
+            return events
+        events += page["items"]
+
+
 def events_until_the_end(client: Client, job_id: str) -> list[dict[str, Any]]:
     """All events, from the first to the last; the job must end in time."""
     deadline = time.monotonic() + 2 * WAIT_SECONDS
