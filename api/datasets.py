@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 from sqlalchemy.orm import Session
@@ -19,17 +19,18 @@ router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 DatasetId = Annotated[Id, Path(examples=["dst_3q2-7wAAQkSgMvUuTqBvxQ"])]
 
 
-# `curl -T` sends PUT.
-@router.put("", status_code=201, include_in_schema=False)
-@router.post(
-    "",
-    status_code=201,
-    summary="Upload a dataset",
-    description="Files named train, dev, test or unlabelled, each .csv, .tsv, .jsonl or .parquet, "
-    "in an archive or single; train is needed. The first line of a .csv or .tsv names its "
-    "columns. Broken rows are refused at once, in `rows`, with their line numbers.",
-    openapi_extra=upload_openapi("dataset.zip"),
-)
+_UPLOAD: dict[str, Any] = {
+    "status_code": 201,
+    "summary": "Upload a dataset",
+    "description": "Files named train, dev, test or unlabelled, each .csv, .tsv, .jsonl or "
+    ".parquet, in an archive or single; train is needed. The first line of a .csv or .tsv names "
+    "its columns. Broken rows are refused at once, in `rows`, with their line numbers.",
+    "openapi_extra": upload_openapi("dataset.zip"),
+}
+
+
+@router.put("", **_UPLOAD)  # which `curl -T` sends
+@router.post("", **_UPLOAD)
 async def upload_dataset(
     request: Request,
     response: Response,

@@ -160,8 +160,10 @@ def _statuses(path: str, method: str, operation: Mapping[str, Any]) -> list[str]
         statuses |= {"400", "408", "413", "415"}
     if method == "post" and path.startswith("/v1/jobs/"):
         statuses.add("409")
-    if path in ("/v1/models", "/v1/datasets") and method == "post":
+    if path in ("/v1/models", "/v1/datasets") and method != "get":
         statuses.add("507")
+    if any(parameter["name"] == "after" for parameter in operation.get("parameters", ())):
+        statuses.add("404")  # a cursor of no page
     if path.endswith("/events"):
         statuses.add("400")
     if path.endswith("/content"):

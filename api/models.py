@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 from sqlalchemy.orm import Session
@@ -19,19 +19,20 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 ModelId = Annotated[Id, Path(examples=["mdl_3q2-7wAAQkSgMvUuTqBvxQ"])]
 
 
-# `curl -T` sends PUT.
-@router.put("", status_code=201, include_in_schema=False)
-@router.post(
-    "",
-    status_code=201,
-    summary="Upload a model",
-    description="A folder as .tar.gz, .tgz, .tar or .zip, or its single files. Hugging Face "
+_UPLOAD: dict[str, Any] = {
+    "status_code": 201,
+    "summary": "Upload a model",
+    "description": "A folder as .tar.gz, .tgz, .tar or .zip, or its single files. Hugging Face "
     "(config.json, model.safetensors or pytorch_model.bin, vocab.txt or tokenizer.json) and "
     "PaddleNLP (config.json or model_config.json, model_state.pdparams or model.safetensors) "
     "layouts are read. The answer comes after the inspection: family, layers, heads, the widths "
     "that leave whole heads and neurons, labels.",
-    openapi_extra=upload_openapi("model.tar.gz"),
-)
+    "openapi_extra": upload_openapi("model.tar.gz"),
+}
+
+
+@router.put("", **_UPLOAD)  # which `curl -T` sends
+@router.post("", **_UPLOAD)
 async def upload_model(
     request: Request,
     response: Response,

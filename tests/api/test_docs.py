@@ -12,8 +12,10 @@ import pytest
 from tests.api.conftest import Service
 
 ROUTES = {
-    ("post", "/v1/models"), ("get", "/v1/models"), ("get", "/v1/models/{model_id}"),
-    ("post", "/v1/datasets"), ("get", "/v1/datasets"), ("get", "/v1/datasets/{dataset_id}"),
+    ("post", "/v1/models"), ("put", "/v1/models"), ("get", "/v1/models"),
+    ("get", "/v1/models/{model_id}"),
+    ("post", "/v1/datasets"), ("put", "/v1/datasets"), ("get", "/v1/datasets"),
+    ("get", "/v1/datasets/{dataset_id}"),
     ("post", "/v1/profiles"), ("get", "/v1/profiles"), ("get", "/v1/profiles/{profile_id}"),
     ("post", "/v1/jobs"), ("get", "/v1/jobs"), ("get", "/v1/jobs/{job_id}"),
     ("post", "/v1/jobs/{job_id}/cancel"), ("get", "/v1/jobs/{job_id}/events"),

@@ -29,7 +29,9 @@ from compression.report import (
     TeacherReport,
 )
 from compression.spec import Spec
+from jobs.logs import configure_logging
 from jobs.roles import Role
+from jobs.settings import Settings
 from tests.api.conftest import Service, serving
 
 HERE = Path(__file__).resolve().parent
@@ -137,8 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     folder = (given.keep or Path(tempfile.mkdtemp(prefix="widthwise-fuzz-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
+    configure_logging(Settings(data_dir=folder / "data", log_level="error"))
     try:
-        with serving(folder / "data", rate_limit_per_minute=10**9, log_level="error") as service:
+        with serving(folder / "data", rate_limit_per_minute=10**9) as service:
             found = walk(
                 service, folder, examples=given.examples, seed=given.seed, phases=given.phases
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,3 +116,8 @@ def _accepted(listener: socket.socket) -> Iterator[str]:
             connection, address = listener.accept()
             connection.close()
             yield str(address)
+
+
+def test_every_type_is_documented() -> None:
+    told = (Path(__file__).resolve().parents[2] / "docs/hostile-input.md").read_text()
+    assert {hostile.type for hostile in CORPUS.values()} <= set(re.findall(r"`([a-z0-9-]+)`", told))

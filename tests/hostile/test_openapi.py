@@ -17,7 +17,7 @@ EXAMPLES = 3  # of each operation and phase
 @pytest.fixture
 def fresh(tmp_path: Path) -> Iterator[Service]:
     """A service of its own: the walk makes records, revokes keys and cancels jobs."""
-    with serving(tmp_path / "data", rate_limit_per_minute=10**9, log_level="error") as running:
+    with serving(tmp_path / "data", rate_limit_per_minute=10**9) as running:
         yield running
 
 
