@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from compression.errors import CompressionError, RowError
-from jobs.errors import UploadRejected, as_json
+from jobs.errors import StoreFull, UploadRejected, as_json
 
 _LOG = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +69,8 @@ def run_sandboxed(
     The child works in `work_dir`; besides it, it may read below `readable` and read
     and write below `writable`. UploadRejected is what the child raised as such (or
     as a CompressionError), or says that the upload could not be inspected: the child
-    crashed, or ran into a limit. The child and all it started are gone afterwards.
+    crashed, or ran into a limit. StoreFull: the disk, for which the upload is not to blame. The
+    child and all it started are gone afterwards.
     """
     message = {
         "request": dict(request),
@@ -86,6 +87,8 @@ def run_sandboxed(
         stdin.write(json.dumps(message).encode())
         stdin.seek(0)
         status = _run_child(module, work_dir, limits, stdin=stdin, stdout=stdout, stderr=stderr)
+        if status == _DISK_FULL:
+            raise StoreFull("The disk that uploads are inspected on is full.")
         answer = _read_answer(stdout) if status == 0 else None
         if answer is None:
             _LOG.warning(
@@ -169,7 +172,7 @@ def _why(status: int | None, limits: Limits) -> str:
     if status == _OUT_OF_MEMORY:
         return f"it takes more than {limits.memory_bytes / 2**30:.3g} GiB of memory to read"
     if status == _OUT_OF_SPACE:
-        return f"it unpacks to more than {limits.output_bytes / 2**30:.3g} GiB, or the disk is full"
+        return f"it unpacks to more than {limits.output_bytes / 2**30:.3g} GiB"
     return "its reader ended unexpectedly"
 
 
@@ -213,6 +216,7 @@ def _rejection(data: Any) -> UploadRejected:
 
 _OUT_OF_MEMORY = 70
 _OUT_OF_SPACE = 71
+_DISK_FULL = 72
 
 
 def child_main(module: str) -> None:
@@ -230,7 +234,9 @@ def child_main(module: str) -> None:
     except MemoryError:
         os._exit(_OUT_OF_MEMORY)
     except OSError as error:
-        if error.errno in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            os._exit(_DISK_FULL)
+        if error.errno == errno.EFBIG:
             os._exit(_OUT_OF_SPACE)
         raise
     json.dump(answer, answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,21 @@ def postgresql_url() -> Iterator[str]:
     """A PostgreSQL of this test session, without a database's name."""
     with services.postgresql_server() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def s3_variables() -> Iterator[dict[str, str]]:
+    """The environment by which an S3 server of this test session is found."""
+    with services.s3_server() as variables:
+        yield variables
+
+
+@pytest.fixture
+def s3_url(s3_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty place in a bucket of that server."""
+    for name, value in s3_variables.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket/{secrets.token_hex(8)}"
 
 
 @pytest.fixture(scope="session")

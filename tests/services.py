@@ -10,8 +10,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +124,61 @@ def new_database(server_url: str, name: str) -> str:
     with psycopg.connect(address, autocommit=True) as connection:
         connection.execute(f'CREATE DATABASE "{name}"'.encode())
     return f"{server_url}/{name}"
+
+
+@contextmanager
+def s3_server() -> Iterator[dict[str, str]]:
+    """A fresh S3 server (moto's) with a bucket named "bucket": the variables by which it is
+    found, as an operator sets them."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(prefix="widthwise-s3-") as folder:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        with _running(command, folder=Path(folder)):
+
+            def answers() -> bool:
+                try:
+                    request = urllib.request.Request(f"{url}/bucket", method="PUT")
+                    return bool(urllib.request.urlopen(request, timeout=5).status == 200)
+                except OSError:
+                    return False
+
+            wait_until(answers, "moto's server answers")
+            yield {
+                "AWS_ENDPOINT_URL": url,
+                "AWS_ALLOW_HTTP": "true",
+                "AWS_ACCESS_KEY_ID": "tests",
+                "AWS_SECRET_ACCESS_KEY": "tests",
+                "AWS_REGION": "us-east-1",
+            }
+
+
+@contextmanager
+def nginx_server(server: str, *, port: int) -> Iterator[str]:
+    """The URL of an nginx with one server block, whose inside this is; it listens on `port`."""
+    program = find_program("nginx", package="nginx", folders=[Path("/usr/sbin")])
+    with tempfile.TemporaryDirectory(prefix="widthwise-nginx-") as name:
+        folder = Path(name)
+        user = "user root;" if os.getuid() == 0 else ""  # who reads what the tests wrote
+        paths = " ".join(
+            f"{module}_temp_path {folder}/{module};"
+            for module in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        configuration = folder / "nginx.conf"
+        configuration.write_text(
+            f"{user} daemon off; worker_processes 1; pid {folder}/pid; error_log stderr;\n"
+            f"events {{}}\nhttp {{ access_log off; sendfile on; tcp_nopush on; {paths}\n"
+            f"server {{ listen 127.0.0.1:{port};\n{server}\n}} }}\n"
+        )
+        command = [program, "-p", name, "-c", str(configuration), "-e", "stderr"]
+        with _running(command, folder=folder, stop=signal.SIGTERM):
+            wait_until(lambda: _listens(port), "nginx listens")
+            yield f"http://127.0.0.1:{port}"
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 @contextmanager

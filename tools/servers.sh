@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The servers that the tests start for themselves: redis-server and PostgreSQL. Taken from the
+# The servers that the tests start for themselves: redis-server, PostgreSQL and nginx. Taken from the
 # PATH (Debian keeps PostgreSQL's programs in /usr/lib/postgresql/*/bin, where the tests look
 # too), else installed with apt-get where that is allowed, else named with the command to run.
 set -euo pipefail
@@ -9,6 +9,7 @@ command -v redis-server > /dev/null || packages+=(redis-server)
 if ! command -v initdb > /dev/null && ! compgen -G '/usr/lib/postgresql/*/bin/initdb' > /dev/null; then
     packages+=(postgresql)
 fi
+[ -x /usr/sbin/nginx ] || command -v nginx > /dev/null || packages+=(nginx)
 [ "${#packages[@]}" -gt 0 ] || exit 0
 
 refuse() {
