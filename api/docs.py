@@ -39,16 +39,27 @@ _ASSETS = {
 _PROBLEM_CASES = {
     "400": "The request is malformed.",
     "401": "The API key is missing or unknown.",
-    "403": "The key's role does not allow this.",
+    "403": "The key's role, or a quota of its project, does not allow this.",
     "404": "There is no such record, or it is another project's.",
     "409": "The record's state does not allow this.",
+    "410": "It was deleted, or has expired.",
+    "412": "What the request presumes does not hold.",
     "413": "The body is too large.",
     "415": "The body is of a kind that is not read here.",
     "416": "The range lies outside the file.",
     "422": "What was sent is understood, and cannot be used.",
+    "423": "Another request writes this.",
     "429": "The key has made all requests that it may make in a minute.",
+    "460": "The body is not what its checksum says.",
     "503": "Something the service needs is not there.",
     "507": "No room left to store this.",
+}
+_UPLOAD_STATUSES = {
+    "options": [],
+    "post": ["400", "412", "413", "415", "460", "507"],
+    "get": ["410", "412"],
+    "patch": ["400", "409", "410", "412", "413", "415", "423", "460", "507"],
+    "delete": ["410", "412", "423"],
 }
 
 
@@ -142,12 +153,22 @@ def _statuses(path: str, method: str) -> list[str]:
             statuses += ["400", "413"]
         elif path.startswith("/v1/jobs/"):
             statuses.append("409")
+    if path.startswith("/v1/uploads"):
+        statuses += _UPLOAD_STATUSES[method]
     if path in ("/v1/models", "/v1/datasets") and method == "post":
         statuses += ["415", "507"]
     if path in ("/v1/jobs", "/v1/keys", "/v1/projects") and method == "post":
         statuses.append("415")
+    if path == "/v1/jobs" and method == "post":
+        statuses.append("507")  # the project's quota of bytes
+    if method == "put":
+        statuses += ["400", "413", "415"]
     if path.endswith("/selection"):
         statuses += ["400", "413", "415"]
     if path.endswith("/content"):
-        statuses.append("416")
-    return sorted(statuses)
+        statuses += ["412", "416"]
+    if "{" in path and path.startswith(("/v1/models", "/v1/datasets", "/v1/artifacts")):
+        statuses.append("410")
+        if method == "delete":
+            statuses.append("409")
+    return sorted(set(statuses))

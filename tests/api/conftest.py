@@ -19,13 +19,14 @@ from typing import Any
 import httpx
 import pytest
 import structlog
+from sqlalchemy import select
 
 from api.__main__ import Server, prepare
 from api.deps import Services
 from jobs import access, store
 from jobs.artifacts import run_prefix
 from jobs.db import now
-from jobs.records import DEFAULT_PROJECT
+from jobs.records import DEFAULT_PROJECT, Blob
 from jobs.roles import Role
 from jobs.settings import Settings
 from jobs.states import JobState
@@ -163,11 +164,12 @@ class Service:
             models = store.list_models(session, project_id=DEFAULT_PROJECT, limit=1000)
             datasets = store.list_datasets(session, project_id=DEFAULT_PROJECT, limit=1000)
             records = [model.id for model in models] + [dataset.id for dataset in datasets]
+            records += session.scalars(select(Blob.id))
         return {
             "records": sorted(records),
             "objects": sorted(
                 key
-                for prefix in ("models/", "datasets/")
+                for prefix in ("models/", "datasets/", "blobs/")
                 for key in self.services.store.keys(prefix)
             ),
             "spool": self.spooled(),
