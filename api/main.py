@@ -39,6 +39,7 @@ from jobs.queue import make_celery
 from jobs.settings import Settings
 
 MAX_JSON_BYTES = 1 << 20
+STORE_PATIENCE_SECONDS = 10  # somebody waits for the answer
 ROUTES = (
     models,
     datasets,
@@ -113,7 +114,7 @@ def create_app(settings: Settings) -> FastAPI:
         services = Services(
             settings=settings,
             database=Database(settings.database_url),
-            store=open_store(settings.store_url),
+            store=open_store(settings.store_url, patience_seconds=STORE_PATIENCE_SECONDS),
             spool=Spool(settings.data_dir / "spool"),
             gathering=Gathering(settings.data_dir),
             celery=make_celery(settings),

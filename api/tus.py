@@ -50,6 +50,7 @@ from jobs.access import Actor
 from jobs.blobs import hold_project
 from jobs.errors import Conflict, JobsError, NotFound, StoreFull, UploadRejected
 from jobs.records import Upload
+from jobs.roles import Role
 
 VERSION = "1.0.0"
 PREFIX = "/v1/uploads"
@@ -195,8 +196,8 @@ async def append_to_upload(
     "/{upload_id}",
     summary="A resumable upload",
     description="How far it is, and what it came to. HEAD is tus's: `Upload-Offset`, "
-    "`Upload-Length`, `Upload-Metadata`; it ends a request that may still be sending bytes, as "
-    "whoever asks is about to go on.",
+    "`Upload-Length`, `Upload-Metadata`; a submitter's ends a request that may still be sending "
+    "bytes, as whoever asks is about to go on.",
     response_model=UploadOut,
 )
 async def get_upload(
@@ -210,7 +211,7 @@ async def get_upload(
     upload = await run_in_threadpool(_find, services, upload_id, principal.project_id)
     if upload.finished_at is not None:
         offset = upload.size_bytes
-    elif getattr(request.state, "head", False):
+    elif getattr(request.state, "head", False) and principal.role.includes(Role.SUBMITTER):
         offset = await services.gathering.offset(upload.id, request.state.arrival)
     else:
         offset = services.gathering.offset_now(upload.id)

@@ -177,15 +177,17 @@ class ObjectStore:
         self.size("readiness-probe")
 
 
-def open_store(url: str) -> ObjectStore:
-    """`file:///folder` (made if absent) or `s3://bucket/prefix`."""
+def open_store(url: str, *, patience_seconds: float = 180) -> ObjectStore:
+    """`file:///folder` (made if absent) or `s3://bucket/prefix`; how long a bucket is asked again
+    that does not answer, or says that the fault is its own."""
     parts = urlsplit(url)
     if parts.scheme == "file":
         folder = Path(unquote(parts.path))
         folder.mkdir(parents=True, exist_ok=True)
         return ObjectStore(LocalStore(folder, automatic_cleanup=True), folder)
     if parts.scheme == "s3":
-        return ObjectStore(S3Store.from_url(url))
+        patience = timedelta(seconds=patience_seconds)
+        return ObjectStore(S3Store.from_url(url, retry_config={"retry_timeout": patience}))
     raise ValueError(f"unknown object store {parts.scheme!r}: use file:// or s3://")
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.api.conftest import archive, assert_problem, wait_for
+from jobs.records import Blob
+from tests.api.conftest import archive, assert_problem, serving, wait_for
 from tests.builders import tiny_bert
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +96,19 @@ def test_a_full_disk_refuses_in_a_sentence_and_keeps_no_half(
         # What finds room is taken, now as before.
         assert client.post("/v1/models?filename=s.tar.gz", content=small).status_code == 201
         assert client.get("/readyz").status_code == 200
+
+
+def test_a_bucket_that_refuses_is_told_and_nothing_is_kept(tmp_path: Path, s3_url: str) -> None:
+    content = archive(tiny_bert(tmp_path / "model"))
+    absent = s3_url.replace("//bucket/", "//absent/")
+    with serving(tmp_path / "data", store_url=absent) as service:
+        answer = service.client.post("/v1/models?filename=m.tar.gz", content=content)
+        problem = assert_problem(answer, 507, "store-refused")
+        expected = "The object store did not take a file: its bucket or folder is not there."
+        assert problem["detail"] == expected
+        assert service.client.get("/v1/models").json()["items"] == []
+        with service.services.database.reading() as session:
+            assert session.query(Blob).all() == []
 
 
 def test_a_disk_too_small_to_unpack_on_is_not_the_uploads_fault(tmp_path: Path) -> None:
