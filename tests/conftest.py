@@ -5,11 +5,13 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from sqlalchemy import delete, text
 
+from jobs import quotas
 from jobs.artifacts import ObjectStore, open_store
 from jobs.db import Database
 from jobs.migrate import upgrade
@@ -79,6 +81,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         tables = ", ".join(set(Record.metadata.tables) - {"projects"})
         session.execute(text(f"TRUNCATE {tables}"))
         session.execute(delete(Project).where(Project.id != DEFAULT_PROJECT))
+        quotas.set_quotas(session.get_one(Project, DEFAULT_PROJECT), asdict(quotas.Quotas()))
     database.close()
     return url
 

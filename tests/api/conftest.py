@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
+import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,6 +35,8 @@ from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.store import Claim
 from tests.builders import tiny_bert, tiny_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,37 @@ def serving(data_dir: Path, **settings: Any) -> Iterator[Service]:
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
+
+
+@contextmanager
+def api_process(
+    data_dir: Path, log: Path, *, inside: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """`python -m api` as a process, which a test may kill, and a client that has its key.
+    `inside`: a command that ends by running the one it is given."""
+    settings = {"WIDTHWISE_DATA_DIR": str(data_dir), "WIDTHWISE_PORT": "0"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*inside, sys.executable, "-m", "api"],
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        address = re.compile(r"http://127\.0\.0\.1:\d+")
+        wait_for(lambda: address.search(log.read_text()) or process.poll() is not None, seconds=60)
+        found = address.search(log.read_text())
+        assert found is not None, log.read_text()
+        headers = {"Authorization": f"Bearer {(data_dir / 'api_key').read_text().strip()}"}
+        with httpx.Client(
+            base_url=found[0], headers=headers, timeout=60, trust_env=False
+        ) as client:
+            yield process, client
+    finally:
+        process.terminate()
+        process.wait(30)
+    assert "Traceback" not in log.read_text()
 
 
 def wait_for(condition: Callable[[], Any], *, seconds: float = 30) -> None:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import base64
 import os
-import re
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +12,9 @@ import httpx
 import pytest
 
 from jobs.records import Blob
-from tests.api.conftest import archive, assert_problem, serving, wait_for
+from tests.api.conftest import api_process, archive, assert_problem, serving
 from tests.builders import tiny_bert
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL, LARGE = 32, 256  # hidden sizes: of a model that finds room, and of one that does not
 ROOM = 1 << 20
 
@@ -30,38 +25,15 @@ def serving_with_little_room(
 ) -> Iterator[tuple[httpx.Client, Callable[[], list[str]]]]:
     """The API as a process for which this folder of its data has 1 MiB (where mounting takes
     root, it becomes that in a user namespace): a client, and what lists the files in the folder."""
-    data_dir, log = tmp_path / "data", tmp_path / "log"
-    small = data_dir / folder
+    small = tmp_path / "data" / folder
     small.mkdir(parents=True)
-    script = f'mount -t tmpfs -o size={ROOM} tmpfs "$0" && exec "$@"'
     namespaces = ["unshare", "--mount"] + ([] if os.getuid() == 0 else ["--map-root-user"])
-    settings = {"WIDTHWISE_DATA_DIR": str(data_dir), "WIDTHWISE_PORT": "0"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*namespaces, "sh", "-c", script, str(small), sys.executable, "-m", "api"],
-            cwd=ROOT,
-            env={**os.environ, **settings},
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        wait_for(
-            lambda: re.search(r"http://[0-9.:]+", log.read_text()) or process.poll() is not None,
-            seconds=60,
-        )
-        found = re.search(r"http://[0-9.:]+", log.read_text())
-        assert found is not None, log.read_text()
-        headers = {"Authorization": f"Bearer {(data_dir / 'api_key').read_text().strip()}"}
-        with httpx.Client(
-            base_url=found[0], headers=headers, timeout=60, trust_env=False
-        ) as client:
-            # The tmpfs is seen from inside its namespace alone.
-            seen = f"/proc/{process.pid}/root{small}"
-            yield client, lambda: files_below(seen)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
-    assert "Traceback" not in log.read_text()
+    mount = f'mount -t tmpfs -o size={ROOM} tmpfs "$0" && exec "$@"'
+    inside = [*namespaces, "sh", "-c", mount, str(small)]
+    with api_process(tmp_path / "data", tmp_path / "log", inside=inside) as (process, client):
+        # The tmpfs is seen from inside its namespace alone.
+        seen = f"/proc/{process.pid}/root{small}"
+        yield client, lambda: files_below(seen)
 
 
 def files_below(folder: str) -> list[str]:

@@ -25,7 +25,14 @@ from jobs.db import now
 from jobs.errors import StoreFull
 from jobs.records import Upload
 from jobs.roles import Role
-from tests.api.conftest import Service, archive, assert_problem, serving, wait_for
+from tests.api.conftest import (
+    Service,
+    api_process,
+    archive,
+    assert_problem,
+    serving,
+    wait_for,
+)
 from tests.builders import tiny_bert, tiny_dataset
 
 TUS = {"Tus-Resumable": "1.0.0"}
@@ -316,17 +323,19 @@ def test_expired_uploads_are_gone_and_swept(service: Service, content: bytes) ->
 # --- cut off anywhere -----------------------------------------------------------------------
 
 
-def open_patch(service: Service, path: str, offset: int, length: int, **more: str) -> socket.socket:
+def open_patch(
+    port: int, key: str, path: str, offset: int, length: int, **more: str
+) -> socket.socket:
     """A connection that has sent the head of a PATCH."""
     headers = {
         "Host": "x",
-        "Authorization": f"Bearer {service.key}",
+        "Authorization": f"Bearer {key}",
         **BODY,
         "Upload-Offset": str(offset),
         "Content-Length": str(length),
         **more,
     }
-    connection = socket.create_connection(("127.0.0.1", service.port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     connection.sendall(f"PATCH {path} HTTP/1.1\r\n{head}\r\n".encode())
     return connection
@@ -346,7 +355,7 @@ def test_cut_off_at_random_bytes_it_resumes(service: Service, content: bytes, se
     path = begin(client, len(content))
     offset, silent = 0, ExitStack()
     for _ in range(12):
-        connection = open_patch(service, path, offset, len(content) - offset)
+        connection = open_patch(service.port, service.key, path, offset, len(content) - offset)
         sent = chance.randrange((len(content) - offset) // 2)
         connection.sendall(content[offset : offset + sent])
         how = chance.choice(["reset", "end", "silence"])
@@ -368,7 +377,7 @@ def test_cut_off_at_random_bytes_it_resumes(service: Service, content: bytes, se
 def test_what_came_of_a_silent_connection_is_kept(service: Service) -> None:
     """Less than is written at once, so it was still in memory."""
     path = begin(service.client, 100_000)
-    with open_patch(service, path, 0, 100_000) as connection:
+    with open_patch(service.port, service.key, path, 0, 100_000) as connection:
         connection.sendall(b"x" * 50_000)
         wait_for(lambda: path.rpartition("/")[2] in gathering(service))
         reached = 0
@@ -385,7 +394,7 @@ def test_a_checked_body_that_is_cut_off_leaves_nothing(service: Service, content
     path = begin(service.client, len(content))
     send(service.client, path, 0, content[:10])
     rest = content[10:]
-    with open_patch(service, path, 10, len(rest), **checksum(rest)) as connection:
+    with open_patch(service.port, service.key, path, 10, len(rest), **checksum(rest)) as connection:
         connection.sendall(rest[: len(rest) // 2])
     wait_for(lambda: offset_of(service.client, path) == 10)
     assert_became(
@@ -415,6 +424,29 @@ def test_an_upload_survives_restarts(tmp_path: Path, content: bytes) -> None:
         assert offset_of(service.client, path) == 2000
         done = send(service.client, path, 2000, content[2000:])
         assert_became(service.client, done.headers["location"], content)
+
+
+def test_a_killed_process_loses_no_byte_that_it_had_written(tmp_path: Path) -> None:
+    model = tiny_bert(tmp_path / "model", hidden=256, ffn=1024, seed=11)
+    content = archive(model)
+    data_dir = tmp_path / "data"
+    with api_process(data_dir, tmp_path / "log") as (process, client):
+        path = begin(client, len(content))
+        port = client.base_url.port
+        assert port is not None
+        key = client.headers["authorization"].removeprefix("Bearer ")
+        connection = open_patch(port, key, path, 0, len(content))
+        with connection:
+            connection.sendall(content[:-1])
+            wait_for(lambda: client.get(path).json()["offset"] > 0)
+            process.kill()
+            process.wait()
+    with api_process(data_dir, tmp_path / "log") as (_, client):
+        offset = offset_of(client, path)
+        assert 0 < offset < len(content)
+        done = send(client, path, offset, content[offset:])
+        assert done.status_code == 204, done.text
+        assert_became(client, done.headers["location"], content)
 
 
 def test_what_was_complete_is_inspected_after_a_restart(tmp_path: Path, content: bytes) -> None:
