@@ -259,9 +259,11 @@ async def sweep(services: Services) -> None:
     while True:
         try:
             await _finish_left(services, tried)
-            await anyio.to_thread.run_sync(
+            removed = await anyio.to_thread.run_sync(
                 resumable.remove_expired, services.database, services.settings.data_dir
             )
+            for upload_id in removed:
+                services.gathering.forget(upload_id)
         except Exception:
             _log.exception("upload.sweep_failed")
         await anyio.sleep(services.settings.reconcile_seconds)
