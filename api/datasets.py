@@ -8,15 +8,31 @@ from fastapi import APIRouter, Path, Request, Response
 from sqlalchemy.orm import Session
 
 from api.deps import After, Limit, PrincipalDep, ServicesDep
+from api.intake import Intake, Kind, upload
 from api.schemas import DatasetOut, Id, Page
-from api.uploads import FilenameQuery, Intake, NameQuery, default_name, take_in, upload_openapi
-from jobs import access, records, store
-from jobs.artifacts import dataset_key
+from api.uploads import FilenameQuery, NameQuery, upload_openapi
+from jobs import deletion, records, store
 from jobs.inspection import DatasetInspection, inspect_dataset_upload
-from jobs.records import new_id
 
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 DatasetId = Annotated[Id, Path(examples=["dst_3q2-7wAAQkSgMvUuTqBvxQ"])]
+
+
+def _add(session: Session, intake: Intake[DatasetInspection]) -> records.Dataset:
+    return store.add_dataset(
+        session,
+        id=intake.id,
+        project_id=intake.project_id,
+        name=intake.name,
+        size_bytes=intake.size_bytes,
+        uploads=intake.uploads,
+        files=intake.files,
+        profile=intake.inspection.profile.model_dump(mode="json"),
+        warnings=intake.inspection.warnings,
+    )
+
+
+DATASET = Kind("dataset", "/v1/datasets", inspect_dataset_upload, _add)
 
 
 _UPLOAD: dict[str, Any] = {
@@ -39,34 +55,10 @@ async def upload_dataset(
     filename: FilenameQuery = None,
     name: NameQuery = None,
 ) -> DatasetOut:
-    dataset_id = new_id("dataset")
-
-    def record(session: Session, intake: Intake[DatasetInspection]) -> records.Dataset:
-        dataset = store.add_dataset(
-            session,
-            id=dataset_id,
-            project_id=principal.project_id,
-            name=name or default_name(intake.uploads, "dataset"),
-            size_bytes=intake.size_bytes,
-            uploads=intake.uploads,
-            files=intake.files,
-            profile=intake.inspection.profile.model_dump(mode="json"),
-            warnings=intake.inspection.warnings,
-        )
-        access.record_action(
-            session, principal.actor, "dataset.uploaded", dataset.id, name=dataset.name
-        )
-        return dataset
-
-    dataset = await take_in(
-        request,
-        services,
-        filename=filename,
-        inspect=inspect_dataset_upload,
-        key=lambda file: dataset_key(dataset_id, file),
-        record=record,
+    dataset = await upload(
+        request, services, principal.actor, DATASET, filename=filename, name=name
     )
-    response.headers["Location"] = f"/v1/datasets/{dataset_id}"
+    response.headers["Location"] = f"/v1/datasets/{dataset.id}"
     return DatasetOut.of(dataset)
 
 
@@ -89,3 +81,19 @@ def get_dataset(
         return DatasetOut.of(
             store.get_dataset(session, dataset_id, project_id=principal.project_id)
         )
+
+
+@router.delete(
+    "/{dataset_id}",
+    status_code=204,
+    summary="Delete a dataset",
+    description="Refused (409) while a queued or running job has it. Jobs that ended keep its id, "
+    "which is 410 from then on.",
+    response_class=Response,
+)
+def delete_dataset(
+    dataset_id: DatasetId, services: ServicesDep, principal: PrincipalDep
+) -> Response:
+    with services.database.transaction() as session:
+        deletion.delete_dataset(session, principal.actor, dataset_id)
+    return Response(status_code=204)

@@ -12,6 +12,7 @@ from fastapi import Depends, Path, Query, Request, Security
 from fastapi.security import HTTPBearer
 
 from api.auth import Principal
+from api.gathering import Gathering
 from api.limits import Counter
 from api.schemas import Id
 from api.spool import Spool
@@ -32,6 +33,7 @@ class Services:
     database: Database
     store: ObjectStore
     spool: Spool
+    gathering: Gathering
     celery: Celery
     counter: Counter | None
     inspections: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(4))

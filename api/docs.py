@@ -43,17 +43,28 @@ _ASSETS = {
 _PROBLEM_CASES = {
     "400": "The request is malformed.",
     "401": "The API key is missing or unknown.",
-    "403": "The key's role does not allow this.",
+    "403": "The key's role, or a quota of its project, does not allow this.",
     "404": "There is no such record, or it is another project's.",
     "408": "Nothing of the body came for a while.",
     "409": "The record's state does not allow this.",
+    "410": "It was deleted, or has expired.",
+    "412": "What the request presumes does not hold.",
     "413": "The body is too large.",
     "415": "The body is of a kind that is not read here.",
     "416": "The range lies outside the file.",
     "422": "What was sent is understood, and cannot be used.",
+    "423": "Another request writes this.",
     "429": "The key has made all requests that it may make in a minute.",
+    "460": "The body is not what its checksum says.",
     "503": "Something the service needs is not there.",
     "507": "No room left to store this.",
+}
+_UPLOAD_STATUSES = {
+    "options": [],
+    "post": ["400", "412", "413", "415", "460", "507"],
+    "get": ["410", "412"],
+    "patch": ["400", "409", "410", "412", "413", "415", "423", "460", "507"],
+    "delete": ["410", "412", "423"],
 }
 
 
@@ -162,12 +173,20 @@ def _statuses(path: str, method: str, operation: Mapping[str, Any]) -> list[str]
         statuses.add("409")
     if path in ("/v1/models", "/v1/datasets") and method != "get":
         statuses.add("507")
+    if path == "/v1/jobs" and method == "post":
+        statuses.add("507")  # the project's quota of bytes
+    if path.startswith("/v1/uploads"):
+        statuses |= set(_UPLOAD_STATUSES[method])
     if any(parameter["name"] == "after" for parameter in operation.get("parameters", ())):
         statuses.add("404")  # a cursor of no page
     if path.endswith("/events"):
         statuses.add("400")
     if path.endswith("/content"):
-        statuses.add("416")
+        statuses |= {"412", "416"}
+    if "{" in path and path.startswith(("/v1/models", "/v1/datasets", "/v1/artifacts")):
+        statuses.add("410")
+        if method == "delete":
+            statuses.add("409")
     return sorted(statuses)
 
 

@@ -21,7 +21,16 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from compression.errors import CompressionError
-from jobs.errors import Conflict, JobsError, NotFound, StoreFull, UploadRejected
+from jobs.errors import (
+    Conflict,
+    Gone,
+    JobsError,
+    NotFound,
+    QuotaExceeded,
+    StoreFull,
+    StoreRefused,
+    UploadRejected,
+)
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:widthwise:problem:"
@@ -29,10 +38,13 @@ MAX_ENTRIES = 100  # of `errors` and of `rows`: enough to mend, and bounded
 
 # What the domain raises, most particular first. An error absent here is a fault of ours: 500.
 _DOMAIN: tuple[tuple[type[Exception], int, str], ...] = (
+    (Gone, 410, "It is no longer there"),
     (NotFound, 404, "Not found"),
+    (QuotaExceeded, 403, "The project has reached its quota"),
     (Conflict, 409, "The record's state does not allow this"),
     (UploadRejected, 422, "The upload cannot be used"),
     (StoreFull, 507, "No room left to store this"),
+    (StoreRefused, 507, "This could not be stored"),
     (CompressionError, 422, "The job cannot run as asked"),
 )
 
@@ -123,23 +135,33 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 
 async def _on_domain_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, JobsError | CompressionError)
+    return problem(request.scope, **domain_problem(error))
+
+
+def domain_problem(error: JobsError | CompressionError) -> dict[str, Any]:
+    """What `problem` takes, of a meaning that has a status; else it is a fault of ours, which
+    RequestLog logs and answers."""
     meaning = next((entry for entry in _DOMAIN if isinstance(error, entry[0])), None)
     if meaning is None:
-        raise error  # a fault of ours: RequestLog logs and answers it
+        raise error
     _, status, title = meaning
-    rows = [
-        {"file": row.file, "line": row.line, "message": row.message}
-        for row in getattr(error, "rows", ())[:MAX_ENTRIES]
-    ]
-    return problem(
-        request.scope,
-        status,
-        error.code,
-        title,
-        error.message,
-        pointer=getattr(error, "pointer", None),
-        rows=rows or None,
-    )
+    told: dict[str, Any] = {
+        "status": status,
+        "code": error.code,
+        "title": title,
+        "detail": error.message,
+        "pointer": getattr(error, "pointer", None),
+    }
+    rows = getattr(error, "rows", ())[:MAX_ENTRIES]
+    if rows:
+        told["rows"] = [
+            {"file": row.file, "line": row.line, "message": row.message} for row in rows
+        ]
+    if isinstance(error, QuotaExceeded):
+        told |= {"quota": error.quota, "limit": error.limit, "used": error.used}
+        if error.quota == "bytes":
+            told["status"] = 507
+    return told
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,13 +21,16 @@ from api import (
     models,
     profiles,
     projects,
+    quotas,
     selection,
+    tus,
 )
 from api import jobs as jobs_routes
-from api.auth import Authentication
+from api.auth import Authentication, lies_below
 from api.authorization import Authorization
 from api.deps import Services
 from api.errors import install_error_handlers
+from api.gathering import Gathering
 from api.limits import RateLimit, make_counter
 from api.middleware import (
     BodyLimit,
@@ -43,15 +47,18 @@ from jobs.queue import make_celery
 from jobs.settings import Settings
 
 MAX_JSON_BYTES = 1 << 20
+STORE_PATIENCE_SECONDS = 10  # somebody waits for the answer
 ROUTES = (
     models,
     datasets,
     profiles,
+    tus,
     jobs_routes,
     selection,
     events,
     artifacts,
     projects,
+    quotas,
     keys,
     audit,
     health,
@@ -70,7 +77,14 @@ CORS: dict[str, Any] = {
         "If-Range",
         "Last-Event-ID",
         "Range",
+        "Tus-Resumable",
+        "Upload-Checksum",
+        "Upload-Length",
+        "Upload-Metadata",
+        "Upload-Offset",
+        "X-HTTP-Method-Override",
         "X-Request-ID",
+        "X-Requested-With",
     ),
     "expose_headers": (
         "Accept-Ranges",
@@ -82,11 +96,23 @@ CORS: dict[str, Any] = {
         "RateLimit-Policy",
         "Repr-Digest",
         "Retry-After",
+        "Tus-Checksum-Algorithm",
+        "Tus-Extension",
+        "Tus-Max-Size",
+        "Tus-Resumable",
+        "Tus-Version",
+        "Upload-Expires",
+        "Upload-Length",
+        "Upload-Metadata",
+        "Upload-Offset",
         "WWW-Authenticate",
         "X-Request-ID",
     ),
 }
-UPLOADS = frozenset({"/v1/models", "/v1/datasets"})
+
+
+def _takes_uploads(path: str) -> bool:
+    return path.rstrip("/") in ("/v1/models", "/v1/datasets") or lies_below(path, tus.PREFIX)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -97,15 +123,23 @@ def create_app(settings: Settings) -> FastAPI:
         services = Services(
             settings=settings,
             database=Database(settings.database_url),
-            store=open_store(settings.store_url, **settings.s3_credentials),
+            store=open_store(
+                settings.store_url,
+                patience_seconds=STORE_PATIENCE_SECONDS,
+                **settings.s3_credentials,
+            ),
             spool=Spool(settings.data_dir / "spool"),
+            gathering=Gathering(settings.data_dir),
             celery=make_celery(settings),
             counter=make_counter(settings),
         )
         app.state.services = services
+        sweeping = asyncio.create_task(tus.sweep(services))
         try:
             yield
         finally:
+            sweeping.cancel()
+            await asyncio.wait([sweeping])
             if services.counter is not None:
                 await services.counter.close()
             services.spool.close()
@@ -117,11 +151,12 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(module.router)
     install_error_handlers(app)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, max_bytes=MAX_JSON_BYTES, exempt=UPLOADS)
+    app.add_middleware(BodyLimit, max_bytes=MAX_JSON_BYTES, exempt=_takes_uploads)
     app.add_middleware(BodyTimeout, seconds=settings.body_timeout_seconds)
     app.add_middleware(Authorization)
     app.add_middleware(RateLimit)
     app.add_middleware(Authentication, prefix="/v1")
+    app.add_middleware(tus.Protocol)
     app.add_middleware(HeadAsGet)
     app.add_middleware(CloseUnread)
     app.add_middleware(RequestLog)

@@ -6,6 +6,7 @@ import asyncio
 import re
 import secrets
 import time
+from collections.abc import Callable
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -160,13 +161,13 @@ class CloseUnread:
 class BodyLimit:
     """413 for JSON bodies that are too large; uploads have a limit of their own."""
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, exempt: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: int, exempt: Callable[[str], bool]) -> None:
         self.app = app
         self.max_bytes = max_bytes
-        self.exempt = exempt  # paths
+        self.exempt = exempt  # of a path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].rstrip("/") in self.exempt:
+        if scope["type"] != "http" or self.exempt(scope["path"]):
             await self.app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "")

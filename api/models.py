@@ -8,15 +8,31 @@ from fastapi import APIRouter, Path, Request, Response
 from sqlalchemy.orm import Session
 
 from api.deps import After, Limit, PrincipalDep, ServicesDep
+from api.intake import Intake, Kind, upload
 from api.schemas import Id, ModelOut, Page
-from api.uploads import FilenameQuery, Intake, NameQuery, default_name, take_in, upload_openapi
-from jobs import access, records, store
-from jobs.artifacts import model_key
+from api.uploads import FilenameQuery, NameQuery, upload_openapi
+from jobs import deletion, records, store
 from jobs.inspection import ModelInspection, inspect_model_upload
-from jobs.records import new_id
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 ModelId = Annotated[Id, Path(examples=["mdl_3q2-7wAAQkSgMvUuTqBvxQ"])]
+
+
+def _add(session: Session, intake: Intake[ModelInspection]) -> records.Model:
+    return store.add_model(
+        session,
+        id=intake.id,
+        project_id=intake.project_id,
+        name=intake.name,
+        size_bytes=intake.size_bytes,
+        uploads=intake.uploads,
+        files=intake.files,
+        info=intake.inspection.info.model_dump(mode="json"),
+        warnings=intake.inspection.warnings,
+    )
+
+
+MODEL = Kind("model", "/v1/models", inspect_model_upload, _add)
 
 
 _UPLOAD: dict[str, Any] = {
@@ -41,32 +57,8 @@ async def upload_model(
     filename: FilenameQuery = None,
     name: NameQuery = None,
 ) -> ModelOut:
-    model_id = new_id("model")
-
-    def record(session: Session, intake: Intake[ModelInspection]) -> records.Model:
-        model = store.add_model(
-            session,
-            id=model_id,
-            project_id=principal.project_id,
-            name=name or default_name(intake.uploads, "model"),
-            size_bytes=intake.size_bytes,
-            uploads=intake.uploads,
-            files=intake.files,
-            info=intake.inspection.info.model_dump(mode="json"),
-            warnings=intake.inspection.warnings,
-        )
-        access.record_action(session, principal.actor, "model.uploaded", model.id, name=model.name)
-        return model
-
-    model = await take_in(
-        request,
-        services,
-        filename=filename,
-        inspect=inspect_model_upload,
-        key=lambda file: model_key(model_id, file),
-        record=record,
-    )
-    response.headers["Location"] = f"/v1/models/{model_id}"
+    model = await upload(request, services, principal.actor, MODEL, filename=filename, name=name)
+    response.headers["Location"] = f"/v1/models/{model.id}"
     return ModelOut.of(model)
 
 
@@ -85,3 +77,17 @@ def list_models(
 def get_model(model_id: ModelId, services: ServicesDep, principal: PrincipalDep) -> ModelOut:
     with services.database.reading() as session:
         return ModelOut.of(store.get_model(session, model_id, project_id=principal.project_id))
+
+
+@router.delete(
+    "/{model_id}",
+    status_code=204,
+    summary="Delete a model",
+    description="Refused (409) while a queued or running job has it. Jobs that ended keep its id, "
+    "which is 410 from then on.",
+    response_class=Response,
+)
+def delete_model(model_id: ModelId, services: ServicesDep, principal: PrincipalDep) -> Response:
+    with services.database.transaction() as session:
+        deletion.delete_model(session, principal.actor, model_id)
+    return Response(status_code=204)

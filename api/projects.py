@@ -77,7 +77,7 @@ def create_project(
     body: Annotated[ProjectIn, Body()],
     response: Response,
 ) -> ProjectCreated:
-    _require_operator(principal)
+    require_operator(principal, "Projects are made")
     key = new_key()
     with services.database.transaction() as session:
         project = access.add_project(session, name=body.name)
@@ -101,12 +101,12 @@ def create_project(
     return ProjectCreated.with_key(project, KeyCreated.shown_once(record, key))
 
 
-def _require_operator(principal: Principal) -> None:
+def require_operator(principal: Principal, what_is_done: str) -> None:
     if not principal.is_operator:
         raise ApiError(
             403,
             "operator-only",
-            "Projects are made by an admin of the installation's first project, or with "
-            "python -m jobs.keys on its host.",
+            f"{what_is_done} by an admin of the installation's first project, or from the command "
+            "line of its host.",
             title="Only the installation's operator may do this",
         )

@@ -31,6 +31,8 @@ from compression.report import (
 from compression.spec import ConstraintSpec, Spec
 from compression.tables import DatasetProfile
 from jobs import records
+from jobs.deletion import Expired
+from jobs.quotas import MAX_BYTES, MAX_COUNT
 from jobs.roles import Role
 from jobs.states import JobState
 
@@ -184,6 +186,45 @@ class ProfileOut(ProfileSummary):
     @classmethod
     def _fields(cls, record: records.Profile) -> dict[str, Any]:
         return {**super()._fields(record), "profile": record.content}
+
+
+class UploadOut(Out):
+    """A resumable upload."""
+
+    id: str
+    kind: str = Field(description="`model` or `dataset`: what it is to become.")
+    filename: str
+    name: str | None
+    size_bytes: int
+    offset: int = Field(description="Bytes that have arrived.")
+    state: str = Field(
+        description="`receiving`; `arrived`, where it is being inspected or waits for that; "
+        "`finished` or `refused`."
+    )
+    record: str | None = Field(description="Path of the model or dataset that it became.")
+    problem: Document | None = Field(description="Why inspection refused it.")
+    created_at: datetime
+    expires_at: datetime = Field(description="When it is forgotten, if nothing more comes.")
+
+    @classmethod
+    def of(cls, upload: records.Upload, *, offset: int, record: str | None) -> Self:
+        if upload.finished_at is not None:
+            state = "refused" if upload.error else "finished"
+        else:
+            state = "arrived" if offset == upload.size_bytes else "receiving"
+        return cls(
+            id=upload.id,
+            kind=upload.kind,
+            filename=upload.filename,
+            name=upload.name,
+            size_bytes=upload.size_bytes,
+            offset=offset,
+            state=state,
+            record=record,
+            problem=upload.error,
+            created_at=upload.created_at,
+            expires_at=upload.expires_at,
+        )
 
 
 class JobIn(BaseModel):
@@ -352,6 +393,66 @@ class ProjectOut(Out):
     @classmethod
     def of(cls, record: records.Project) -> Self:
         return cls(id=record.id, name=record.name, created_at=record.created_at)
+
+
+_Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
+_Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+
+
+class QuotasIn(BaseModel):
+    """A project's quotas; null: no limit. Unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    bytes: _Bytes | None = Field(
+        None, description="In models and datasets (the same bytes once), artifacts, and uploads."
+    )
+    uploads: _Count | None = Field(
+        None, description="Models, datasets and resumable uploads under way."
+    )
+    running_jobs: _Count | None = Field(None, description="Others wait in the queue.")
+    queued_jobs: _Count | None = None
+
+
+class QuotasUsed(Out):
+    bytes: int
+    uploads: int
+    running_jobs: int
+    queued_jobs: int
+
+
+class QuotasOut(Out):
+    limits: QuotasIn
+    used: QuotasUsed
+
+
+class PastRetention(Out):
+    kind: str = Field(description="`artifact`, `model` or `dataset`.")
+    id: str
+    name: str
+    size_bytes: int
+    since: datetime = Field(description="When it was last of use.")
+
+
+class RetentionOut(Out):
+    days: float | None = Field(description="Null where no retention period is set.")
+    items: list[PastRetention] = Field(description="The oldest of each kind, `limit` of each.")
+
+    @classmethod
+    def of(cls, found: Sequence[Expired], *, days: float | None) -> Self:
+        return cls(
+            days=days,
+            items=[
+                PastRetention(
+                    kind=each.kind,
+                    id=each.id,
+                    name=each.name,
+                    size_bytes=each.size_bytes,
+                    since=each.since,
+                )
+                for each in found
+            ],
+        )
 
 
 class KeyIn(BaseModel):

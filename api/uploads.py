@@ -1,5 +1,4 @@
-"""Uploads: request body -> spool folder, as a stream, hashed and bounded on the way -> sandboxed
-inspection -> object store -> record. Where any step refuses, nothing stays behind.
+"""Plain uploads: request body -> spool folder, as a stream, hashed and bounded on the way.
 
 Two forms: a raw body, whose file name is in `?filename=` or Content-Disposition, and
 multipart/form-data with one or more `file` parts, the single files of one folder.
@@ -13,40 +12,24 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Generic, Protocol, TypeVar
+from typing import Annotated, Any
 
-import anyio
 from fastapi import Query, Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from sqlalchemy.orm import Session
 from starlette.requests import ClientDisconnect
 
-from api.deps import Services
 from api.errors import ApiError
+from api.file_writer import FileWriter
 from api.schemas import Name
 from jobs.errors import StoreFull
-from jobs.settings import Settings
-
-
-class Inspection(Protocol):
-    """What an inspection of either kind says: the names of its clean files, and more."""
-
-    @property
-    def files(self) -> Sequence[str]: ...
-
-
-I = TypeVar("I", bound=Inspection)  # noqa: E741
-R = TypeVar("R")
 
 MAX_FILES = 64  # parts of one upload; a model folder has about ten
 MAX_NAME_BYTES = 200
-_WRITE_BYTES = 1 << 20  # gathered before each write, so that threads are not woken for crumbs
 
 
 @dataclass(frozen=True)
@@ -99,16 +82,6 @@ def upload_openapi(example: str) -> dict[str, Any]:
     }
 
 
-def default_name(uploads: Sequence[dict[str, Any]], fallback: str) -> str:
-    """The archive's name without its suffixes; `fallback` for several files."""
-    if len(uploads) != 1:
-        return fallback
-    stem = str(uploads[0]["name"])
-    for suffix in (".gz", ".tgz", ".tar", ".zip", ".csv", ".tsv", ".jsonl", ".parquet"):
-        stem = stem.removesuffix(suffix)
-    return stem or fallback
-
-
 # --- names ----------------------------------------------------------------------------------
 
 
@@ -145,7 +118,7 @@ def _disposition_filename(header: bytes) -> str | None:
 
 
 class _Sink:
-    """One file on its way to the disk; `add` is cheap, `flush` hashes and writes in a thread."""
+    """One file of an upload."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
@@ -153,27 +126,24 @@ class _Sink:
         self.size = 0
         self.complete = False
         self._hash = hashlib.sha256()
-        self._pending = bytearray()
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        self._file: BinaryIO = os.fdopen(descriptor, "wb", buffering=0)
+        self._writer = FileWriter(descriptor, self._hash)
 
-    def add(self, data: bytes) -> None:
+    def add(self, data: bytes | memoryview) -> None:
         self.size += len(data)
-        self._pending += data
+        self._writer.add(data)
 
-    async def flush(self, *, at_least: int = 1) -> None:
-        if len(self._pending) >= at_least:
-            pending, self._pending = self._pending, bytearray()
-            await anyio.to_thread.run_sync(self._write, pending)
+    async def relieve(self) -> None:
+        if self.complete:
+            await self._writer.finish()
+        else:
+            await self._writer.relieve()
 
-    def _write(self, data: bytearray) -> None:
-        self._hash.update(data)
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
+    async def finish(self) -> None:
+        await self._writer.finish()
 
-    def close(self) -> None:
-        self._file.close()
+    async def close(self) -> None:
+        await self._writer.close()
 
     def finished(self) -> UploadedFile:
         return UploadedFile(self.name, self.path, self.size, self._hash.hexdigest())
@@ -200,13 +170,17 @@ class _Folder:
         self._sinks.append(sink)
         return sink
 
-    async def flush(self, *, at_least: int = 1) -> None:
+    async def relieve(self) -> None:
         for sink in self._sinks:
-            await sink.flush(at_least=1 if sink.complete else at_least)
+            await sink.relieve()
 
-    def close(self) -> None:
+    async def finish(self) -> None:
         for sink in self._sinks:
-            sink.close()
+            await sink.finish()
+
+    async def close(self) -> None:
+        for sink in self._sinks:
+            await sink.close()
 
     def finished(self) -> list[UploadedFile]:
         return [sink.finished() for sink in self._sinks]
@@ -220,9 +194,9 @@ async def receive_upload(
     ApiError: 400 for a body that is cut short, malformed, empty or oddly named, 413 above
     `max_bytes` (counted over the body, as soon as it is known), 415 for an encoded one.
     """
-    declared = _declared_length(request)
+    declared = declared_length(request)
     if declared is not None and declared > max_bytes:
-        raise _too_large(max_bytes)
+        raise too_large(max_bytes)
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(
             415, "unsupported-encoding", "Send the bytes as they are, without Content-Encoding."
@@ -230,8 +204,8 @@ async def receive_upload(
     media_type, options = parse_options_header(request.headers.get("content-type"))
     files = _Folder(folder)
     try:
-        with _full_disk_told():
-            body = _bounded(request, max_bytes=max_bytes, declared=declared)
+        with full_disk_told():
+            body = bounded_body(request, max_bytes=max_bytes, declared=declared)
             if media_type == b"multipart/form-data":
                 await _receive_multipart(body, options.get(b"boundary", b""), files)
             elif media_type.startswith(b"multipart/"):
@@ -240,9 +214,9 @@ async def receive_upload(
                 )
             else:
                 await _receive_raw(body, _raw_filename(request, filename), files)
-            await files.flush()
+            await files.finish()
     finally:
-        files.close()
+        await files.close()
     uploaded = files.finished()
     if not uploaded:
         raise ApiError(400, "invalid-upload", "The form has no part named 'file'.")
@@ -252,7 +226,7 @@ async def receive_upload(
     return uploaded
 
 
-def _declared_length(request: Request) -> int | None:
+def declared_length(request: Request) -> int | None:
     header = request.headers.get("content-length")
     if header is None:
         return None
@@ -275,7 +249,7 @@ def _raw_filename(request: Request, filename: str | None) -> str:
     return safe_name(filename)
 
 
-def _too_large(max_bytes: int) -> ApiError:
+def too_large(max_bytes: int) -> ApiError:
     return ApiError(
         413,
         "upload-too-large",
@@ -286,7 +260,7 @@ def _too_large(max_bytes: int) -> ApiError:
 
 
 @contextmanager
-def _full_disk_told() -> Iterator[None]:
+def full_disk_told() -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -295,24 +269,26 @@ def _full_disk_told() -> Iterator[None]:
         raise
 
 
-async def _bounded(
-    request: Request, *, max_bytes: int, declared: int | None
+async def bounded_body(
+    request: Request, *, max_bytes: int, declared: int | None, refusal: ApiError | None = None
 ) -> AsyncIterator[bytes]:
+    """The request's body as it comes. ApiError 400 where it is cut short, `refusal` (by default
+    413) where there is more of it than `max_bytes`."""
     received = 0
     try:
         async for chunk in request.stream():
             received += len(chunk)
             if received > max_bytes:
-                raise _too_large(max_bytes)
+                raise refusal or too_large(max_bytes)
             if chunk:
                 yield chunk
     except ClientDisconnect:
-        raise _cut_short(f"The connection ended after {received} bytes.") from None
+        raise cut_short(f"The connection ended after {received} bytes.") from None
     if declared is not None and received != declared:
-        raise _cut_short(f"Content-Length says {declared} bytes, {received} came.")
+        raise cut_short(f"Content-Length says {declared} bytes, {received} came.")
 
 
-def _cut_short(detail: str) -> ApiError:
+def cut_short(detail: str) -> ApiError:
     return ApiError(400, "upload-incomplete", detail, title="The upload was cut short")
 
 
@@ -320,7 +296,7 @@ async def _receive_raw(body: AsyncIterator[bytes], name: str, files: _Folder) ->
     sink = files.open(name)
     async for chunk in body:
         sink.add(chunk)
-        await sink.flush(at_least=_WRITE_BYTES)
+        await sink.relieve()
 
 
 class _MultipartEvents:
@@ -367,7 +343,7 @@ class _MultipartEvents:
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         assert self._sink is not None
-        self._sink.add(data[start:end])
+        self._sink.add(memoryview(data)[start:end])
 
     def on_part_end(self) -> None:
         assert self._sink is not None
@@ -399,105 +375,12 @@ async def _receive_multipart(body: AsyncIterator[bytes], boundary: bytes, files:
         )
         async for chunk in body:
             parser.write(chunk)
-            await files.flush(at_least=_WRITE_BYTES)
+            await files.relieve()
     except FormParserError as error:
         raise _malformed_form(str(error)) from None
     if not events.ended:
-        raise _cut_short("The form ends before its closing boundary.")
+        raise cut_short("The form ends before its closing boundary.")
 
 
 def _malformed_form(reason: str) -> ApiError:
     return ApiError(400, "invalid-upload", f"The multipart form is malformed: {reason}.")
-
-
-# --- taking in ------------------------------------------------------------------------------
-
-StoredFile = dict[str, Any]  # {"name", "key", "size_bytes", "sha256"}
-
-
-@dataclass(frozen=True)
-class Intake(Generic[I]):
-    """What an upload came to: its files as they arrived, the inspection's finding, and the
-    clean files that are in the object store now."""
-
-    uploads: list[dict[str, Any]]
-    size_bytes: int
-    inspection: I
-    files: list[StoredFile]
-
-
-async def take_in(
-    request: Request,
-    services: Services,
-    *,
-    filename: str | None,
-    inspect: Callable[[list[Path], Path, Settings], I],
-    key: Callable[[str], str],
-    record: Callable[[Session, Intake[I]], R],
-) -> R:
-    """Receives, inspects and stores one upload; what `record` returned, after its commit.
-
-    `inspect(files, out_dir, settings)` makes `out_dir` and leaves clean files in it; `key` gives
-    each its object key. Objects first, the record last: a record never names an
-    object that is not there, and the objects go again if the record cannot be written.
-    """
-    settings = services.settings
-    async with services.spool.upload_folder() as folder:
-        received, clean = folder / "received", folder / "clean"
-        received.mkdir()
-        uploaded = await receive_upload(
-            request, received, max_bytes=settings.max_upload_bytes, filename=filename
-        )
-        inspection = await anyio.to_thread.run_sync(
-            inspect,
-            [file.path for file in uploaded],
-            clean,
-            settings,
-            limiter=services.inspections,
-        )
-        return await anyio.to_thread.run_sync(
-            partial(_store, services, uploaded, inspection, clean, key=key, record=record)
-        )
-
-
-def _store(
-    services: Services,
-    uploaded: list[UploadedFile],
-    inspection: I,
-    clean: Path,
-    *,
-    key: Callable[[str], str],
-    record: Callable[[Session, Intake[I]], R],
-) -> R:
-    files: list[StoredFile] = []
-    try:
-        for name in inspection.files:
-            path = clean / name
-            files.append(
-                {
-                    "name": name,
-                    "key": key(name),
-                    "size_bytes": path.stat().st_size,
-                    "sha256": _sha256(path),
-                }
-            )
-            services.store.put_file(key(name), path)
-        intake = Intake(
-            uploads=[
-                {"name": file.name, "size_bytes": file.size_bytes, "sha256": file.sha256}
-                for file in uploaded
-            ],
-            size_bytes=sum(file.size_bytes for file in uploaded),
-            inspection=inspection,
-            files=files,
-        )
-        with services.database.transaction() as session:
-            return record(session, intake)
-    except BaseException:
-        services.store.delete([file["key"] for file in files])
-        raise
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

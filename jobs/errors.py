@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from compression.errors import CompressionError, RowError
 
@@ -28,6 +28,17 @@ class NotFound(JobsError):
         super().__init__(f"There is no {kind} {id!r}.")
         self.kind = kind
         self.id = id
+
+
+class Gone(NotFound):
+    """There was such a record, and its time is over."""
+
+    code = "gone"
+
+    def __init__(self, kind: str, id: str, message: str) -> None:
+        super().__init__(kind, id)
+        self.message = message
+        self.args = (message,)
 
 
 class Conflict(JobsError):
@@ -85,6 +96,32 @@ class StoreFull(JobsError):
     """The disk or bucket has no room left."""
 
     code = "store-full"
+
+
+class StoreRefused(JobsError):
+    """The disk or bucket does not take what is to be stored, whatever its room."""
+
+    code = "store-refused"
+
+
+class QuotaExceeded(JobsError):
+    """A project would have more than it may: see jobs.quotas. `used` is with what was asked."""
+
+    code = "quota-exceeded"
+    _WORDS: ClassVar = {
+        "bytes": "bytes in models, datasets and artifacts",
+        "uploads": "models, datasets and uploads under way",
+        "queued_jobs": "queued jobs",
+    }
+
+    def __init__(self, quota: str, *, limit: int, used: int) -> None:
+        super().__init__(
+            f"The project may have {limit} {self._WORDS[quota]}; with this it would have {used}. "
+            "Delete what is not needed, or ask the installation's operator for more."
+        )
+        self.quota = quota
+        self.limit = limit
+        self.used = used
 
 
 class ObjectExists(JobsError):

@@ -193,10 +193,10 @@ def _inspect_model(folder: Path, out_dir: Path, limits: Limits) -> dict[str, Any
     config = next((name for name in CONFIG_FILES if (folder / name).is_file()), None)
     if config is not None:
         read_json_object(folder / config)
-        shutil.copyfile(folder / config, out_dir / config)
+        _keep(folder / config, out_dir)
     pickled = [name for name in PICKLE_FILES if (folder / name).is_file()]
     if (folder / WEIGHTS_FILE).is_file():
-        shutil.copyfile(folder / WEIGHTS_FILE, out_dir / WEIGHTS_FILE)
+        _keep(folder / WEIGHTS_FILE, out_dir)
         if pickled:
             warnings.append(f"{WEIGHTS_FILE} is used; {', '.join(pickled)} was not looked at.")
     elif len(pickled) > 1:
@@ -212,7 +212,7 @@ def _inspect_model(folder: Path, out_dir: Path, limits: Limits) -> dict[str, Any
         if (folder / name).is_file():
             if name.endswith(".json"):
                 read_json_object(folder / name)
-            shutil.copyfile(folder / name, out_dir / name)
+            _keep(folder / name, out_dir)
     checkpoint = check_checkpoint(out_dir)
     try_tokenizer(out_dir, checkpoint.config, seconds=limits.tokenizer_seconds)
     if checkpoint.ignored:
@@ -223,6 +223,17 @@ def _inspect_model(folder: Path, out_dir: Path, limits: Limits) -> dict[str, Any
         )
     info = model_info(checkpoint)
     return {"info": info.model_dump(mode="json"), "warnings": warnings}
+
+
+def _keep(file: Path, out_dir: Path) -> None:
+    """Moves what was unpacked here, which may be large; copies what lies elsewhere."""
+    if not file.is_symlink():
+        try:
+            file.rename(out_dir / file.name)
+            return
+        except OSError:  # a kernel whose Landlock forbids it
+            pass
+    shutil.copyfile(file, out_dir / file.name)
 
 
 def _inspect_dataset(folder: Path, out_dir: Path, limits: Limits) -> dict[str, Any]:

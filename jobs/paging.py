@@ -8,10 +8,10 @@ from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
 from jobs.errors import NotFound
-from jobs.records import ApiKey, AuditEntry, Dataset, Job, Model, Profile, Project
+from jobs.records import ApiKey, AuditEntry, Dataset, Job, Model, Profile, Project, Upload
 
-P = TypeVar("P", Model, Dataset, Profile, Job, ApiKey, AuditEntry)
-R = TypeVar("R", Model, Dataset, Profile, Job, ApiKey, AuditEntry, Project)
+P = TypeVar("P", Model, Dataset, Profile, Job, ApiKey, AuditEntry, Upload)
+R = TypeVar("R", Model, Dataset, Profile, Job, ApiKey, AuditEntry, Upload, Project)
 
 
 def get_of_project(session: Session, record: type[P], kind: str, id: str, project_id: str) -> P:

@@ -42,6 +42,8 @@ ID_PREFIXES = {
     "run": "run_",
     "artifact": "art_",
     "audit_entry": "aud_",
+    "upload": "upl_",
+    "blob": "blb_",
 }
 
 
@@ -96,11 +98,17 @@ class Record(DeclarativeBase):
 
 
 class Project(Record):
+    """A quota that is null bounds nothing: see jobs.quotas."""
+
     __tablename__ = "projects"
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     name: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime]
+    quota_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    quota_uploads: Mapped[int | None]
+    quota_running_jobs: Mapped[int | None]
+    quota_queued_jobs: Mapped[int | None]
 
 
 class ApiKey(Record):
@@ -141,8 +149,60 @@ class AuditEntry(Record):
     created_at: Mapped[datetime]
 
 
+class Upload(Record):
+    """A resumable upload (jobs.resumable) until it has become a model or dataset, and for a while
+    after that. `metadata_sent`: Upload-Metadata as it came. What it came to, at `finished_at`:
+    `record_id`, or `error` ({"status", "code", ...}) where inspection refused it."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (Index(None, "project_id", "finished_at"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    key_id: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"))
+    kind: Mapped[str] = mapped_column(String(20))
+    filename: Mapped[str] = mapped_column(String(200))
+    name: Mapped[str | None] = mapped_column(String(200))
+    metadata_sent: Mapped[str] = mapped_column(Text)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+    finished_at: Mapped[datetime | None]
+    record_id: Mapped[str | None] = mapped_column(Id)
+    error: Mapped[Any | None]
+
+
+class Blob(Record):
+    """Bytes in the object store that a project's models and datasets share (jobs.blobs). Those
+    that nothing uses go some time after `wanted_at`; `doomed`: they are going, so nobody may
+    begin to use them. `stored_at` is null while they are on their way into the store."""
+
+    __tablename__ = "blobs"
+    __table_args__ = (Index(None, "project_id", "sha256"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    sha256: Mapped[str] = mapped_column(String(64))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    key: Mapped[str] = mapped_column(Text, unique=True)
+    wanted_at: Mapped[datetime] = mapped_column(index=True)
+    stored_at: Mapped[datetime | None]
+    doomed: Mapped[bool] = mapped_column(default=False)
+
+
+class BlobUse(Record):
+    """`owner_id`: of the model or dataset that needs the blob."""
+
+    __tablename__ = "blob_uses"
+
+    blob_id: Mapped[str] = mapped_column(ForeignKey("blobs.id"), primary_key=True)
+    owner_id: Mapped[str] = mapped_column(Id, primary_key=True, index=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+
+
 class Model(Record):
-    """An inspected model.
+    """An inspected model. `deleted_at`: since when its files may be gone; the record stays for
+    the jobs that name it.
 
     `files`: `[{"name", "key", "size_bytes", "sha256"}]`, the clean files that a run
     stages in. `uploads`: `[{"name", "size_bytes", "sha256"}]`, the files as they came.
@@ -161,10 +221,12 @@ class Model(Record):
     info: Mapped[Any]
     warnings: Mapped[Any]
     created_at: Mapped[datetime]
+    deleted_at: Mapped[datetime | None]
 
 
 class Dataset(Record):
-    """An inspected dataset; `files` and `uploads` as in Model. `profile`: DatasetProfile."""
+    """An inspected dataset; `files`, `uploads` and `deleted_at` as in Model. `profile`:
+    DatasetProfile."""
 
     __tablename__ = "datasets"
     __table_args__ = (Index(None, "project_id", "created_at", "id"),)
@@ -178,6 +240,7 @@ class Dataset(Record):
     profile: Mapped[Any]
     warnings: Mapped[Any]
     created_at: Mapped[datetime]
+    deleted_at: Mapped[datetime | None]
 
 
 class Profile(Record):
@@ -272,13 +335,13 @@ class Event(Record):
 
 class Artifact(Record):
     """A stored file that a user downloads. `path`: "<subnetwork>/<format>/<file>" or
-    "<subnetwork>/bundle.tar.gz"; `key` is where the object store has it."""
+    "<subnetwork>/bundle.tar.gz"; `key` is where the object store has it, until `deleted_at`."""
 
     __tablename__ = "artifacts"
     __table_args__ = (UniqueConstraint("job_id", "fence", "path"),)
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     fence: Mapped[int]
     path: Mapped[str] = mapped_column(String(500))
@@ -287,3 +350,4 @@ class Artifact(Record):
     sha256: Mapped[str] = mapped_column(String(64))
     media_type: Mapped[str] = mapped_column(String(100))
     created_at: Mapped[datetime]
+    deleted_at: Mapped[datetime | None]

@@ -34,6 +34,7 @@ from pydantic_settings import (
 PREFIX = "WIDTHWISE_"
 GIB = 1024**3
 _ORIGIN = re.compile(r"https?://[a-z0-9.-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:]+\](:[0-9]{1,5})?")
+_LOCATION = re.compile(r"/([A-Za-z0-9._~-]+/)+")
 
 
 def _absolute(path: Path) -> Path:
@@ -53,6 +54,12 @@ def _origins(origins: tuple[str, ...]) -> tuple[str, ...]:
                 "http://localhost:3000, in lower case and without a path"
             )
     return origins
+
+
+def _location(prefix: str) -> str:
+    if not _LOCATION.fullmatch(prefix):
+        raise ValueError("write it as nginx has it, like /objects/, with a slash at both ends")
+    return prefix
 
 
 def _sqlite_url(values: dict[str, Any]) -> str:
@@ -168,6 +175,29 @@ class Settings(BaseSettings):
         (),
         description="Origins whose pages may call the API: "
         "`https://portal.example,http://localhost:3000`; `*` for any.",
+    )
+
+    upload_expires_seconds: float = Field(
+        86400, gt=0, description="After the last bytes of a resumable upload that is not finished."
+    )
+    retention_days: float = Field(
+        0,
+        ge=0,
+        le=36_500,
+        description="Artifacts of jobs that ended, and models and datasets without a job since, go "
+        "after so long; 0: never.",
+    )
+    signed_url_seconds: int = Field(
+        0,
+        ge=0,
+        le=7 * 86400,
+        description="With a store in S3: downloads are redirected to a signed address that holds "
+        "so long; 0: they pass through the API.",
+    )
+    accel_prefix: Annotated[str, AfterValidator(_location)] | None = Field(
+        None,
+        description="With a store in a folder, behind nginx: the internal location of that folder "
+        "(/objects/), to which downloads are handed over by X-Accel-Redirect.",
     )
 
     lease_seconds: float = Field(60, gt=0, description="A run that is silent this long is lost.")

@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Select, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from jobs import quotas
 from jobs.db import now
-from jobs.errors import Conflict, NotFound, StaleRun
+from jobs.errors import Conflict, Gone, NotFound, StaleRun
 from jobs.paging import get_of_project, page_of_project
 from jobs.records import (
     Artifact,
@@ -31,6 +32,8 @@ from jobs.records import (
 )
 from jobs.redaction import redact_all
 from jobs.states import JobState, RunState, check_transition
+
+R = TypeVar("R", Model, Dataset, Artifact)
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,31 @@ def add_profile(
 
 
 def get_model(session: Session, id: str, *, project_id: str) -> Model:
-    return get_of_project(session, Model, "model", id, project_id)
+    """NotFound; Gone once it was deleted."""
+    return present(get_of_project(session, Model, "model", id, project_id), "model")
 
 
 def get_dataset(session: Session, id: str, *, project_id: str) -> Dataset:
-    return get_of_project(session, Dataset, "dataset", id, project_id)
+    return present(get_of_project(session, Dataset, "dataset", id, project_id), "dataset")
+
+
+def present(record: R, kind: str) -> R:
+    """The record; Gone where it was deleted."""
+    if record.deleted_at is not None:
+        at = f"{record.deleted_at:%Y-%m-%d %H:%M} UTC"
+        raise Gone(kind, record.id, f"The {kind} {record.id!r} was deleted on {at}.")
+    return record
+
+
+def _hold_for_job(session: Session, model_id: str, dataset_id: str) -> None:
+    """Nobody deletes them until the transaction ends: see jobs.deletion."""
+    for record, id in ((Model, model_id), (Dataset, dataset_id)):
+        session.scalars(
+            select(record)
+            .where(record.id == id)
+            .with_for_update(read=True)
+            .execution_options(populate_existing=True)
+        ).all()
 
 
 def get_profile(session: Session, id: str, *, project_id: str) -> Profile:
@@ -171,13 +194,17 @@ def list_models(
     session: Session, *, project_id: str, after: str | None = None, limit: int = 50
 ) -> list[Model]:
     """Newest first; `after` is the id of the last one seen. NotFound if it does not exist."""
-    return page_of_project(session, Model, "model", project_id, after, limit)
+    return page_of_project(
+        session, Model, "model", project_id, after, limit, Model.deleted_at.is_(None)
+    )
 
 
 def list_datasets(
     session: Session, *, project_id: str, after: str | None = None, limit: int = 50
 ) -> list[Dataset]:
-    return page_of_project(session, Dataset, "dataset", project_id, after, limit)
+    return page_of_project(
+        session, Dataset, "dataset", project_id, after, limit, Dataset.deleted_at.is_(None)
+    )
 
 
 def list_profiles(
@@ -200,7 +227,10 @@ def create_job(
     plan: Mapping[str, Any] | None = None,
     profile_id: str | None = None,
 ) -> Job:
-    """A queued job with its first event. Call `queue.enqueue_job` after the commit."""
+    """A queued job with its first event. Call `queue.enqueue_job` after the commit.
+    QuotaExceeded where the project may not have one more."""
+    quotas.check_job(session, project_id)
+    _hold_for_job(session, model_id, dataset_id)
     get_model(session, model_id, project_id=project_id)
     get_dataset(session, dataset_id, project_id=project_id)
     if profile_id is not None:
@@ -283,7 +313,7 @@ def list_artifacts(session: Session, job_id: str, *, project_id: str) -> list[Ar
     return list(
         session.scalars(
             _published_artifacts(project_id)
-            .where(Artifact.job_id == job_id)
+            .where(Artifact.job_id == job_id, Artifact.deleted_at.is_(None))
             .order_by(Artifact.path)
         )
     )
@@ -293,7 +323,7 @@ def get_artifact(session: Session, id: str, *, project_id: str) -> Artifact:
     found = session.scalar(_published_artifacts(project_id).where(Artifact.id == id))
     if found is None:
         raise NotFound("artifact", id)
-    return found
+    return present(found, "artifact")
 
 
 def _published_artifacts(project_id: str) -> Select[Artifact]:
@@ -338,15 +368,17 @@ def claim_job(
     """Opens a run of a job that is queued, or running under a lease that has expired.
 
     None if the job is not to be had: another run holds it, it ended, or (its lease having
-    expired) it is `settle_expired`'s to cancel or fail. One UPDATE compares and sets.
+    expired) it is `settle_expired`'s to cancel or fail; or its project has as many running as
+    it may. One UPDATE compares and sets.
     """
+    quotas.hold_for_claim(session, job_id)
     at = now(session)
     claimed = session.execute(
         update(Job)
         .where(
             Job.id == job_id,
             or_(
-                Job.state == JobState.QUEUED,
+                and_(Job.state == JobState.QUEUED, quotas.has_room_to_run()),
                 and_(Job.state == JobState.RUNNING, Job.lease_expires_at < at),
             ),
             Job.cancel_requested.is_(False),
@@ -540,11 +572,11 @@ def expired_jobs(session: Session, *, limit: int = 100) -> list[str]:
 
 
 def queued_jobs(session: Session, *, limit: int = 100) -> list[str]:
-    """Ids of queued jobs, oldest first."""
+    """Ids of queued jobs that may run, oldest first."""
     return list(
         session.scalars(
             select(Job.id)
-            .where(Job.state == JobState.QUEUED)
+            .where(Job.state == JobState.QUEUED, quotas.has_room_to_run())
             .order_by(Job.created_at, Job.id)
             .limit(limit)
         )

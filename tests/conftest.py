@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from sqlalchemy import delete, text
 
+from jobs import quotas
 from jobs.artifacts import ObjectStore, open_store
 from jobs.db import Database
 from jobs.migrate import upgrade
@@ -35,6 +38,14 @@ def s3_variables() -> Iterator[dict[str, str]]:
     """The environment by which an S3 server of this test session is found."""
     with services.s3_server() as variables:
         yield variables
+
+
+@pytest.fixture
+def s3_url(s3_variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty place in a bucket of that server."""
+    for name, value in s3_variables.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://bucket/{secrets.token_hex(8)}"
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +81,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         tables = ", ".join(set(Record.metadata.tables) - {"projects"})
         session.execute(text(f"TRUNCATE {tables}"))
         session.execute(delete(Project).where(Project.id != DEFAULT_PROJECT))
+        quotas.set_quotas(session.get_one(Project, DEFAULT_PROJECT), asdict(quotas.Quotas()))
     database.close()
     return url
 

@@ -161,6 +161,34 @@ def s3_server() -> Iterator[dict[str, str]]:
 
 
 @contextmanager
+def nginx_server(server: str, *, port: int) -> Iterator[str]:
+    """The URL of an nginx with one server block, whose inside this is; it listens on `port`."""
+    program = find_program("nginx", package="nginx", folders=[Path("/usr/sbin")])
+    with tempfile.TemporaryDirectory(prefix="widthwise-nginx-") as name:
+        folder = Path(name)
+        user = "user root;" if os.getuid() == 0 else ""  # who reads what the tests wrote
+        paths = " ".join(
+            f"{module}_temp_path {folder}/{module};"
+            for module in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        configuration = folder / "nginx.conf"
+        configuration.write_text(
+            f"{user} daemon off; worker_processes 1; pid {folder}/pid; error_log stderr;\n"
+            f"events {{}}\nhttp {{ access_log off; sendfile on; tcp_nopush on; {paths}\n"
+            f"server {{ listen 127.0.0.1:{port};\n{server}\n}} }}\n"
+        )
+        command = [program, "-p", name, "-c", str(configuration), "-e", "stderr"]
+        with _running(command, folder=folder, stop=signal.SIGTERM):
+            wait_until(lambda: _listens(port), "nginx listens")
+            yield f"http://127.0.0.1:{port}"
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
 def _running(
     command: list[str],
     *,

@@ -8,7 +8,7 @@ import structlog
 
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import KEPT
-from jobs import store
+from jobs import blobs, deletion, resumable, store
 from jobs.artifacts import ObjectStore, run_prefix
 from jobs.db import Database
 from jobs.settings import Settings
@@ -35,6 +35,9 @@ def reconcile(
         lambda: _delete_orphans(settings, database, objects),
         lambda: _delete_spent_checkpoints(settings, database, objects),
         lambda: _clean_work_dir(settings),
+        lambda: _remove_expired_uploads(settings, database),
+        lambda: _end_retention(settings, database),
+        lambda: _delete_unused_blobs(settings, database, objects),
     )
     for step in steps:
         try:
@@ -94,3 +97,31 @@ def _delete_spent_checkpoints(settings: Settings, database: Database, objects: O
 def _clean_work_dir(settings: Settings) -> None:
     for run_id in remove_leftovers(settings.work_dir):
         log.info("a dead run's folder removed", run=run_id)
+
+
+def _remove_expired_uploads(settings: Settings, database: Database) -> None:
+    removed = resumable.remove_expired(database, settings.data_dir)
+    if removed:
+        log.info("expired uploads removed", uploads=removed)
+
+
+def _end_retention(settings: Settings, database: Database) -> None:
+    if settings.retention_days == 0:
+        return
+    for each in deletion.delete_past_retention(database, days=settings.retention_days):
+        log.info("retention ended", kind=each.kind, id=each.id, size_bytes=each.size_bytes)
+
+
+def _delete_unused_blobs(settings: Settings, database: Database, objects: ObjectStore) -> None:
+    grace = settings.orphan_grace_seconds
+    with database.reading() as session:
+        unused = blobs.unused(session, grace_seconds=grace)
+    for blob in unused:
+        with database.transaction() as session:
+            if not blobs.doom(session, blob, grace_seconds=grace):
+                continue  # it has come into use
+        objects.delete([blob.key])
+        with database.transaction() as session:
+            blobs.forget(session, blob.id)
+    if unused:
+        log.info("unused objects deleted", objects=len(unused))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
+import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,18 +22,21 @@ from typing import Any
 import httpx
 import pytest
 import structlog
+from sqlalchemy import select
 
 from api.__main__ import Server, prepare
 from api.deps import Services
 from jobs import access, store
 from jobs.artifacts import run_prefix
 from jobs.db import now
-from jobs.records import DEFAULT_PROJECT
+from jobs.records import DEFAULT_PROJECT, Blob
 from jobs.roles import Role
 from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.store import Claim
 from tests.builders import device_profile, tiny_bert, tiny_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -168,11 +174,12 @@ class Service:
             models = store.list_models(session, project_id=DEFAULT_PROJECT, limit=1000)
             datasets = store.list_datasets(session, project_id=DEFAULT_PROJECT, limit=1000)
             records = [model.id for model in models] + [dataset.id for dataset in datasets]
+            records += session.scalars(select(Blob.id))
         return {
             "records": sorted(records),
             "objects": sorted(
                 key
-                for prefix in ("models/", "datasets/")
+                for prefix in ("models/", "datasets/", "blobs/")
                 for key in self.services.store.keys(prefix)
             ),
             "spool": self.spooled(),
@@ -221,6 +228,37 @@ def serving(data_dir: Path, **settings: Any) -> Iterator[Service]:
         server.should_exit = True
         thread.join(60)
         assert not thread.is_alive()
+
+
+@contextmanager
+def api_process(
+    data_dir: Path, log: Path, *, inside: Sequence[str] = ()
+) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """`python -m api` as a process, which a test may kill, and a client that has its key.
+    `inside`: a command that ends by running the one it is given."""
+    settings = {"WIDTHWISE_DATA_DIR": str(data_dir), "WIDTHWISE_PORT": "0"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*inside, sys.executable, "-m", "api"],
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        address = re.compile(r"http://127\.0\.0\.1:\d+")
+        wait_for(lambda: address.search(log.read_text()) or process.poll() is not None, seconds=60)
+        found = address.search(log.read_text())
+        assert found is not None, log.read_text()
+        headers = {"Authorization": f"Bearer {(data_dir / 'api_key').read_text().strip()}"}
+        with httpx.Client(
+            base_url=found[0], headers=headers, timeout=60, trust_env=False
+        ) as client:
+            yield process, client
+    finally:
+        process.terminate()
+        process.wait(30)
+    assert "Traceback" not in log.read_text()
 
 
 def wait_for(condition: Callable[[], Any], *, seconds: float = 30) -> None:

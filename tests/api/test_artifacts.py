@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import random
+import re
+from pathlib import Path
 
 import httpx
 import pytest
@@ -12,8 +14,10 @@ import pytest
 from api.artifacts import content_disposition, matches, parse_range
 from api.errors import ApiError
 from jobs.states import JobState
-from tests.api.conftest import Service, assert_problem
+from tests.api.conftest import Service, assert_problem, serving
+from tests.services import free_port, nginx_server
 
+ROOT = Path(__file__).resolve().parents[2]
 CONTENT = random.Random(0).randbytes(3 * 2**20 + 17)  # several chunks of the store
 ETAG = f'"{hashlib.sha256(CONTENT).hexdigest()}"'
 
@@ -42,8 +46,10 @@ def test_the_whole_file_comes_with_its_digest(client: httpx.Client, artifact_url
 def test_head_has_the_same_headers_and_no_body(client: httpx.Client, artifact_url: str) -> None:
     told, got = client.head(artifact_url), client.get(artifact_url)
     assert told.content == b""
+    ranged = client.head(artifact_url, headers={"Range": "bytes=0-9"})  # defined for GET alone
     for name in ("content-length", "etag", "repr-digest", "accept-ranges", "content-type"):
-        assert told.headers[name] == got.headers[name]
+        assert told.headers[name] == ranged.headers[name] == got.headers[name]
+    assert ranged.status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -152,6 +158,80 @@ def test_an_object_that_is_gone_is_a_fault_and_not_an_empty_file(service: Servic
     service.services.store.delete_prefix(f"jobs/{claim.job_id}/")
     answer = service.client.get(f"/v1/artifacts/{artifact_id}/content")
     assert_problem(answer, 500, "internal-error")
+
+
+def published(service: Service) -> str:
+    """The path of an artifact's content."""
+    claim = service.claim(service.new_job())
+    artifact_id = service.publish(claim, "w1_2/onnx/model a.onnx", CONTENT)
+    service.finish(claim, report={"selection": None, "subnetworks": []})
+    return f"/v1/artifacts/{artifact_id}/content"
+
+
+def test_a_bucket_sends_the_bytes_itself_where_it_is_set_so(tmp_path: Path, s3_url: str) -> None:
+    with serving(tmp_path / "data", store_url=s3_url, signed_url_seconds=60) as service:
+        path = published(service)
+        redirect = service.client.get(path)
+        assert redirect.status_code == 307
+        assert redirect.headers["cache-control"] == "private, no-store"
+        assert "X-Amz-Expires=60&" in redirect.headers["location"]
+        direct = httpx.get(redirect.headers["location"], trust_env=False)
+        assert direct.content == CONTENT
+        ranged = service.client.get(path, headers={"Range": "bytes=5-9"}, follow_redirects=True)
+        assert (ranged.status_code, ranged.content) == (206, CONTENT[5:10])
+        # What needs no bytes is answered here.
+        assert service.client.get(path, headers={"If-None-Match": ETAG}).status_code == 304
+        assert service.client.head(path).headers["etag"] == ETAG
+        stranger = httpx.get(service.url + path, trust_env=False)
+        assert_problem(stranger, 401, "missing-api-key")
+
+
+def test_a_bucket_is_read_through_the_api_by_default(tmp_path: Path, s3_url: str) -> None:
+    with serving(tmp_path / "data", store_url=s3_url) as service:
+        path = published(service)
+        assert service.client.get(path).content == CONTENT
+        ranged = service.client.get(path, headers={"Range": "bytes=1048570-"})
+        assert ranged.content == CONTENT[1048570:]
+
+
+def nginx_example() -> str:
+    """The server block's inside, as the documentation has it."""
+    text = (ROOT / "docs" / "uploads-and-downloads.md").read_text()
+    (block,) = re.findall(r"```nginx\n(.*?)```", text, re.DOTALL)
+    return block
+
+
+def test_nginx_sends_the_bytes_as_the_documentation_has_it(tmp_path: Path) -> None:
+    objects, port = tmp_path / "data" / "objects", free_port()
+    with serving(tmp_path / "data", accel_prefix="/objects/") as service:
+        configuration = nginx_example().replace("/var/lib/widthwise/objects", str(objects))
+        configuration = configuration.replace("127.0.0.1:8000", f"127.0.0.1:{service.port}")
+        path = published(service)
+        headers = {"Authorization": f"Bearer {service.key}"}
+        with (
+            nginx_server(configuration, port=port) as url,
+            httpx.Client(base_url=url, headers=headers, trust_env=False) as client,
+        ):
+            whole = client.get(path)
+            assert (whole.status_code, whole.content) == (200, CONTENT)
+            assert whole.headers["server"].startswith("nginx")
+            assert "x-accel-redirect" not in whole.headers
+            told = client.head(path)
+            for name in ("content-length", "etag", "repr-digest", "content-disposition",
+                         "content-type", "cache-control", "x-content-type-options"):  # fmt: skip
+                assert whole.headers.get_list(name) == told.headers.get_list(name), name
+            for if_range, status in ((ETAG, 206), ('"another"', 200)):
+                ranged = client.get(path, headers={"Range": "bytes=5-9", "If-Range": if_range})
+                assert ranged.status_code == status
+                assert ranged.headers["etag"] == ETAG
+            assert client.get(path, headers={"Range": "bytes=5-9"}).content == CONTENT[5:10]
+            outside = client.get(path, headers={"Range": f"bytes={len(CONTENT)}-"})
+            assert outside.status_code == 416
+            assert client.get(path, headers={"If-None-Match": ETAG}).status_code == 304
+            # The location is nginx's own: nobody asks it from outside, key or not.
+            key = next(iter(objects.rglob("model a.onnx"))).relative_to(objects)
+            assert client.get(f"/objects/{key}").status_code == 404
+            assert client.get(path + "?x=1", headers={"X-Accel-Redirect": "/objects/x"}).is_success
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 1000])

@@ -15,6 +15,9 @@ import pytest
 from api.errors import ApiError
 from api.spool import Spool
 from api.uploads import safe_name
+from jobs import store
+from jobs.records import DEFAULT_PROJECT
+from jobs.roles import Role
 from tests.api.conftest import Service, archive, assert_problem, serving, wait_for
 from tests.builders import tiny_bert, tiny_dataset
 
@@ -55,9 +58,23 @@ def test_a_raw_body_is_hashed_stored_and_cleaned_up_after(
     assert body["size_bytes"] == len(model_archive)
     assert answer.headers["location"] == f"/v1/models/{body['id']}"
     added = set(service.kept()["objects"]) - before
-    assert f"models/{body['id']}/model.safetensors" in added
-    assert all(key.startswith(f"models/{body['id']}/") for key in added)
+    with service.services.database.reading() as session:
+        model = store.get_model(session, body["id"], project_id=DEFAULT_PROJECT)
+    assert {file["key"] for file in model.files} == added
+    assert "model.safetensors" in {file["name"] for file in model.files}
     assert service.spooled() == []
+
+
+def test_the_same_bytes_are_stored_once_a_project(service: Service, tmp_path: Path) -> None:
+    content = archive(tiny_bert(tmp_path / "model", seed=7))
+    first = service.client.post("/v1/models?filename=tiny.tar.gz", content=content)
+    once = service.kept()["objects"]
+    second = service.client.post("/v1/models?filename=again.tar.gz", content=content)
+    assert first.json()["id"] != second.json()["id"]
+    assert service.kept()["objects"] == once
+    other = service.as_key(service.new_key(Role.ADMIN, project_id=service.new_project()).secret)
+    assert other.post("/v1/models?filename=tiny.tar.gz", content=content).status_code == 201
+    assert len(service.kept()["objects"]) > len(once)  # what others have is nobody's business
 
 
 @pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "text/plain", None])

@@ -1,16 +1,28 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
+import threading
+import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from jobs import artifacts
 from jobs.artifacts import ObjectStore, open_store, run_prefix
-from jobs.errors import ObjectExists, ObjectMissing
+from jobs.errors import ObjectExists, ObjectMissing, StoreFull, StoreRefused
 
 CONTENT = bytes(range(256)) * 9000  # more than two chunks
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def objects(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "bucket":
+        return open_store(request.getfixturevalue("s3_url"))
+    return open_store((tmp_path / "objects").as_uri())
 
 
 @pytest.fixture
@@ -93,6 +105,103 @@ def test_a_key_cannot_leave_the_folder(objects: ObjectStore, file: Path, tmp_pat
         with pytest.raises(Exception):  # noqa: B017 - obstore's own type, whichever
             objects.put_file(key, file)
     assert not (tmp_path / "outside").exists()
+
+
+def test_a_file_on_another_file_system_is_copied(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    objects = open_store((tmp_path / "objects").as_uri())
+    monkeypatch.setattr(os, "link", refuse)
+    objects.put_file("k/a", file)
+    with pytest.raises(ObjectExists):
+        objects.put_file("k/a", file)
+    assert asyncio.run(read(objects, "k/a")) == CONTENT
+
+
+def test_what_is_not_in_memory_is_read_too(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(*_: object) -> int:
+        raise BlockingIOError
+
+    objects = open_store((tmp_path / "objects").as_uri())
+    objects.put_file("k/a", file)
+    monkeypatch.setattr(os, "preadv", wait)
+    assert asyncio.run(read(objects, "k/a", 5)) == CONTENT[5:]
+
+
+def test_a_bucket_that_is_not_there_refuses(s3_url: str, file: Path) -> None:
+    with pytest.raises(StoreRefused, match="is not there"):
+        open_store(s3_url.replace("//bucket/", "//absent/")).put_file("k/a", file)
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A bucket that takes nothing: `status` and `code` are the server's attributes."""
+
+    server: HTTPServer
+
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        status, code = self.server.answer  # type: ignore[attr-defined]
+        body = f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error", "told"),
+    [
+        (403, "AccessDenied", StoreRefused, "access was denied"),
+        (403, "QuotaExceeded", StoreFull, "no room left"),
+        (507, "XMinioStorageFull", StoreFull, "no room left"),
+        (500, "InternalError", StoreRefused, "does not answer as it should"),
+    ],
+)
+def test_a_bucket_that_takes_nothing_is_told_from_a_full_one(
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    code: str,
+    error: type[Exception],
+    told: str,
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        server.answer = (status, code)  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in (
+            ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}"),
+            ("AWS_ALLOW_HTTP", "true"),
+            ("AWS_ACCESS_KEY_ID", "tests"),
+            ("AWS_SECRET_ACCESS_KEY", "tests"),
+        ):
+            monkeypatch.setenv(name, value)
+        try:
+            with pytest.raises(error, match=told):
+                open_store("s3://bucket/x", patience_seconds=0.5).put_file("k/a", file)
+        finally:
+            server.shutdown()
+
+
+def test_a_signed_address_needs_no_key_and_ends(s3_url: str, file: Path) -> None:
+    objects = open_store(s3_url)
+    objects.put_file("k/a b.bin", file)
+    url = objects.signed_url("k/a b.bin", seconds=60)
+    assert url is not None
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        assert answer.read() == CONTENT
+    assert "X-Amz-Expires=60" in url
+
+
+def test_a_folder_signs_nothing(tmp_path: Path) -> None:
+    assert open_store((tmp_path / "objects").as_uri()).signed_url("k/a", seconds=60) is None
 
 
 def test_unknown_stores_are_refused() -> None:

@@ -11,7 +11,8 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 
-from jobs import access, store
+from jobs import access, blobs, deletion, quotas, store
+from jobs.access import Actor
 from jobs.db import Database, now
 from jobs.migrate import is_behind, upgrade
 from jobs.records import DEFAULT_PROJECT, Project, Record
@@ -19,6 +20,7 @@ from jobs.roles import Role
 from tests.seeds import seed_job
 from tests.services import new_database
 
+NEWEST = "0005"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -54,7 +56,8 @@ def test_many_upgrade_at_once(empty_url: str, tmp_path: Path) -> None:
     database = Database(empty_url)
     upgrade(database)  # and once more
     with database.reading() as session:
-        assert session.scalars(text("SELECT version_num FROM alembic_version")).all() == ["0004"]
+        found = session.scalars(text("SELECT version_num FROM alembic_version")).all()
+        assert found == [NEWEST]
         assert [project.id for project in session.query(Project)] == [DEFAULT_PROJECT]
     database.close()
 
@@ -129,6 +132,25 @@ def test_a_database_that_a_newer_version_migrated_is_left_and_used(database_url:
         with database.engine.begin() as connection:
             connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{head}'")
         database.close()
+
+
+def test_files_of_the_revision_before_count_and_go_as_others(empty_url: str) -> None:
+    database = Database(empty_url)
+    upgrade(database, "0003")
+    insert_as_before(database, 1)
+    file = '{"name": "m", "key": "models/mdl_1/m", "size_bytes": 7, "sha256": "' + 64 * "a" + '"}'
+    with database.engine.begin() as connection:
+        connection.execute(text("UPDATE models SET files = :files"), {"files": f"[{file}]"})
+    upgrade(database)
+    with database.transaction() as session:
+        used = quotas.usage(session, DEFAULT_PROJECT)
+        assert (used.bytes, used.uploads, used.queued_jobs) == (7, 2, 1)
+        store.request_cancel(session, "job_1", project_id=DEFAULT_PROJECT)
+        deletion.delete_model(session, Actor(DEFAULT_PROJECT), "mdl_1")
+    with database.reading() as session:
+        (blob,) = blobs.unused(session, grace_seconds=0)
+        assert blob.key == "models/mdl_1/m"
+    database.close()
 
 
 def test_every_record_carries_its_project(database: Database) -> None:

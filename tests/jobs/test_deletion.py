@@ -1,0 +1,229 @@
+"""Deletion and retention, on SQLite and PostgreSQL: what is needed stays."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import update
+
+from jobs import access, blobs, deletion, store
+from jobs.access import Actor
+from jobs.artifacts import ObjectStore
+from jobs.db import Database, now
+from jobs.errors import Conflict, Gone, NotFound
+from jobs.records import DEFAULT_PROJECT, Artifact, Dataset, Job, Model
+from jobs.settings import Settings, get_settings
+from jobs.states import JobState
+from tests.seeds import seed_job, stored_file
+from worker.reconciler import reconcile
+
+ACTOR = Actor(DEFAULT_PROJECT)
+
+
+def job_of(database: Database, job_id: str) -> Job:
+    with database.reading() as session:
+        return session.get_one(Job, job_id)
+
+
+def run(database: Database, objects: ObjectStore, job_id: str) -> str:
+    """The job succeeds with one artifact; its id."""
+    with database.transaction() as session:
+        claim = store.claim_job(session, job_id, worker="w", lease_seconds=600, max_runs=3)
+    assert claim is not None
+    file = stored_file(objects, f"jobs/{job_id}/1/w1/a", job_id.encode())
+    del file["name"]
+    with database.transaction() as session:
+        artifact = store.add_artifact(session, claim, path="w1/a", media_type="x/y", **file)
+        store.finish_job(session, claim, JobState.SUCCEEDED, report={})
+    return artifact.id
+
+
+def delete_model(database: Database, model_id: str, actor: Actor = ACTOR) -> None:
+    with database.transaction() as session:
+        deletion.delete_model(session, actor, model_id)
+
+
+def age(database: Database, *, days: float) -> None:
+    """Everything that is there was so long ago."""
+    with database.transaction() as session:
+        at = now(session) - timedelta(days=days)
+        for record in (Model, Dataset, Job, Artifact):
+            session.execute(update(record).values(created_at=at))
+        session.execute(update(Job).where(Job.finished_at.is_not(None)).values(finished_at=at))
+
+
+def collect(database: Database, objects: ObjectStore, tmp_path: Path, **settings: float) -> None:
+    chosen = Settings(data_dir=tmp_path / "d", orphan_grace_seconds=0, **settings)  # type: ignore[arg-type]
+    reconcile(chosen, database, objects, nudge=lambda job_id: None)
+
+
+def test_what_a_job_needs_is_not_deleted(
+    database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    job = job_of(database, seed_job(database, objects))
+    for _ in ("queued", "running"):
+        with pytest.raises(Conflict, match=job.id) as refused:
+            delete_model(database, job.model_id)
+        assert refused.value.code == "in-use"
+        if job_of(database, job.id).state == JobState.QUEUED:
+            with database.transaction() as session:
+                claim = store.claim_job(session, job.id, worker="w", lease_seconds=600, max_runs=3)
+    assert claim is not None
+    assert objects.exists(claim.model_files[0]["key"])
+    with database.transaction() as session:
+        store.finish_job(session, claim, JobState.FAILED, error={})
+    delete_model(database, job.model_id)
+    with database.transaction() as session:
+        with pytest.raises(Gone, match="was deleted on"):
+            store.get_model(session, job.model_id, project_id=DEFAULT_PROJECT)
+        with pytest.raises(NotFound):
+            store.create_job(
+                session, project_id=DEFAULT_PROJECT, name="j", model_id=job.model_id,
+                dataset_id=job.dataset_id, spec={},
+            )  # fmt: skip
+        assert store.list_models(session, project_id=DEFAULT_PROJECT) == []
+        assert len(store.list_datasets(session, project_id=DEFAULT_PROJECT)) == 1
+    with pytest.raises(Gone):
+        delete_model(database, job.model_id)
+    collect(database, objects, tmp_path)
+    assert not objects.exists(claim.model_files[0]["key"])
+    assert objects.exists(claim.dataset_files[0]["key"])
+
+
+def test_another_projects_is_not_there(database: Database, objects: ObjectStore) -> None:
+    job = job_of(database, seed_job(database, objects))
+    with database.transaction() as session:
+        other = Actor(access.add_project(session, name="other").id)
+    with pytest.raises(NotFound):
+        delete_model(database, job.model_id, other)
+
+
+def test_shared_bytes_go_with_their_last_owner(
+    database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    with database.transaction() as session:
+        wanted = blobs.want(session, DEFAULT_PROJECT, [(64 * "a", 5)])
+    file = stored_file(objects, wanted[0].key, b"bytes")
+    for id in ("mdl_1", "mdl_2"):
+        with database.transaction() as session:
+            blobs.use(session, DEFAULT_PROJECT, id, wanted)
+            store.add_model(session, id=id, project_id=DEFAULT_PROJECT, name="m", size_bytes=5,
+                            uploads=[], files=[file], info={})  # fmt: skip
+    delete_model(database, "mdl_1")
+    collect(database, objects, tmp_path)
+    assert objects.exists(wanted[0].key)
+    delete_model(database, "mdl_2")
+    collect(database, objects, tmp_path)
+    assert not objects.exists(wanted[0].key)
+
+
+def test_an_artifact_goes_and_its_job_stays(
+    database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    job_id = seed_job(database, objects)
+    artifact_id = run(database, objects, job_id)
+    with database.transaction() as session:
+        deletion.delete_artifact(session, ACTOR, artifact_id)
+    with database.reading() as session:
+        with pytest.raises(Gone):
+            store.get_artifact(session, artifact_id, project_id=DEFAULT_PROJECT)
+        assert store.list_artifacts(session, job_id, project_id=DEFAULT_PROJECT) == []
+        assert store.get_report(session, job_id, project_id=DEFAULT_PROJECT) == {}
+    collect(database, objects, tmp_path)
+    assert objects.keys(f"jobs/{job_id}/") == []
+
+
+def test_retention_ends_for_what_is_old_and_idle(
+    database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    ended, waiting = seed_job(database, objects), seed_job(database, objects)
+    artifact_id = run(database, objects, ended)
+    age(database, days=10)
+    young = seed_job(database, objects)
+    young_artifact = run(database, objects, young)
+    with database.reading() as session:
+        listed = deletion.past_retention(session, days=9)
+        assert deletion.past_retention(session, days=11) == []
+        assert deletion.past_retention(session, days=9, project_id="prj_other") == []
+    old = job_of(database, ended)
+    assert {each.id for each in listed} == {artifact_id, old.model_id, old.dataset_id}
+    assert {each.kind for each in listed} == {"artifact", "model", "dataset"}
+    assert all(each.size_bytes > 0 for each in listed)
+
+    collect(database, objects, tmp_path)  # no period is set
+    assert objects.keys(f"jobs/{ended}/") != []
+    collect(database, objects, tmp_path, retention_days=9)
+    assert objects.keys(f"jobs/{ended}/") == []
+    assert objects.keys(f"models/{old.model_id}/") == []
+    for job_id in (waiting, young):
+        job = job_of(database, job_id)
+        assert objects.keys(f"models/{job.model_id}/") != []
+        assert objects.keys(f"datasets/{job.dataset_id}/") != []
+    with database.reading() as session:
+        store.get_artifact(session, young_artifact, project_id=DEFAULT_PROJECT)
+        entries = access.list_actions(session, project_id=DEFAULT_PROJECT)
+    assert {entry.action for entry in entries} == {
+        "artifact.deleted", "model.deleted", "dataset.deleted",
+    }  # fmt: skip
+
+
+def test_retention_by_hand_lists_before_it_deletes(
+    database: Database,
+    database_url: str,
+    objects: ObjectStore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    artifact_id = run(database, objects, seed_job(database, objects))
+    age(database, days=10)
+    monkeypatch.setenv("WIDTHWISE_DATABASE_URL", database_url)
+    get_settings.cache_clear()
+    try:
+        with pytest.raises(SystemExit):
+            deletion.main([])  # no period is set
+        for arguments, word in (([], "would be deleted"), (["--delete"], "deleted")):
+            assert deletion.main(["--days", "9", *arguments]) == 0
+            told = capsys.readouterr()
+            assert f"3 {word}, " in told.err
+            assert artifact_id in told.out
+        assert deletion.main(["--days", "9"]) == 0
+        assert "0 would be deleted" in capsys.readouterr().err
+        assert deletion.main(["--days", "9", "--project", "prj_absent"]) == 1
+    finally:
+        get_settings.cache_clear()
+
+
+def test_a_job_that_is_being_created_wins_or_loses_against_a_deletion(database: Database) -> None:
+    """Many times at once: never a queued job with a deleted model."""
+    for _ in range(10):
+        job = job_of(database, seed_job(database))
+        with database.transaction() as session:
+            store.request_cancel(session, job.id, project_id=DEFAULT_PROJECT)
+        start = threading.Barrier(2)
+
+        def create(job: Job = job, start: threading.Barrier = start) -> None:
+            start.wait()
+            try:
+                with database.transaction() as session:
+                    store.create_job(
+                        session, project_id=DEFAULT_PROJECT, name="j", model_id=job.model_id,
+                        dataset_id=job.dataset_id, spec={},
+                    )  # fmt: skip
+            except NotFound:
+                return
+
+        thread = threading.Thread(target=create)
+        thread.start()
+        start.wait()
+        try:
+            delete_model(database, job.model_id)
+            deleted = True
+        except Conflict:
+            deleted = False
+        thread.join()
+        with database.reading() as session:
+            queued = session.query(Job).filter_by(model_id=job.model_id, state="queued").count()
+        assert queued == (0 if deleted else 1)
