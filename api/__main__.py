@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from contextlib import suppress
 
 import uvicorn
@@ -12,10 +13,10 @@ from api.deps import Services
 from api.main import create_app
 from jobs.db import Database
 from jobs.logs import configure_logging
-from jobs.migrate import upgrade
+from jobs.migrate import SchemaTooNew, upgrade
 from jobs.settings import Settings, get_settings
 
-STOP_SECONDS = 10  # that requests in progress have, after the first signal
+STOP_SECONDS = 15  # that requests in progress have, after the first signal
 
 
 class Server(uvicorn.Server):
@@ -55,7 +56,10 @@ def prepare(settings: Settings) -> None:
 def main() -> None:
     settings = get_settings()
     configure_logging(settings)
-    prepare(settings)
+    try:
+        prepare(settings)
+    except SchemaTooNew as error:
+        sys.exit(error.message)
     with suppress(KeyboardInterrupt):  # which Uvicorn raises again after it has stopped
         Server(settings).run()
 

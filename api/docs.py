@@ -14,6 +14,8 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 
 from api.authorization import required_role
 from api.errors import PROBLEM_MEDIA_TYPE, ApiError
+from api.idempotency import DESCRIPTION as IDEMPOTENCY
+from api.idempotency import HEADER as IDEMPOTENCY_KEY
 from api.schemas import Problem
 from jobs.roles import Role
 
@@ -27,7 +29,8 @@ file `api_key` of the data folder. A key belongs to a project, sees what is in i
 else, and has a role: a viewer reads, a submitter also uploads, creates and cancels jobs, an admin
 also makes and revokes keys and reads the audit log. `RateLimit` says how many requests it has
 left. Errors are problem+json (RFC 9457). Lists are
-read with `?limit=` and `?after=`, the `next` of the page before.
+read with `?limit=` and `?after=`, the `next` of the page before. Every POST takes an
+`Idempotency-Key`, so that it can be sent again when its answer was lost.
 """
 
 router = APIRouter(include_in_schema=False)
@@ -41,7 +44,8 @@ _PROBLEM_CASES = {
     "401": "The API key is missing or unknown.",
     "403": "The key's role does not allow this.",
     "404": "There is no such record, or it is another project's.",
-    "409": "The record's state does not allow this.",
+    "409": "The record's state does not allow this, or the first request with this "
+    "Idempotency-Key is in progress.",
     "413": "The body is too large.",
     "415": "The body is of a kind that is not read here.",
     "416": "The range lies outside the file.",
@@ -49,6 +53,15 @@ _PROBLEM_CASES = {
     "429": "The key has made all requests that it may make in a minute.",
     "503": "Something the service needs is not there.",
     "507": "No room left to store this.",
+}
+
+_IDEMPOTENCY_KEY = {
+    "name": IDEMPOTENCY_KEY,
+    "in": "header",
+    "required": False,
+    "description": IDEMPOTENCY,
+    "schema": {"type": "string", "minLength": 1, "maxLength": 257},
+    "example": "8e03978e-40d5-43e8-bc93-6894a57f9324",
 }
 
 
@@ -120,6 +133,8 @@ def _tell_roles_and_problems(document: dict[str, Any]) -> None:
             if path.startswith("/v1"):
                 role = f"Needs the role `{required_role(method.upper(), path)}`."
                 operation["description"] = f"{operation.get('description', '')}\n\n{role}".strip()
+            if path.startswith("/v1") and method == "post":
+                operation.setdefault("parameters", []).append(_IDEMPOTENCY_KEY)
             for status in _statuses(path, method):
                 operation["responses"][status] = {
                     "description": _PROBLEM_CASES[status],
@@ -138,16 +153,17 @@ def _statuses(path: str, method: str) -> list[str]:
     if "{" in path:
         statuses.append("404")
     if method == "post":
+        statuses += ["400", "409"]
         if "{" not in path:
-            statuses += ["400", "413"]
-        elif path.startswith("/v1/jobs/"):
-            statuses.append("409")
+            statuses.append("413")
     if path in ("/v1/models", "/v1/datasets") and method == "post":
         statuses += ["415", "507"]
     if path in ("/v1/jobs", "/v1/keys", "/v1/projects") and method == "post":
         statuses.append("415")
+    if path.endswith("/clone"):
+        statuses += ["413", "415"]
     if path.endswith("/selection"):
-        statuses += ["400", "413", "415"]
+        statuses += ["413", "415"]
     if path.endswith("/content"):
         statuses.append("416")
     return sorted(statuses)

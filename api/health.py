@@ -10,14 +10,12 @@ from pathlib import Path
 
 import anyio
 import structlog
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from fastapi import APIRouter
 
-import jobs
 from api.deps import Services, ServicesDep
 from api.errors import ApiError
 from api.schemas import Health, Readiness
+from jobs.migrate import SchemaUnfit, require_fit
 
 router = APIRouter(tags=["health"])
 
@@ -80,11 +78,10 @@ def _limiter() -> anyio.CapacityLimiter:
 
 
 def _database(services: Services) -> None:
-    script = ScriptDirectory(str(Path(jobs.__path__[0]) / "migrations"))
-    with services.database.engine.connect() as connection:
-        found = set(MigrationContext.configure(connection).get_current_heads())
-    if found != set(script.get_heads()):
-        raise NotReady("not migrated; run python -m jobs.migrate")
+    try:
+        require_fit(services.database)
+    except SchemaUnfit as error:
+        raise NotReady(error.message) from None
 
 
 def _store(services: Services) -> None:

@@ -20,12 +20,15 @@ from api import (
     models,
     projects,
     selection,
+    workers,
 )
 from api import jobs as jobs_routes
 from api.auth import Authentication
 from api.authorization import Authorization
 from api.deps import Services
 from api.errors import install_error_handlers
+from api.idempotency import HEADER as IDEMPOTENCY_KEY
+from api.idempotency import REPLAYED, Idempotency
 from api.limits import RateLimit, make_counter
 from api.middleware import BodyLimit, CloseUnread, HeadAsGet, RequestLog
 from api.spool import Spool
@@ -42,6 +45,7 @@ ROUTES = (
     selection,
     events,
     artifacts,
+    workers,
     projects,
     keys,
     audit,
@@ -56,6 +60,7 @@ CORS: dict[str, Any] = {
         "Authorization",
         "Content-Disposition",
         "Content-Type",
+        IDEMPOTENCY_KEY,
         "If-Match",
         "If-None-Match",
         "If-Range",
@@ -68,6 +73,7 @@ CORS: dict[str, Any] = {
         "Content-Disposition",
         "Content-Range",
         "ETag",
+        REPLAYED,
         "Location",
         "RateLimit",
         "RateLimit-Policy",
@@ -109,6 +115,7 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=MAX_JSON_BYTES, exempt=UPLOADS)
+    app.add_middleware(Idempotency)
     app.add_middleware(Authorization)
     app.add_middleware(RateLimit)
     app.add_middleware(Authentication, prefix="/v1")

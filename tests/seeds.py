@@ -40,9 +40,11 @@ def seed_job(
     project_id: str = DEFAULT_PROJECT,
     model: Path | None = None,
     dataset: Path | None = None,
+    **details: Any,
 ) -> str:
     """A queued job with a model and a dataset of its own; with `objects`, their files too: those
-    of the folders `model` and `dataset`, or one that holds nothing."""
+    of the folders `model` and `dataset`, or one that holds nothing. `details` as of
+    store.create_job."""
     model_id, dataset_id = new_id("model"), new_id("dataset")
     model_files, dataset_files = [], []
     if objects is not None:
@@ -84,5 +86,6 @@ def seed_job(
             model_id=model_id,
             dataset_id=dataset_id,
             spec=spec or {},
+            **details,
         )
     return job.id

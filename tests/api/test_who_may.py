@@ -33,12 +33,17 @@ ROLES: dict[tuple[str, str], Role] = {
     ("POST", "/v1/jobs"): SUBMITTER,
     ("GET", "/v1/jobs/{job_id}"): VIEWER,
     ("POST", "/v1/jobs/{job_id}/cancel"): SUBMITTER,
+    ("POST", "/v1/jobs/{job_id}/retry"): SUBMITTER,
+    ("POST", "/v1/jobs/{job_id}/clone"): SUBMITTER,
     ("GET", "/v1/jobs/{job_id}/events"): VIEWER,
     ("GET", "/v1/jobs/{job_id}/subnetworks"): VIEWER,
     ("GET", "/v1/jobs/{job_id}/artifacts"): VIEWER,
     ("POST", "/v1/jobs/{job_id}/selection"): VIEWER,
     ("GET", "/v1/artifacts/{artifact_id}"): VIEWER,
     ("GET", "/v1/artifacts/{artifact_id}/content"): VIEWER,
+    ("GET", "/v1/workers"): VIEWER,
+    ("POST", "/v1/workers/{worker_id}/drain"): ADMIN,
+    ("DELETE", "/v1/workers/{worker_id}/drain"): ADMIN,
     ("GET", "/v1/me"): VIEWER,
     ("GET", "/v1/projects"): VIEWER,
     ("POST", "/v1/projects"): ADMIN,
@@ -50,11 +55,18 @@ ROLES: dict[tuple[str, str], Role] = {
     ("GET", "/v1/audit"): ADMIN,
 }
 OPEN = {"/healthz", "/readyz", "/docs", "/docs/{name}", "/openapi.json"}
+# Of the installation and of no project: another project's admin is told so.
+OPERATION = {
+    ("POST", "/v1/projects"),
+    ("POST", "/v1/workers/{worker_id}/drain"),
+    ("DELETE", "/v1/workers/{worker_id}/drain"),
+}
 UNLISTED = {("PUT", "/v1/models"), ("PUT", "/v1/datasets")}  # as curl -T sends an upload
 BODIES: dict[tuple[str, str], Any] = {
     ("POST", "/v1/jobs/{job_id}/selection"): {"constraints": {}},
     ("POST", "/v1/keys"): {"name": "made by the walk", "role": "viewer"},
     ("POST", "/v1/projects"): {"name": "made by the walk"},
+    ("POST", "/v1/jobs/{job_id}/clone"): {"name": "made by the walk"},
 }
 EVERY = sorted(ROLES)
 
@@ -93,18 +105,20 @@ def house(service: Service) -> Iterator[House]:
     assert answer.status_code == 200, answer.text
     other = service.new_project()
     keys["other"] = service.new_key(Role.ADMIN, project_id=other)
-    yield House(
-        service,
-        ids={
-            "model_id": service.model_id,
-            "dataset_id": service.dataset_id,
-            "job_id": job_id,
-            "artifact_id": artifact_id,
-            "key_id": keys["victim"].id,
-            "project_id": "prj_default",
-        },
-        keys=keys,
-    )
+    with service.worker() as worker_id:
+        yield House(
+            service,
+            ids={
+                "model_id": service.model_id,
+                "dataset_id": service.dataset_id,
+                "job_id": job_id,
+                "artifact_id": artifact_id,
+                "key_id": keys["victim"].id,
+                "project_id": "prj_default",
+                "worker_id": worker_id,
+            },
+            keys=keys,
+        )
 
 
 def test_the_table_names_every_route_there_is(service: Service) -> None:
@@ -148,9 +162,9 @@ def test_each_role_may_what_the_table_says(house: House, method: str, path: str)
         answer = house.ask(method, path, house.keys[role].secret)
         if role.includes(ROLES[method, path]):
             # Not the end of the story for a request without a body, but past the door.
-            assert answer.status_code in (200, 201, 400, 409, 415, 422), answer.text
-            if method == "GET" or (method, path) in BODIES:
-                assert answer.status_code in (200, 201), answer.text
+            assert answer.status_code in (200, 201, 202, 400, 409, 415, 422), answer.text
+            if method in ("GET", "DELETE") or (method, path) in BODIES:
+                assert answer.status_code in (200, 201, 202), answer.text
         else:
             problem = assert_problem(answer, 403, "role-insufficient")
             assert f"the role {ROLES[method, path]};" in problem["detail"]
@@ -160,14 +174,14 @@ def test_each_role_may_what_the_table_says(house: House, method: str, path: str)
 @pytest.mark.parametrize(("method", "path"), EVERY)
 def test_another_projects_key_finds_nothing(house: House, method: str, path: str) -> None:
     answer = house.ask(method, path, house.keys["other"].secret)
-    if "{" in path:
-        assert_problem(answer, 404, "not-found")
-    elif path == "/v1/projects" and method == "POST":
+    if (method, path) in OPERATION:
         assert_problem(answer, 403, "operator-only")
+    elif "{" in path:
+        assert_problem(answer, 404, "not-found")
     elif method == "GET":
         assert answer.status_code == 200
-        for id in house.ids.values():
-            assert id not in answer.text
+        for kind, id in house.ids.items():
+            assert id not in answer.text or kind == "worker_id"  # who serve all projects
 
 
 @pytest.mark.parametrize(
@@ -307,12 +321,23 @@ def test_every_change_leaves_one_entry(service: Service) -> None:
     project = client.post("/v1/projects", json={"name": "p"}).json()
     client.post("/v1/jobs?dry_run=true", json=service.job_body())
     client.post(f"/v1/jobs/{job['id']}/selection", json={"constraints": {}})
+    client.post(f"/v1/jobs/{job['id']}/clone?dry_run=true")
+    clone = client.post(f"/v1/jobs/{job['id']}/clone").json()
+    client.post(f"/v1/jobs/{job['id']}/retry")
+    client.post(f"/v1/jobs/{job['id']}/retry")
+    with service.worker() as worker_id:
+        for _ in range(2):
+            client.post(f"/v1/workers/{worker_id}/drain")
+        for _ in range(2):
+            client.delete(f"/v1/workers/{worker_id}/drain")
 
     me = client.get("/v1/me").json()["key"]
     expected = {
         service.model_id: ["model.uploaded"],
         service.dataset_id: ["dataset.uploaded"],
-        job["id"]: ["job.cancel_requested", "job.created"],
+        job["id"]: ["job.retried", "job.cancel_requested", "job.created"],
+        clone["id"]: ["job.created"],
+        worker_id: ["worker.undrained", "worker.drained"],
         key["id"]: ["key.revoked", "key.created"],
         project["id"]: ["project.created"],
     }
@@ -321,7 +346,7 @@ def test_every_change_leaves_one_entry(service: Service) -> None:
         assert [entry["action"] for entry in entries] == actions
         assert {entry["key"] for entry in entries} == {me}
         assert {entry["client"] for entry in entries} == {"127.0.0.1"}
-    (_, created) = client.get(f"/v1/audit?target={job['id']}").json()["items"]
+    (*_, created) = client.get(f"/v1/audit?target={job['id']}").json()["items"]
     assert created["request_id"] == "r-17"
     paged = client.get("/v1/audit?limit=2").json()
     rest = client.get(f"/v1/audit?limit=200&after={paged['next']}").json()["items"]
