@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from contextlib import suppress
 
 import structlog
@@ -14,11 +15,11 @@ from api.main import create_app
 from api.protocol import BoundedHeadProtocol
 from jobs.db import Database
 from jobs.logs import configure_logging
-from jobs.migrate import upgrade
+from jobs.migrate import SchemaTooNew, upgrade
 from jobs.sandbox import confinement
 from jobs.settings import Settings, get_settings
 
-STOP_SECONDS = 10  # that requests in progress have, after the first signal
+STOP_SECONDS = 15  # that requests in progress have, after the first signal
 
 _log = structlog.get_logger(__name__)
 
@@ -76,7 +77,10 @@ def main() -> None:
     settings = get_settings()
     configure_logging(settings)
     tell_confinement()
-    prepare(settings)
+    try:
+        prepare(settings)
+    except SchemaTooNew as error:
+        sys.exit(error.message)
     with suppress(KeyboardInterrupt):  # which Uvicorn raises again after it has stopped
         Server(settings).run()
 

@@ -21,6 +21,7 @@ from api.errors import ApiError, api_problem
 from jobs import access
 from jobs.access import Actor, hash_key, new_key
 from jobs.db import Database, now
+from jobs.idempotency import Hold
 from jobs.records import DEFAULT_PROJECT
 from jobs.roles import Role
 
@@ -33,7 +34,8 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Principal:
-    """Who asks, and as what: everything a request reads or writes lies in this project."""
+    """Who asks, and as what: everything a request reads or writes lies in this project. `hold`: of
+    a request with an Idempotency-Key, given to it by api.idempotency."""
 
     key_id: str
     key_name: str
@@ -42,10 +44,11 @@ class Principal:
     expires_at: datetime | None
     request_id: str | None
     client: str | None
+    hold: Hold | None = None
 
     @property
     def actor(self) -> Actor:
-        return Actor(self.project_id, self.key_id, self.request_id, self.client)
+        return Actor(self.project_id, self.key_id, self.request_id, self.client, self.hold)
 
     @property
     def is_operator(self) -> bool:

@@ -12,6 +12,7 @@ from jobs.roles import Role
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _ADMINISTRATION = ("/v1/keys", "/v1/audit")
+_OPERATION = ("/v1/projects", "/v1/workers")  # which everybody may look at
 _SELECTION = re.compile(r"/v1/jobs/[^/]+/selection")
 
 
@@ -22,7 +23,7 @@ def required_role(method: str, path: str) -> Role:
         return Role.ADMIN
     if method in _READS:
         return Role.VIEWER
-    if lies_below(path, "/v1/projects"):
+    if any(lies_below(path, prefix) for prefix in _OPERATION):
         return Role.ADMIN
     if _SELECTION.fullmatch(path):  # it answers from what is stored, and stores nothing
         return Role.VIEWER

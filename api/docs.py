@@ -18,6 +18,8 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 
 from api.authorization import required_role
 from api.errors import PROBLEM_MEDIA_TYPE, ApiError
+from api.idempotency import DESCRIPTION as IDEMPOTENCY
+from api.idempotency import HEADER as IDEMPOTENCY_KEY
 from api.schemas import Problem
 from jobs.roles import Role
 
@@ -31,7 +33,8 @@ file `api_key` of the data folder. A key belongs to a project, sees what is in i
 else, and has a role: a viewer reads, a submitter also uploads, creates and cancels jobs, an admin
 also makes and revokes keys and reads the audit log. `RateLimit` says how many requests it has
 left. Errors are problem+json (RFC 9457). Lists are
-read with `?limit=` and `?after=`, the `next` of the page before.
+read with `?limit=` and `?after=`, the `next` of the page before. Every POST takes an
+`Idempotency-Key`, so that it can be sent again when its answer was lost.
 """
 
 router = APIRouter(include_in_schema=False)
@@ -46,7 +49,8 @@ _PROBLEM_CASES = {
     "403": "The key's role, or a quota of its project, does not allow this.",
     "404": "There is no such record, or it is another project's.",
     "408": "Nothing of the body came for a while.",
-    "409": "The record's state does not allow this.",
+    "409": "The record's state does not allow this, or the first request with this "
+    "Idempotency-Key is in progress.",
     "410": "It was deleted, or has expired.",
     "412": "What the request presumes does not hold.",
     "413": "The body is too large.",
@@ -65,6 +69,15 @@ _UPLOAD_STATUSES = {
     "get": ["410", "412"],
     "patch": ["400", "409", "410", "412", "413", "415", "423", "460", "507"],
     "delete": ["410", "412", "423"],
+}
+
+_IDEMPOTENCY_KEY = {
+    "name": IDEMPOTENCY_KEY,
+    "in": "header",
+    "required": False,
+    "description": IDEMPOTENCY,
+    "schema": {"type": "string", "minLength": 1, "maxLength": 257},
+    "example": "8e03978e-40d5-43e8-bc93-6894a57f9324",
 }
 
 
@@ -150,6 +163,8 @@ def _tell_roles_and_problems(document: dict[str, Any]) -> None:
             if path.startswith("/v1"):
                 role = f"Needs the role `{required_role(method.upper(), path)}`."
                 operation["description"] = f"{operation.get('description', '')}\n\n{role}".strip()
+            if path.startswith("/v1") and method == "post":
+                operation.setdefault("parameters", []).append(_IDEMPOTENCY_KEY)
             for status in _statuses(path, method, operation):
                 operation["responses"][status] = {
                     "description": _PROBLEM_CASES[status],
@@ -169,8 +184,8 @@ def _statuses(path: str, method: str, operation: Mapping[str, Any]) -> list[str]
         statuses.add("404")
     if "requestBody" in operation:
         statuses |= {"400", "408", "413", "415"}
-    if method == "post" and path.startswith("/v1/jobs/"):
-        statuses.add("409")
+    if method == "post":
+        statuses |= {"400", "409"}  # of the Idempotency-Key
     if path in ("/v1/models", "/v1/datasets") and method != "get":
         statuses.add("507")
     if path == "/v1/jobs" and method == "post":

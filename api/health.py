@@ -15,7 +15,7 @@ from fastapi import APIRouter
 from api.deps import Services, ServicesDep
 from api.errors import ApiError
 from api.schemas import Health, Readiness
-from jobs.migrate import is_behind
+from jobs.migrate import SchemaUnfit, require_fit
 
 router = APIRouter(tags=["health"])
 
@@ -78,10 +78,10 @@ def _limiter() -> anyio.CapacityLimiter:
 
 
 def _database(services: Services) -> None:
-    with services.database.engine.connect() as connection:
-        behind = is_behind(connection)
-    if behind:
-        raise NotReady("not migrated; run python -m jobs.migrate")
+    try:
+        require_fit(services.database)
+    except SchemaUnfit as error:
+        raise NotReady(error.message) from None
 
 
 def _store(services: Services) -> None:

@@ -5,20 +5,34 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
+from api.auth import Principal
 from api.deps import After, JobId, Limit, PrincipalDep, Services, ServicesDep
 from api.errors import ApiError
-from api.schemas import ArtifactOut, JobIn, JobOut, JobSummary, Page, PlanOut, SubnetworksOut
+from api.merge_patch import TooDeep, merge_patch
+from api.schemas import (
+    ArtifactOut,
+    ClonePatch,
+    JobIn,
+    JobOut,
+    JobSummary,
+    Page,
+    PlanOut,
+    SubnetworksOut,
+)
 from compression.device_profile import DeviceProfile
 from compression.errors import CompressionError
 from compression.plan import ModelInfo, Plan, make_plan
 from compression.tables import DatasetProfile
-from jobs import access, records, store
+from jobs import access, records, store, workers
+from jobs.devices import need_of
 from jobs.errors import Conflict, NotFound
 from jobs.queue import enqueue_job
+from jobs.schedule import outlook
 from jobs.states import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -96,8 +110,30 @@ EXAMPLES: dict[str, Any] = {
                 "device": "cpu",
                 "seed": 0,
             },
+            "priority": 10,
+            "time_limit_minutes": 240,
         },
     },
+}
+CLONE_EXAMPLES: dict[str, Any] = {
+    "same": {"summary": "The same again", "value": {}},
+    "changed": {
+        "summary": "Other widths, first in the queue, and the default name",
+        "value": {
+            "name": None,
+            "priority": 10,
+            "spec": {"supernet": {"width_mults": ["1/2"]}, "constraints": {"max_size_mb": None}},
+        },
+    },
+}
+
+
+DryRun = Annotated[bool, Query(description="Answer with the plan; store nothing.")]
+RequireWorker = Annotated[
+    bool, Query(description="Refuse the job where no worker has announced what it needs.")
+]
+_PLANNED: dict[int | str, dict[str, Any]] = {
+    200: {"model": PlanOut, "description": "The plan (`dry_run=true`)."}
 }
 
 
@@ -108,8 +144,9 @@ EXAMPLES: dict[str, Any] = {
     summary="Create a job, or only plan it",
     description="The spec is held against model and dataset before anything is queued: columns, "
     "labels, widths against heads and neurons. `?dry_run=true` stops there and answers 200 with "
-    "the plan.",
-    responses={200: {"model": PlanOut, "description": "The plan (`dry_run=true`)."}},
+    "the plan. Where no worker has the device that the spec names, the job is queued and "
+    "`queue.warning` says so, or, with `?require_worker=true`, refused with 409.",
+    responses=_PLANNED,
 )
 def create_job(
     services: ServicesDep,
@@ -117,9 +154,93 @@ def create_job(
     body: Annotated[JobIn, Body(openapi_examples=EXAMPLES)],
     response: Response,
     background: BackgroundTasks,
-    dry_run: Annotated[bool, Query(description="Answer with the plan; store nothing.")] = False,
+    dry_run: DryRun = False,
+    require_worker: RequireWorker = False,
 ) -> Any:
+    plan, name = _planned(services, principal, body)
+    if dry_run:
+        return JSONResponse({"plan": plan.model_dump(mode="json")})
+    return _create(
+        services, principal, body, plan, name, response, background, require_worker=require_worker
+    )
+
+
+@router.post(
+    "/{job_id}/clone",
+    status_code=202,
+    response_model=JobOut,
+    summary="Create a job like another one",
+    description="The body is a JSON merge patch (RFC 7396) of the document that the job was "
+    'created with, such as `{"priority": 5, "spec": {"supernet": {"width_mults": ["1/2"]}}}`; '
+    "without a body the new job is the same. It is planned and checked as any new job; pointers "
+    "lead into the patched document.",
+    responses=_PLANNED,
+)
+def clone_job(
+    job_id: JobId,
+    services: ServicesDep,
+    principal: PrincipalDep,
+    response: Response,
+    background: BackgroundTasks,
+    body: Annotated[ClonePatch | None, Body(openapi_examples=CLONE_EXAMPLES)] = None,
+    dry_run: DryRun = False,
+    require_worker: RequireWorker = False,
+) -> Any:
+    job = _get(services, job_id, principal.project_id)
+    wanted = _patched(job, {} if body is None else body.root)
+    plan, name = _planned(services, principal, wanted)
+    if dry_run:
+        return JSONResponse({"plan": plan.model_dump(mode="json")})
+    return _create(
+        services,
+        principal,
+        wanted,
+        plan,
+        name,
+        response,
+        background,
+        require_worker=require_worker,
+        cloned_from=job_id,
+    )
+
+
+def _patched(job: records.Job, patch: dict[str, Any]) -> JobIn:
+    created_with = {
+        "model": job.model_id,
+        "dataset": job.dataset_id,
+        "name": job.name,
+        "priority": -job.precedence,
+        "time_limit_minutes": None
+        if job.time_limit_seconds is None
+        else job.time_limit_seconds / 60,
+        "spec": job.spec,
+    }
+    try:
+        return JobIn.model_validate(merge_patch(created_with, patch))
+    except ValidationError as error:
+        faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]
+        raise RequestValidationError(faults) from None
+    except TooDeep:
+        raise ApiError(
+            422,
+            "invalid-request",
+            "The patch nests deeper than any job's document.",
+            title="The request is not valid",
+        ) from None
+
+
+def _planned(services: Services, principal: Principal, body: JobIn) -> tuple[Plan, str]:
+    """What the job would do, and the name that it has if it was given none. Nothing is stored."""
     project_id = principal.project_id
+    longest = services.settings.job_time_limit_minutes
+    if body.time_limit_minutes is not None and body.time_limit_minutes > longest:
+        raise ApiError(
+            422,
+            "invalid-request",
+            f"A job may run for {longest:g} minutes here, at most.",
+            title="The request is not valid",
+            pointer="/time_limit_minutes",
+        )
     with services.database.reading() as session:
         model = _referenced(store.get_model, session, body.model, project_id, "/model")
         dataset = _referenced(store.get_dataset, session, body.dataset, project_id, "/dataset")
@@ -127,26 +248,60 @@ def create_job(
         profile = None
         if named is not None:
             profile = referenced_profile(session, named, project_id, within="/spec")
-    plan = _plan(body, model, dataset, profile)
-    if dry_run:
-        return JSONResponse({"plan": plan.model_dump(mode="json")})
+    return _plan(body, model, dataset, profile), f"{model.name} on {dataset.name}"[:200]
+
+
+def _create(
+    services: Services,
+    principal: Principal,
+    body: JobIn,
+    plan: Plan,
+    name: str,
+    response: Response,
+    background: BackgroundTasks,
+    *,
+    require_worker: bool,
+    **details: str,
+) -> JobOut:
+    """Stores the job, and has its workers told. `details` are for the audit log."""
+    spec = body.spec.model_dump(mode="json")
+    minutes = body.time_limit_minutes or services.settings.job_time_limit_minutes
+    if require_worker:
+        _require_worker(services, spec)
     with services.database.transaction() as session:
         job = store.create_job(
             session,
-            project_id=project_id,
-            name=body.name or f"{model.name} on {dataset.name}"[:200],
-            model_id=model.id,
-            dataset_id=dataset.id,
-            profile_id=named,
-            spec=body.spec.model_dump(mode="json"),
+            project_id=principal.project_id,
+            name=body.name or name,
+            model_id=body.model,
+            dataset_id=body.dataset,
+            profile_id=body.spec.constraints.latency_on,
+            spec=spec,
             plan=plan.model_dump(mode="json"),
+            priority=body.priority,
+            time_limit_seconds=60 * minutes,
         )
-        access.record_action(session, principal.actor, "job.created", job.id, name=job.name)
-    # After the commit, and after the answer: a broker that is down keeps nobody waiting, and
-    # the job, which is stored as queued, waits for the reconciler.
-    background.add_task(enqueue_job, services.celery, job.id)
+        access.record_action(
+            session, principal.actor, "job.created", job.id, name=job.name, **details
+        )
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return JobOut.of(job)
+    return _queued(services, job, background)
+
+
+def _require_worker(services: Services, spec: dict[str, Any]) -> None:
+    with services.database.reading() as session:
+        missing = workers.announced(session).missing(need_of(spec))
+    if missing is not None:
+        raise ApiError(409, "no-worker", missing, title="No worker could run the job")
+
+
+def _queued(services: Services, job: records.Job, background: BackgroundTasks) -> JobOut:
+    """A job that was queued just now. The workers are told after the commit, and after the
+    answer: a broker that is down keeps nobody waiting, and the job, which is stored as queued,
+    waits for the reconciler."""
+    background.add_task(enqueue_job, services.celery, job.id, need_of(job.spec).device)
+    with services.database.reading() as session:
+        return JobOut.with_queue(job, outlook(session, job))
 
 
 def _referenced(get: Any, session: Any, id: str, project_id: str, pointer: str) -> Any:
@@ -220,7 +375,9 @@ def _get(services: Services, job_id: str, project_id: str) -> records.Job:
 
 @router.get("/{job_id}", summary="A job")
 def get_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> JobOut:
-    return JobOut.of(_get(services, job_id, principal.project_id))
+    with services.database.reading() as session:
+        job = store.get_job(session, job_id, project_id=principal.project_id)
+        return JobOut.with_queue(job, outlook(session, job))
 
 
 @router.post(
@@ -235,6 +392,23 @@ def cancel_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) ->
         job = store.request_cancel(session, job_id, project_id=principal.project_id)
         access.record_action(session, principal.actor, "job.cancel_requested", job.id)
         return JobOut.of(job)
+
+
+@router.post(
+    "/{job_id}/retry",
+    status_code=202,
+    summary="Run a job again that failed or was cancelled",
+    description="The same job is queued again, with all its runs and its whole time before it, and "
+    "goes on from its last checkpoint, which is kept for an hour unless the installation says "
+    "otherwise. 409 if it succeeded (clone it) or has not ended.",
+)
+def retry_job(
+    job_id: JobId, services: ServicesDep, principal: PrincipalDep, background: BackgroundTasks
+) -> JobOut:
+    with services.database.transaction() as session:
+        job = store.retry_job(session, job_id, project_id=principal.project_id)
+        access.record_action(session, principal.actor, "job.retried", job.id)
+    return _queued(services, job, background)
 
 
 @router.get(

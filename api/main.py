@@ -24,6 +24,7 @@ from api import (
     quotas,
     selection,
     tus,
+    workers,
 )
 from api import jobs as jobs_routes
 from api.auth import Authentication, lies_below
@@ -31,6 +32,8 @@ from api.authorization import Authorization
 from api.deps import Services
 from api.errors import install_error_handlers
 from api.gathering import Gathering
+from api.idempotency import HEADER as IDEMPOTENCY_KEY
+from api.idempotency import REPLAYED, Idempotency
 from api.limits import RateLimit, make_counter
 from api.middleware import (
     BodyLimit,
@@ -57,6 +60,7 @@ ROUTES = (
     selection,
     events,
     artifacts,
+    workers,
     projects,
     quotas,
     keys,
@@ -72,6 +76,7 @@ CORS: dict[str, Any] = {
         "Authorization",
         "Content-Disposition",
         "Content-Type",
+        IDEMPOTENCY_KEY,
         "If-Match",
         "If-None-Match",
         "If-Range",
@@ -91,6 +96,7 @@ CORS: dict[str, Any] = {
         "Content-Disposition",
         "Content-Range",
         "ETag",
+        REPLAYED,
         "Location",
         "RateLimit",
         "RateLimit-Policy",
@@ -153,6 +159,7 @@ def create_app(settings: Settings) -> FastAPI:
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_bytes=MAX_JSON_BYTES, exempt=_takes_uploads)
     app.add_middleware(BodyTimeout, seconds=settings.body_timeout_seconds)
+    app.add_middleware(Idempotency)
     app.add_middleware(Authorization)
     app.add_middleware(RateLimit)
     app.add_middleware(Authentication, prefix="/v1")

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    RootModel,
     StringConstraints,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -32,9 +33,12 @@ from compression.spec import ConstraintSpec, Spec
 from compression.tables import DatasetProfile
 from jobs import records
 from jobs.deletion import Expired
+from jobs.devices import Device
 from jobs.quotas import MAX_BYTES, MAX_COUNT
 from jobs.roles import Role
+from jobs.schedule import Outlook
 from jobs.states import JobState
+from jobs.workers import Load, WorkerState, state_of
 
 T = TypeVar("T")
 
@@ -235,7 +239,50 @@ class JobIn(BaseModel):
     model: Id = Field(description="Id of an uploaded model.")
     dataset: Id = Field(description="Id of an uploaded dataset.")
     name: Name | None = Field(None, description="By default the names of model and dataset.")
+    priority: int = Field(
+        0,
+        ge=-100,
+        le=100,
+        description="Of the jobs that wait for a device, those with the highest come first, then "
+        "the oldest.",
+    )
+    time_limit_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="The job is ended and has failed once its runs have taken this long, all "
+        "together. By default, and at most, the installation's limit. To stop training early and "
+        "still get a result, set `max_minutes` in the spec.",
+    )
     spec: Spec = Field(Spec(), description="What to do; every field has a default.")
+
+
+class ClonePatch(RootModel[dict[str, Any]]):
+    """A JSON merge patch (RFC 7396) of the document that the job was created with: `model`,
+    `dataset`, `name`, `priority`, `time_limit_minutes` and `spec`. A null sets a field back to
+    its default."""
+
+
+class QueueOut(Out):
+    """Where a job waits. Unknown figures are null."""
+
+    device: Device
+    position: int | None = Field(
+        description="From 1; jobs of all projects count. Null behind more than 1,000 jobs."
+    )
+    estimated_start: datetime | None = Field(
+        description="From the plans of the jobs before it, corrected by what the last jobs on this "
+        "device took; null until some have been measured."
+    )
+    warning: str | None = Field(description="Why it would wait without an end, as things are.")
+
+    @classmethod
+    def of(cls, outlook: Outlook) -> Self:
+        return cls(
+            device=outlook.device,
+            position=outlook.position,
+            estimated_start=outlook.estimated_start,
+            warning=outlook.warning,
+        )
 
 
 class JobErrorOut(Out):
@@ -253,6 +300,7 @@ class JobSummary(Out):
     state: JobState
     model: str
     dataset: str
+    priority: int
     cancel_requested: bool
     runs: int = Field(description="Runs that were started and not handed back.")
     created_at: datetime
@@ -273,6 +321,7 @@ class JobSummary(Out):
             "state": record.state,
             "model": record.model_id,
             "dataset": record.dataset_id,
+            "priority": -record.precedence,
             "cancel_requested": record.cancel_requested,
             "runs": record.attempts,
             "created_at": record.created_at,
@@ -287,6 +336,12 @@ class JobOut(JobSummary):
     spec: StoredSpec
     plan: StoredPlan | None
     report: StoredReport | None = Field(description="The whole report, once it has succeeded.")
+    time_limit_minutes: float | None
+    queue: QueueOut | None = Field(None, description="Of a job that is queued.")
+
+    @classmethod
+    def with_queue(cls, record: records.Job, outlook: Outlook | None) -> Self:
+        return cls(**cls._fields(record), queue=None if outlook is None else QueueOut.of(outlook))
 
     @classmethod
     def _fields(cls, record: records.Job) -> dict[str, Any]:
@@ -295,6 +350,9 @@ class JobOut(JobSummary):
             "spec": record.spec,
             "plan": record.plan,
             "report": record.report,
+            "time_limit_minutes": None
+            if record.time_limit_seconds is None
+            else record.time_limit_seconds / 60,
         }
 
 
@@ -357,6 +415,41 @@ class ArtifactOut(Out):
             media_type=record.media_type,
             created_at=record.created_at,
             content_url=f"/v1/artifacts/{record.id}/content",
+        )
+
+
+class WorkerDeviceOut(Out):
+    device: Device
+    slots: int = Field(description="Jobs that it runs at once; of gpu, its GPUs.")
+    busy: int
+
+
+class WorkerOut(Out):
+    id: str
+    name: str = Field(description="Host, process and a few random characters; also in events.")
+    state: WorkerState
+    devices: list[WorkerDeviceOut] = Field(description="What it has announced.")
+    jobs: list[str] = Field(description="Jobs of your project that it runs now.")
+    started_at: datetime
+    last_heartbeat: datetime
+    drain_requested_at: datetime | None
+
+    @classmethod
+    def of(cls, record: records.Worker, load: Load, *, at: datetime, project_id: str) -> Self:
+        slots = {Device.CPU: record.slots, Device.GPU: record.gpus}
+        return cls(
+            id=record.id,
+            name=record.name,
+            state=state_of(record, load, at=at),
+            devices=[
+                WorkerDeviceOut(device=device, slots=count, busy=load.busy[device])
+                for device, count in slots.items()
+                if count
+            ],
+            jobs=[job_id for job_id, of_project in load.jobs if of_project == project_id],
+            started_at=record.started_at,
+            last_heartbeat=record.seen_at,
+            drain_requested_at=record.drain_requested_at,
         )
 
 

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from jobs.db import now
 from jobs.errors import NotFound
+from jobs.idempotency import Hold, note_change
 from jobs.paging import get_of_project, newest_first, page_of_project
 from jobs.records import ApiKey, AuditEntry, Project, new_id
 from jobs.redaction import redact_all
@@ -29,12 +30,14 @@ USE_RECORDED_EVERY = timedelta(minutes=1)
 
 @dataclass(frozen=True)
 class Actor:
-    """Who acts, for the audit log: a key in a request, or the service's host (no key)."""
+    """Who acts, for the audit log: a key in a request, or the service's host (no key). `hold`:
+    of a request that came with an Idempotency-Key."""
 
     project_id: str
     key_id: str | None = None
     request_id: str | None = None
     client: str | None = None
+    hold: Hold | None = None
 
 
 def new_key() -> str:
@@ -162,7 +165,10 @@ def record_action(
     session: Session, actor: Actor, action: str, target: str, **details: Any
 ) -> AuditEntry:
     """One line of the audit log, in the transaction that does what it tells: both are there or
-    neither. `action`: "job.created" and the like; `target`: the id of what was acted on."""
+    neither. `action`: "job.created" and the like; `target`: the id of what was acted on. A request
+    that came with an Idempotency-Key has then done what it does, whatever becomes of it."""
+    if actor.hold is not None:
+        note_change(session, actor.hold, action, target)
     entry = AuditEntry(
         id=new_id("audit_entry"),
         project_id=actor.project_id,

@@ -50,6 +50,12 @@ class Conflict(JobsError):
         super().__init__(message, code=code)
 
 
+class KeyReused(JobsError):
+    """An Idempotency-Key that was used for another request."""
+
+    code = "idempotency-key-reused"
+
+
 class StaleRun(JobsError):
     """A run wrote after its job was given to another run, or ended. The write was refused."""
 

@@ -3,62 +3,110 @@
 Safe to run many times at once: whoever comes second waits, and finds nothing to do.
 `python -m jobs.migrate --new MESSAGE` writes a migration from the changed records.
 
-A migration may run while processes of the version before still work on the database. So it
-adds alone: tables, and columns that are null or have a default with the meaning that a row had
-before there was such a column. What nothing uses any more is dropped by a later version. So
-processes of the version before may also be started again, on a database that is ahead of them.
+A migration may run while processes of the versions before still work on the database, and one of
+these may be started again afterwards: it finds a revision that it does not know, and in the table
+`supported_revisions` whether it may go on. So a migration adds alone: see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import structlog
 from alembic import command
 from alembic.config import Config
-from alembic.migration import MigrationContext
+from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, delete, insert, inspect, select, text
 
 from jobs.db import Database
+from jobs.errors import JobsError
+from jobs.records import SupportedRevision
 from jobs.settings import get_settings
 
 _SCRIPTS = Path(__file__).with_name("migrations")
 _LOCK = 0x5769_6474_6877_6973  # any fixed number that nobody else locks in this database
 
-log = structlog.get_logger(__name__)
+
+class SchemaUnfit(JobsError):
+    """The database's schema is not one that this process can work with."""
+
+    code = "schema-unfit"
+
+
+class SchemaTooNew(SchemaUnfit):
+    """A newer version has migrated the database, and changed what this one relies on."""
+
+    code = "schema-too-new"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the database was migrated by a newer version, which this one does not work with: "
+            "start that version here"
+        )
 
 
 def upgrade(database: Database, revision: str = "head") -> None:
-    """All migrations up to `revision` in one transaction, under a lock; none where a newer version
-    has been at work already."""
+    """All migrations up to `revision` in one transaction, under a lock. Where a newer version has
+    gone further, nothing, if this one still works with that; else SchemaTooNew."""
     # On SQLite the transaction itself is the lock: it begins as an immediate one.
     with database.engine.begin() as connection:
         if not database.is_sqlite:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-        if newer := _applied(connection) - _known():
-            log.warning("the database is of a newer version", revisions=sorted(newer))
-            return
         config = _config()
+        script = ScriptDirectory.from_config(config)
+        if _is_newer(connection, script):
+            _require_support(connection, script)
+            return
         config.attributes["connection"] = connection
         command.upgrade(config, revision)
+        if revision == "head":
+            _tell_supported(connection, script)
 
 
-def is_behind(connection: Connection) -> bool:
-    """Whether a migration of this version has not been applied."""
-    applied = _applied(connection)
-    heads = set(ScriptDirectory.from_config(_config()).get_heads())
-    return applied != heads and applied <= _known()
+def require_fit(database: Database) -> None:
+    """SchemaUnfit where the database is not migrated, or too far."""
+    script = ScriptDirectory.from_config(_config())
+    with database.engine.connect() as connection:
+        if _is_newer(connection, script):
+            _require_support(connection, script)
+        elif _revision_of(connection) != script.get_current_head():
+            raise SchemaUnfit("not migrated; run python -m jobs.migrate")
 
 
-def _applied(connection: Connection) -> set[str]:
-    return set(MigrationContext.configure(connection).get_current_heads())
+def _revision_of(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
 
 
-def _known() -> set[str]:
-    scripts = ScriptDirectory.from_config(_config())
-    return {script.revision for script in scripts.walk_revisions()}
+def _is_newer(connection: Connection, script: ScriptDirectory) -> bool:
+    """Whether the database has a revision that this version does not know."""
+    found = _revision_of(connection)
+    return found is not None and found not in {each.revision for each in script.walk_revisions()}
+
+
+def _require_support(connection: Connection, script: ScriptDirectory) -> None:
+    if inspect(connection).has_table(SupportedRevision.__tablename__):
+        ours = select(SupportedRevision).where(
+            SupportedRevision.revision == script.get_current_head()
+        )
+        if connection.execute(ours).first() is not None:
+            return
+    raise SchemaTooNew
+
+
+def _tell_supported(connection: Connection, script: ScriptDirectory) -> None:
+    """Writes down whose processes may go on working: those of the newest revision and of all that
+    came before it, back to the newest one that says `breaks_older_versions`."""
+    supported = []
+    for each in script.walk_revisions():  # newest first
+        supported.append(each.revision)
+        if getattr(each.module, "breaks_older_versions", False):
+            break
+    told = set(connection.scalars(select(SupportedRevision.revision)))
+    if told != set(supported):
+        connection.execute(delete(SupportedRevision))
+        connection.execute(insert(SupportedRevision), [{"revision": each} for each in supported])
 
 
 def _config() -> Config:
@@ -75,6 +123,10 @@ def main() -> None:
     database = Database(get_settings().database_url)
     try:
         upgrade(database)
+    except SchemaTooNew as error:
+        database.close()
+        sys.exit(error.message)
+    try:
         if arguments.new:
             with database.engine.begin() as connection:
                 config = _config()

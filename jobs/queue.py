@@ -19,11 +19,19 @@ from kombu.exceptions import OperationalError
 from kombu.transport import filesystem
 from kombu.utils.json import dumps, loads
 
+from jobs.devices import Device
 from jobs.settings import Settings
 
 RUN_JOB = "widthwise.run_job"
 RECONCILE = "widthwise.reconcile"
-QUEUE = "widthwise"
+QUEUE = "widthwise"  # what any worker may take; also where versions with one queue send jobs
+
+
+def queue_of(device: Device) -> str:
+    return f"{QUEUE}-{device}"
+
+
+QUEUES = (QUEUE, *(queue_of(device) for device in Device))
 
 log = structlog.get_logger(__name__)
 
@@ -75,7 +83,7 @@ def make_celery(settings: Settings) -> Celery:
         broker_connection_max_retries=None,  # a worker outlives any outage of its queue
         broker_connection_timeout=3,
         # The default exchange names the queue itself, so there are no bindings to keep.
-        task_queues=[Queue(QUEUE, Exchange(""), routing_key=QUEUE)],
+        task_queues=[Queue(name, Exchange(""), routing_key=name) for name in QUEUES],
         task_default_queue=QUEUE,
         task_default_exchange="",
         task_default_routing_key=QUEUE,
@@ -117,11 +125,11 @@ def make_celery(settings: Settings) -> Celery:
     return app
 
 
-def enqueue_job(app: Celery, job_id: str) -> bool:
-    """Nudges the workers. Call it after the commit. False if the queue cannot be reached
-    now: the job waits in the database until the next reconciliation."""
+def enqueue_job(app: Celery, job_id: str, device: Device = Device.CPU) -> bool:
+    """Nudges the workers that have the device. Call it after the commit. False if the queue cannot
+    be reached now: the job waits in the database until the next reconciliation."""
     try:
-        app.send_task(RUN_JOB, args=[job_id], queue=QUEUE)
+        app.send_task(RUN_JOB, args=[job_id], queue=queue_of(device))
     except (OperationalError, OSError) as error:
         log.warning("the queue cannot be reached", job=job_id, error=str(error))
         return False

@@ -1,4 +1,4 @@
-"""The service's records. Every one carries its project's id.
+"""The service's records. Every one carries its project's id, except for workers, who serve all.
 
 Times are aware and in UTC, from the database's clock. Ids are opaque: a prefix
 for the type and 128 random bits.
@@ -18,6 +18,7 @@ from sqlalchemy import (
     Enum,
     ForeignKey,
     Index,
+    LargeBinary,
     MetaData,
     String,
     Text,
@@ -28,6 +29,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
+from jobs.devices import Device
 from jobs.roles import Role
 from jobs.states import JobState, RunState
 
@@ -44,6 +46,7 @@ ID_PREFIXES = {
     "audit_entry": "aud_",
     "upload": "upl_",
     "blob": "blb_",
+    "worker": "wrk_",
 }
 
 
@@ -95,6 +98,14 @@ class Record(DeclarativeBase):
         }
     )
     type_annotation_map: ClassVar = {datetime: UtcDateTime, Any: JsonValue}
+
+
+class SupportedRevision(Record):
+    """A schema revision whose processes work with the schema as it is now: see jobs.migrate."""
+
+    __tablename__ = "supported_revisions"
+
+    revision: Mapped[str] = mapped_column(String(32), primary_key=True)
 
 
 class Project(Record):
@@ -200,6 +211,30 @@ class BlobUse(Record):
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
 
 
+class IdempotencyKey(Record):
+    """A request that may be sent again: see jobs.idempotency. `hash`: of the key that the client
+    chose; `request` and `body_sha256`: of what it asked. A request is in progress until
+    `held_until`, and done once there is a `status`, or an `action` and nobody who holds it."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index(None, "expires_at"),)
+
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    hash: Mapped[str] = mapped_column(String(64), primary_key=True)
+    request: Mapped[str] = mapped_column(String(64))
+    token: Mapped[str] = mapped_column(String(40))
+    held_until: Mapped[datetime | None]
+    body_sha256: Mapped[str | None] = mapped_column(String(64))
+    body_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    action: Mapped[str | None] = mapped_column(String(40))
+    target: Mapped[str | None] = mapped_column(Id)
+    status: Mapped[int | None]
+    headers: Mapped[Any | None]
+    content: Mapped[bytes | None] = mapped_column(LargeBinary)
+    created_at: Mapped[datetime]
+    expires_at: Mapped[datetime]
+
+
 class Model(Record):
     """An inspected model. `deleted_at`: since when its files may be gone; the record stays for
     the jobs that name it.
@@ -268,12 +303,19 @@ class Job(Record):
     "last_lines"?}`. `report`: compression.report.CompressionReport. `checkpoints`: `[{"name",
     "key", "size_bytes", "sha256", "stage", "step", "stored_at"}]`, newest first, those that are
     still in the object store; a run stages in the newest good one.
+
+    `precedence` is the priority with its sign changed, so that the queue's order (precedence, then
+    age) is an ascending index. `device`: whose queue it waits in (jobs.devices), null where a
+    process of a version that had one queue stored it: see store.route_jobs. `predicted_seconds`
+    is the plan's. `time_limit_seconds` counts over the runs since `retried_at`.
     """
 
     __tablename__ = "jobs"
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
         Index(None, "state", "created_at", "id"),
+        Index(None, "state", "device", "precedence", "created_at", "id"),
+        Index(None, "state", "device", "finished_at"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -297,6 +339,27 @@ class Job(Record):
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    precedence: Mapped[int] = mapped_column(server_default="0", default=0)
+    device: Mapped[Device | None] = mapped_column(_named(Device))
+    predicted_seconds: Mapped[float | None]
+    time_limit_seconds: Mapped[float | None]
+    retried_at: Mapped[datetime | None]
+
+
+class Worker(Record):
+    """A process that takes jobs, and what it announced: `slots` jobs on its CPU, one a GPU. It is
+    lost once its lease has expired; while `drain_requested_at` is set it is given no job."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+    slots: Mapped[int]
+    gpus: Mapped[int]
+    started_at: Mapped[datetime]
+    seen_at: Mapped[datetime]
+    lease_expires_at: Mapped[datetime]
+    drain_requested_at: Mapped[datetime | None]
 
 
 class Run(Record):

@@ -169,6 +169,9 @@ class Settings(BaseSettings):
     rate_limit_per_minute: int = Field(
         3000, ge=0, le=10**9, description="Requests that each API key has; 0: no limit."
     )
+    idempotency_hours: float = Field(
+        24, gt=0, le=8760, description="How long an Idempotency-Key gives its first answer."
+    )
     cors_origins: Annotated[
         tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_origins)
     ] = Field(
@@ -208,15 +211,31 @@ class Settings(BaseSettings):
         2, gt=0, le=5, description="How often a run asks whether it was cancelled."
     )
     stop_grace_seconds: float = Field(
-        8,
+        20,
         ge=0,
         description="Between SIGTERM and SIGKILL of a job's process: time for a last checkpoint.",
+    )
+    worker_stop_seconds: float = Field(
+        26,
+        gt=0,
+        description="After SIGTERM; then a worker hands its jobs back as they are.",
     )
     checkpoint_seconds: float = Field(
         300, gt=0, description="Between two checkpoints of a training."
     )
     max_runs: int = Field(3, ge=1, description="Automatic runs of a job before it fails.")
-    worker_slots: int = Field(1, ge=1, le=64, description="Jobs at once in one worker.")
+    worker_slots: int = Field(
+        1, ge=0, le=64, description="Jobs at once on the CPU of one worker; 0: none but a GPU's."
+    )
+    worker_gpus: int | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="GPUs that a worker offers, a job each; None: those that nvidia-smi lists.",
+    )
+    job_time_limit_minutes: float = Field(
+        7 * 24 * 60, gt=0, description="Longest that a job may run or ask for, all runs together."
+    )
     orphan_grace_seconds: float = Field(
         3600,
         ge=0,

@@ -14,7 +14,8 @@ class JobState(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        return not TRANSITIONS[self]
+        """Whether a job in this state has ended: it moves again only if its user retries it."""
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
 
 class RunState(StrEnum):
@@ -43,8 +44,8 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
         }
     ),
     JobState.SUCCEEDED: frozenset(),
-    JobState.FAILED: frozenset(),
-    JobState.CANCELLED: frozenset(),
+    JobState.FAILED: frozenset({JobState.QUEUED}),  # retried
+    JobState.CANCELLED: frozenset({JobState.QUEUED}),  # retried
 }
 
 

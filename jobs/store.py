@@ -7,17 +7,20 @@ compare the fencing number, so a run that lost its job raises StaleRun and chang
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs import quotas
 from jobs.db import now
+from jobs.devices import Device, Need, need_of
 from jobs.errors import Conflict, Gone, NotFound, StaleRun
 from jobs.paging import get_of_project, page_of_project
 from jobs.records import (
@@ -28,6 +31,7 @@ from jobs.records import (
     Model,
     Profile,
     Run,
+    Worker,
     new_id,
 )
 from jobs.redaction import redact_all
@@ -42,7 +46,8 @@ class Claim:
 
     `model_files` and `dataset_files` are what the run stages in: see records.Model; and of
     `checkpoints` (records.Job) the newest that is good. `profile`: the content of the device's
-    profile that the spec names, if it names one.
+    profile that the spec names, if it names one. `seconds_left` are those of the job's time limit
+    that the runs before have not used; None without one.
     """
 
     job_id: str
@@ -55,6 +60,15 @@ class Claim:
     dataset_files: tuple[dict[str, Any], ...]
     checkpoints: tuple[dict[str, Any], ...]
     profile: dict[str, Any] | None = None
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that waits, and what it waits for."""
+
+    id: str
+    need: Need
 
 
 def json_safe(value: Any) -> Any:
@@ -226,8 +240,11 @@ def create_job(
     spec: Mapping[str, Any],
     plan: Mapping[str, Any] | None = None,
     profile_id: str | None = None,
+    priority: int = 0,
+    time_limit_seconds: float | None = None,
 ) -> Job:
-    """A queued job with its first event. Call `queue.enqueue_job` after the commit.
+    """A queued job with its first event. Call `queue.enqueue_job` after the commit. Of two jobs
+    in one queue the one with the higher `priority` comes first, then the older one.
     QuotaExceeded where the project may not have one more."""
     quotas.check_job(session, project_id)
     _hold_for_job(session, model_id, dataset_id)
@@ -257,6 +274,11 @@ def create_job(
         created_at=at,
         started_at=None,
         finished_at=None,
+        precedence=-priority,
+        device=need_of(spec).device,
+        predicted_seconds=(plan or {}).get("predicted_seconds"),
+        time_limit_seconds=time_limit_seconds,
+        retried_at=None,
     )
     session.add(job)
     session.flush()
@@ -340,6 +362,45 @@ def request_cancel(session: Session, job_id: str, *, project_id: str) -> Job:
 
     Asking again changes nothing. Conflict ("job-finished") if it succeeded or failed.
     """
+    job = _lock_of_project(session, job_id, project_id)
+    if job.state == JobState.CANCELLED:
+        return job
+    if job.state.is_final:
+        raise Conflict(f"The job has already {job.state}.", code="job-finished")
+    job.cancel_requested = True
+    at = now(session)
+    if job.state == JobState.QUEUED:
+        _end(session, job, JobState.CANCELLED, {}, at)
+    elif job.lease_expires_at is not None and job.lease_expires_at < at:
+        # Its worker went silent, and there may be no other to see to it.
+        _end(session, job, JobState.CANCELLED, {"run": job.fence}, at, run=RunState.LOST)
+    session.flush()
+    return job
+
+
+def retry_job(session: Session, job_id: str, *, project_id: str) -> Job:
+    """Queues a job that failed or was cancelled again, with all its runs and its whole time before
+    it; it goes on from its checkpoints, as long as they are kept. Call `queue.enqueue_job` after
+    the commit. Conflict if it succeeded ("job-succeeded") or has not ended ("job-not-finished")."""
+    job = _lock_of_project(session, job_id, project_id)
+    if job.state == JobState.SUCCEEDED:
+        raise Conflict("The job has succeeded; clone it to run it again.", code="job-succeeded")
+    if not job.state.is_final:
+        raise Conflict(f"The job is {job.state} already.", code="job-not-finished")
+    check_transition(job.state, JobState.QUEUED)
+    at = now(session)
+    job.state = JobState.QUEUED
+    job.attempts = 0
+    job.cancel_requested = False
+    job.error = None
+    job.started_at = job.finished_at = None
+    job.retried_at = at
+    job.device = need_of(job.spec).device
+    _add_event(session, job, "queued", {"retry": True}, at)
+    return job
+
+
+def _lock_of_project(session: Session, job_id: str, project_id: str) -> Job:
     job = session.scalar(
         select(Job)
         .where(Job.id == job_id, Job.project_id == project_id)
@@ -348,14 +409,6 @@ def request_cancel(session: Session, job_id: str, *, project_id: str) -> Job:
     )
     if job is None:
         raise NotFound("job", job_id)
-    if job.state == JobState.CANCELLED:
-        return job
-    if job.state.is_final:
-        raise Conflict(f"The job has already {job.state}.", code="job-finished")
-    job.cancel_requested = True
-    if job.state == JobState.QUEUED:
-        _end(session, job, JobState.CANCELLED, {}, now(session))
-    session.flush()
     return job
 
 
@@ -363,13 +416,20 @@ def request_cancel(session: Session, job_id: str, *, project_id: str) -> Job:
 
 
 def claim_job(
-    session: Session, job_id: str, *, worker: str, lease_seconds: float, max_runs: int
+    session: Session,
+    job_id: str,
+    *,
+    worker: str,
+    lease_seconds: float,
+    max_runs: int,
+    devices: Collection[Device] = frozenset(Device),
 ) -> Claim | None:
     """Opens a run of a job that is queued, or running under a lease that has expired.
 
-    None if the job is not to be had: another run holds it, it ended, or (its lease having
-    expired) it is `settle_expired`'s to cancel or fail; or its project has as many running as
-    it may. One UPDATE compares and sets.
+    None if the job is not to be had: another run holds it, it ended, it waits for none of
+    `devices`, the worker (its name) is to take no more, its project has as many running as it
+    may, or (its lease having expired) it is `settle_expired`'s to cancel or fail. One UPDATE
+    compares and sets.
     """
     quotas.hold_for_claim(session, job_id)
     at = now(session)
@@ -383,6 +443,8 @@ def claim_job(
             ),
             Job.cancel_requested.is_(False),
             Job.attempts < max_runs,
+            Job.device.in_(devices),
+            ~_drains(worker),
         )
         .values(
             state=JobState.RUNNING,
@@ -424,7 +486,27 @@ def claim_job(
         profile=None
         if job.profile_id is None
         else get_profile(session, job.profile_id, project_id=job.project_id).content,
+        seconds_left=_seconds_left(session, job),
     )
+
+
+def _drains(worker: str) -> ColumnElement[bool]:
+    return exists().where(Worker.name == worker, Worker.drain_requested_at.is_not(None))
+
+
+def _seconds_left(session: Session, job: Job) -> float | None:
+    """Of the time limit, over the runs that have ended since the job was created or retried."""
+    if job.time_limit_seconds is None:
+        return None
+    runs = select(Run).where(Run.job_id == job.id, Run.ended_at.is_not(None))
+    if job.retried_at is not None:
+        runs = runs.where(Run.started_at >= job.retried_at)
+    used = sum(
+        (run.ended_at - run.started_at).total_seconds()
+        for run in session.scalars(runs)
+        if run.ended_at is not None
+    )
+    return job.time_limit_seconds - used
 
 
 def renew_lease(session: Session, claim: Claim, *, lease_seconds: float) -> bool:
@@ -571,16 +653,50 @@ def expired_jobs(session: Session, *, limit: int = 100) -> list[str]:
     )
 
 
-def queued_jobs(session: Session, *, limit: int = 100) -> list[str]:
-    """Ids of queued jobs that may run, oldest first."""
+def queued_jobs(
+    session: Session, *, devices: Iterable[Device] = Device, limit: int = 100
+) -> list[QueuedJob]:
+    """Jobs that wait for one of `devices`, in the order in which they are to be taken."""
+    queues = (
+        session.execute(
+            select(Job.precedence, Job.created_at, Job.id, Job.spec)
+            .where(Job.state == JobState.QUEUED, Job.device == device, quotas.has_room_to_run())
+            .order_by(Job.precedence, Job.created_at, Job.id)
+            .limit(limit)
+        ).all()
+        for device in devices
+    )
+    merged = heapq.merge(*queues, key=lambda row: row[:3])
+    return [QueuedJob(id, need_of(spec)) for _, _, id, spec in islice(merged, limit)]
+
+
+def takes_no_more(session: Session, worker: str) -> bool:
+    """Whether the worker of this name is being drained."""
+    return bool(session.scalar(select(_drains(worker))))
+
+
+def unrouted_jobs(session: Session, *, limit: int = 100) -> list[str]:
+    """Queued jobs that a process of a version with a single queue has stored."""
     return list(
         session.scalars(
             select(Job.id)
-            .where(Job.state == JobState.QUEUED, quotas.has_room_to_run())
+            .where(Job.state == JobState.QUEUED, Job.device.is_(None))
             .order_by(Job.created_at, Job.id)
             .limit(limit)
         )
     )
+
+
+def route_job(session: Session, job_id: str) -> None:
+    """Puts a job into the queue of the device that its spec names."""
+    job = session.scalar(
+        select(Job)
+        .where(Job.id == job_id, Job.device.is_(None))
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+    if job is not None:
+        job.device = need_of(job.spec).device
 
 
 def unswept_runs(session: Session, *, grace_seconds: float, limit: int = 100) -> list[Run]:

@@ -41,9 +41,11 @@ def seed_job(
     model: Path | None = None,
     dataset: Path | None = None,
     profile: Mapping[str, Any] | None = None,
+    **details: Any,
 ) -> str:
     """A queued job with a model and a dataset of its own; with `objects`, their files too: those
-    of the folders `model` and `dataset`, or one that holds nothing. `profile`: a device's."""
+    of the folders `model` and `dataset`, or one that holds nothing. `profile`: a device's.
+    `details` as of store.create_job."""
     model_id, dataset_id = new_id("model"), new_id("dataset")
     model_files, dataset_files = [], []
     if objects is not None:
@@ -94,5 +96,6 @@ def seed_job(
             dataset_id=dataset_id,
             spec=spec or {},
             profile_id=stored.id if stored else None,
+            **details,
         )
     return job.id

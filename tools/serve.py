@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 API_PYTHON = ROOT / ".venv/api/bin/python"
 WORKER_PYTHON = ROOT / ".venv/worker/bin/python"
 READY_SECONDS = 60.0
-GRACE_SECONDS = 20.0  # the worker hands its job back meanwhile
+GRACE_SECONDS = 30.0  # the worker hands its job back meanwhile
 
 
 class CannotStart(Exception):

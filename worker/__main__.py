@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -26,16 +27,19 @@ from compression.signing import read_private_key
 from jobs.artifacts import open_store
 from jobs.db import Database
 from jobs.logs import configure_logging
-from jobs.migrate import upgrade
-from jobs.queue import enqueue_job, make_celery
+from jobs.migrate import SchemaTooNew, upgrade
+from jobs.queue import QUEUE, enqueue_job, make_celery, queue_of
 from jobs.settings import Settings, get_settings
+from jobs.store import QueuedJob
 from worker.environment import measured
+from worker.gpus import offered_gpus
+from worker.presence import Presence
 from worker.reconciler import reconcile
 from worker.runner import CHILD_COMMAND, Runner
 from worker.scheduler import reconcile_forever
 from worker.tasks import add_tasks
 
-_STOP_SECONDS = 12.0  # under the 15 within which whoever stops us may expect the end
+_LAST_WORDS_SECONDS = 2.0  # for the last resort, which may meet a silent database
 
 log = structlog.get_logger(__name__)
 
@@ -52,9 +56,19 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
         training = measured(settings)
     except (KeyboardInterrupt, SystemExit):
         return 0
+    gpus = offered_gpus(settings)
+    if settings.worker_slots == 0 and not gpus:
+        log.error(
+            "this worker has nothing to offer: WIDTHWISE_WORKER_SLOTS is 0, and it has no GPU"
+        )
+        return 1
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     database = Database(settings.database_url)
-    upgrade(database)
+    try:
+        upgrade(database)
+    except SchemaTooNew as error:
+        log.error(error.message)
+        return 1
     objects = open_store(settings.store_url, **settings.s3_credentials)
     app = make_celery(settings)
     runner = Runner(
@@ -63,29 +77,45 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
         objects,
         worker=worker,
         child_command=child_command,
+        gpus=gpus,
         training=training,
         signing_key=key,
     )
     stopping = threading.Event()
 
+    def nudge(job: QueuedJob) -> None:
+        enqueue_job(app, job.id, job.need.device)
+
     def reconcile_now() -> None:
-        reconcile(settings, database, objects, nudge=lambda job_id: enqueue_job(app, job_id))
+        reconcile(settings, database, objects, nudge=nudge)
         runner.fill()
+
+    def give_up() -> None:
+        log.error("not stopped in time: the jobs are handed back without their last checkpoints")
+        runner.hand_back()
+        presence.end()
+        os._exit(1)
 
     def begin_to_stop(**_: Any) -> None:
         stopping.set()
         runner.stop()
-        # Whatever then hangs (a silent database, a silent queue), the process ends; the
-        # kernel kills the children, and the leases hand the jobs to other workers.
-        last_resort = threading.Timer(_STOP_SECONDS, os._exit, args=(1,))
-        last_resort.daemon = True
-        last_resort.start()
+        # Whatever then hangs (a child, an upload, a silent queue), the process ends; the kernel
+        # kills the children. Where the database hangs too, leases hand the jobs to others.
+        _after(settings.worker_stop_seconds + _LAST_WORDS_SECONDS, lambda: os._exit(1))
+        _after(settings.worker_stop_seconds, give_up)
 
     # It warns root against pickled messages; ours are JSON, and name a job at most.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     add_tasks(app, runner, reconcile_now)
     signals.worker_shutting_down.connect(begin_to_stop, weak=False)
     signals.setup_logging.connect(_keep_our_logging)
+    presence = Presence(
+        database,
+        name=worker,
+        slots=settings.worker_slots,
+        gpus=len(gpus),
+        lease_seconds=settings.lease_seconds,
+    )
     reconciler = threading.Thread(
         target=reconcile_forever,
         args=(reconcile_now, settings, stopping),
@@ -93,12 +123,14 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
         daemon=True,
     )
     try:
+        presence.start()
         reconciler.start()
-        log.info("worker started", worker=worker, slots=settings.worker_slots)
+        log.info("worker started", worker=worker, slots=settings.worker_slots, gpus=len(gpus))
         # Tasks only hand a job to the runner's own threads, so two are plenty.
         celery_worker = _CeleryWorker(
             app=app,
             hostname=worker,
+            queues=[QUEUE, *(queue_of(device) for device in runner.devices)],
             pool="threads",
             concurrency=2,
             quiet=True,
@@ -114,7 +146,8 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
     finally:
         if not stopping.is_set():
             begin_to_stop()
-        runner.join(_STOP_SECONDS)
+        runner.join(settings.worker_stop_seconds)
+        presence.end()
         database.close()
         log.info("worker stopped", worker=worker)
     return status
@@ -125,6 +158,12 @@ class _CeleryWorker(WorkerProgram):  # type: ignore[misc]
         super().install_platform_tweaks(worker)
         # Celery would start its own program anew, which this is not.
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+
+
+def _after(seconds: float, act: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
 
 
 def signing_key(settings: Settings) -> str | None:

@@ -8,11 +8,12 @@ import structlog
 
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import KEPT
-from jobs import blobs, deletion, resumable, store
+from jobs import blobs, deletion, idempotency, resumable, store, workers
 from jobs.artifacts import ObjectStore, run_prefix
 from jobs.db import Database
 from jobs.settings import Settings
 from jobs.states import RunState
+from jobs.store import QueuedJob
 from worker.workspace import remove_leftovers
 
 log = structlog.get_logger(__name__)
@@ -23,17 +24,20 @@ def reconcile(
     database: Database,
     objects: ObjectStore,
     *,
-    nudge: Callable[[str], object],
+    nudge: Callable[[QueuedJob], object],
 ) -> None:
     """One pass. A step that fails is logged and does not keep the others from being done.
 
-    `nudge` is called with the id of each queued job.
+    `nudge` is called with each queued job that some worker could take.
     """
     steps: tuple[Callable[[], None], ...] = (
         lambda: _settle_expired(settings, database),
+        lambda: _route(database),
         lambda: _nudge_queued(database, nudge),
         lambda: _delete_orphans(settings, database, objects),
         lambda: _delete_spent_checkpoints(settings, database, objects),
+        lambda: _forget_idempotency_keys(database),
+        lambda: _forget_lost_workers(database),
         lambda: _clean_work_dir(settings),
         lambda: _remove_expired_uploads(settings, database),
         lambda: _end_retention(settings, database),
@@ -56,11 +60,21 @@ def _settle_expired(settings: Settings, database: Database) -> None:
             log.warning("a run's lease expired", job=job_id, now=state.value)
 
 
-def _nudge_queued(database: Database, nudge: Callable[[str], object]) -> None:
+def _route(database: Database) -> None:
     with database.reading() as session:
-        queued = store.queued_jobs(session)
-    for job_id in queued:
-        nudge(job_id)
+        unrouted = store.unrouted_jobs(session)
+    for job_id in unrouted:
+        with database.transaction() as session:
+            store.route_job(session, job_id)
+
+
+def _nudge_queued(database: Database, nudge: Callable[[QueuedJob], object]) -> None:
+    """Not of devices that nobody has now: messages would pile up in a queue without readers."""
+    with database.reading() as session:
+        there = [device for device, slots in workers.announced(session).slots.items() if slots]
+        queued = store.queued_jobs(session, devices=there)
+    for job in queued:
+        nudge(job)
 
 
 def _delete_orphans(settings: Settings, database: Database, objects: ObjectStore) -> None:
@@ -92,6 +106,18 @@ def _delete_spent_checkpoints(settings: Settings, database: Database, objects: O
         with database.transaction() as session:
             store.forget_checkpoints(session, job_id, keys)
         log.info("spent checkpoints deleted", job=job_id, objects=len(keys))
+
+
+def _forget_idempotency_keys(database: Database) -> None:
+    with database.transaction() as session:
+        if forgotten := idempotency.delete_expired(session):
+            log.info("idempotency keys forgotten", keys=forgotten)
+
+
+def _forget_lost_workers(database: Database) -> None:
+    with database.transaction() as session:
+        if forgotten := workers.forget_lost(session):
+            log.info("lost workers forgotten", workers=forgotten)
 
 
 def _clean_work_dir(settings: Settings) -> None:

@@ -8,6 +8,7 @@ back; or the job was lost to another run, and then nothing is written at all.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import sys
 import threading
@@ -29,11 +30,13 @@ from compression.checkpoint import resumed_variables
 from jobs import store
 from jobs.artifacts import ObjectStore, run_prefix
 from jobs.db import Database
+from jobs.devices import Device
 from jobs.errors import JobsError, ObjectMissing, StaleRun, as_json
 from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.store import Claim
 from worker import environment
+from worker.capacity import Capacity, Grant
 from worker.process import JobProcess, exit_in_words
 from worker.workspace import workspace
 
@@ -42,6 +45,16 @@ CHILD_COMMAND = (sys.executable, "-m", "worker.child")
 PROGRESS_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 _HEARTBEAT_JOIN_SECONDS = 3.0  # it may be waiting for a silent database
+_MOST_REFUSED = 200  # jobs at the head of the queue that a look passes over
+_TOLD_TO_STOP = "its worker was told to stop"
+_OUT_OF_TIME = {
+    "code": "time-limit",
+    "message": "The job has run for as long as its time limit allows, all its runs together, and "
+    "was ended. Retry it to go on from its last checkpoint with the same time once more, or clone "
+    "it with another time_limit_minutes.",
+    "pointer": None,
+    "rows": [],
+}
 _MEDIA_TYPES = {
     ".json": "application/json",
     ".gz": "application/gzip",
@@ -92,10 +105,13 @@ class Runner:
         *,
         worker: str,
         child_command: Sequence[str] = CHILD_COMMAND,
+        gpus: Sequence[str] = (),
         training: environment.Variables | None = None,
         signing_key: str | None = None,
     ) -> None:
-        """`training`: what makes a job's process train fast; None: the expected variables.
+        """`gpus`: those that it may give to jobs, as CUDA_VISIBLE_DEVICES names them.
+
+        `training`: what makes a job's process train fast; None: the expected variables.
 
         `signing_key`: the PEM of the private key that bundles are signed with.
         """
@@ -106,23 +122,29 @@ class Runner:
         self._worker = worker
         self._child_command = tuple(child_command)
         self._training = environment.expected() if training is None else training
-        self._free = threading.Semaphore(settings.worker_slots)
+        self._capacity = Capacity(settings.worker_slots, gpus)
         self._looking = threading.Lock()
         self._stopping = threading.Event()
-        self._threads: set[threading.Thread] = set()
+        self._runs: dict[threading.Thread, Claim] = {}
         self._lock = threading.Lock()
 
-    def offer(self, job_id: str) -> bool:
-        """Starts the job if a slot is free and the job is to be had; does not wait for its end.
+    @property
+    def devices(self) -> frozenset[Device]:
+        """What its jobs may be trained on."""
+        return self._capacity.devices
 
-        A job that is refused because all slots are busy stays queued in the database:
-        this worker takes it when a slot frees, or another does when it is nudged.
+    def offer(self, job_id: str) -> bool:
+        """Starts the job whose turn it is, if there is room for one; does not wait for its end.
+
+        The job that was offered says only that there is something to do: priority and age say
+        what. One for which there is no room stays queued in the database: this worker takes it
+        when it has some again, or another does when it is nudged.
         """
-        return self._start(lambda: self._claim(job_id))
+        return self._start()
 
     def fill(self) -> None:
-        """Takes the oldest queued jobs until all slots are busy or none is queued."""
-        while self._start(self._claim_oldest):
+        """Takes queued jobs in their order until there is no room or none is left."""
+        while self._start():
             pass
 
     def stop(self) -> None:
@@ -134,54 +156,96 @@ class Runner:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             with self._lock:
-                threads = list(self._threads)
+                threads = list(self._runs)
             if not threads:
                 return True
             for thread in threads:
                 thread.join(None if deadline is None else max(0, deadline - time.monotonic()))
             if deadline is not None and time.monotonic() >= deadline:
                 with self._lock:
-                    return not self._threads
+                    return not self._runs
+
+    def hand_back(self) -> None:
+        """Hands all jobs back at once, whatever their runs are busy with: for a process that ends
+        right afterwards. The runs' own last writes are then refused, as any stale one's."""
+        with self._lock:
+            claims = list(self._runs.values())
+        for claim in claims:
+            try:
+                with self._database.transaction() as session:
+                    store.release_job(session, claim, reason=_TOLD_TO_STOP)
+                log.warning("handed back as it was", job=claim.job_id, run=claim.run_id)
+            except (StaleRun, SQLAlchemyError) as error:
+                log.warning("not handed back", job=claim.job_id, error=str(error))
 
     # --- slots --------------------------------------------------------------------------
 
-    def _start(self, claim_one: Callable[[], Claim | None]) -> bool:
+    def _start(self) -> bool:
         # One look at a time: a slot that is held only until a claim comes to nothing would
         # have another offer refused, and nobody would look for that job afterwards.
         with self._looking:
-            if self._stopping.is_set() or not self._free.acquire(blocking=False):
+            if self._stopping.is_set():
                 return False
-            try:
-                claim = claim_one()
-            except BaseException:
-                self._free.release()
-                raise
-            if claim is None:
-                self._free.release()
+            taken = self._claim_next()
+            if taken is None:
                 return False
-        thread = threading.Thread(target=self._work, args=(claim,), name=claim.run_id)
-        with self._lock:
-            self._threads.add(thread)
-        thread.start()
+            claim, grant = taken
+            thread = threading.Thread(target=self._work, args=(claim, grant), name=claim.run_id)
+            with self._lock:
+                self._runs[thread] = claim
+            thread.start()
         return True
 
-    def _work(self, claim: Claim | None) -> None:
+    def _work(self, claim: Claim, grant: Grant) -> None:
         try:
-            while claim is not None:
-                self._run(claim)
-                claim = None if self._stopping.is_set() else self._claim_oldest()
+            self._run(claim, grant)
         except Exception:
-            log.exception("the slot failed")
+            log.exception("the run's thread failed", job=claim.job_id, run=claim.run_id)
         finally:
-            self._free.release()
-        # A job that was offered between our last look and the slot's release was refused.
+            self._capacity.give_back(grant)
+        # Also what was offered while there was no room.
         try:
             self.fill()
         except SQLAlchemyError:
             log.exception("the queue could not be looked at")
         finally:
             with self._lock:
-                self._threads.discard(threading.current_thread())
+                del self._runs[threading.current_thread()]
+
+    def _claim_next(self) -> tuple[Claim, Grant] | None:
+        """The first queued job for which there is room. One that waits for several GPUs keeps those
+        that free up from the jobs behind it, or it would never get them together."""
+        devices = set(self._capacity.free())
+        # Others' claims make room for younger jobs; one that stays queued and is still refused
+        # (its runs are used up under our setting) must not keep us asking for ever.
+        refused: set[str] = set()
+        while devices and len(refused) < _MOST_REFUSED:
+            with self._database.reading() as session:
+                if store.takes_no_more(session, self._worker):
+                    return None
+                limit = len(refused) + 10
+                queued = store.queued_jobs(session, devices=devices, limit=limit)
+            new = [job for job in queued if job.id not in refused]
+            if not new:
+                return None
+            for job in new:
+                if job.need.device not in devices:
+                    continue
+                grant = self._capacity.take(job.need)
+                if grant is None:
+                    if job.need.count > 1 and self._capacity.can_ever_hold(job.need):
+                        devices.remove(job.need.device)
+                    continue
+                try:
+                    claim = self._claim(job.id)
+                except BaseException:
+                    self._capacity.give_back(grant)
+                    raise
+                if claim is not None:
+                    return claim, grant
+                self._capacity.give_back(grant)
+            refused.update(job.id for job in new)
+        return None
 
     def _claim(self, job_id: str) -> Claim | None:
         with self._database.transaction() as session:
@@ -191,30 +255,18 @@ class Runner:
                 worker=self._worker,
                 lease_seconds=self._settings.lease_seconds,
                 max_runs=self._settings.max_runs,
+                devices=self._capacity.devices,
             )
         if claim is not None:
             log.info("claimed", job=job_id, run=claim.run_id, fence=claim.fence)
         return claim
 
-    def _claim_oldest(self) -> Claim | None:
-        # Others' claims make room for younger jobs; one that stays queued and is still refused
-        # (its runs are used up under our setting) must not keep us asking for ever.
-        refused: set[str] = set()
-        while True:
-            with self._database.reading() as session:
-                queued = store.queued_jobs(session, limit=len(refused) + 10)
-            new = [job_id for job_id in queued if job_id not in refused]
-            if not new:
-                return None
-            for job_id in new:
-                if (claim := self._claim(job_id)) is not None:
-                    return claim
-            refused.update(new)
-
     # --- one run ------------------------------------------------------------------------
 
-    def _run(self, claim: Claim) -> None:
+    def _run(self, claim: Claim, grant: Grant) -> None:
         log_run = log.bind(job=claim.job_id, run=claim.run_id, fence=claim.fence)
+        seconds_left = math.inf if claim.seconds_left is None else claim.seconds_left
+        deadline = time.monotonic() + seconds_left
         heartbeat = _Heartbeat(self._settings, self._database, claim)
         heartbeat.start()
 
@@ -225,6 +277,8 @@ class Runner:
                 raise _Cancelled
             if self._stopping.is_set():
                 raise _Stopping
+            if time.monotonic() > deadline:
+                raise JobFailed(_OUT_OF_TIME)
 
         def last_write(write: Callable[[Session], None]) -> None:
             self._write(write, heartbeat)
@@ -232,7 +286,7 @@ class Runner:
         try:
             try:
                 with workspace(self._settings.work_dir, claim.run_id) as folder:
-                    report, artifacts = self._compress(claim, folder, check)
+                    report, artifacts = self._compress(claim, grant, folder, check)
                 if heartbeat.cancelled:
                     raise _Cancelled
                 last_write(lambda session: _succeed(session, claim, report, artifacts))
@@ -241,8 +295,7 @@ class Runner:
                 last_write(lambda s: store.finish_job(s, claim, JobState.CANCELLED))
                 log_run.info("cancelled")
             except _Stopping:
-                reason = "its worker was told to stop"
-                last_write(lambda s: store.release_job(s, claim, reason=reason))
+                last_write(lambda s: store.release_job(s, claim, reason=_TOLD_TO_STOP))
                 log_run.info("handed back")
             except (_Lost, StaleRun):
                 raise
@@ -259,7 +312,7 @@ class Runner:
             heartbeat.stop()
 
     def _compress(
-        self, claim: Claim, folder: Path, check: Callable[[], None]
+        self, claim: Claim, grant: Grant, folder: Path, check: Callable[[], None]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The report, and the artifacts that are stored but not yet named by a record."""
         for part in ("model", "dataset", "run", "scratch"):
@@ -282,7 +335,8 @@ class Runner:
             request,
             folder=folder / "scratch",
             environment=child_environment(folder / "scratch", self._training)
-            | resumed_variables(checkpoints),
+            | resumed_variables(checkpoints)
+            | self._capacity.variables(grant),
         )
         try:
             report = self._converse(claim, process, checkpoints, check)

@@ -18,7 +18,7 @@ import structlog
 from jobs.artifacts import open_store
 from jobs.db import Database
 from jobs.logs import configure_logging
-from jobs.migrate import upgrade
+from jobs.migrate import SchemaTooNew, upgrade
 from jobs.queue import enqueue_job, make_celery
 from jobs.settings import Settings, get_settings
 from worker.reconciler import reconcile
@@ -55,12 +55,20 @@ def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     database = Database(settings.database_url)
-    upgrade(database)
+    try:
+        upgrade(database)
+    except SchemaTooNew as error:
+        sys.exit(error.message)
     objects = open_store(settings.store_url, **settings.s3_credentials)
     app = make_celery(settings)
 
     def one_pass() -> None:
-        reconcile(settings, database, objects, nudge=lambda job_id: enqueue_job(app, job_id))
+        reconcile(
+            settings,
+            database,
+            objects,
+            nudge=lambda job: enqueue_job(app, job.id, job.need.device),
+        )
 
     log.info("scheduler started")
     reconcile_forever(one_pass, settings, stopping)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -26,7 +27,7 @@ from sqlalchemy import select
 
 from api.__main__ import Server, prepare
 from api.deps import Services
-from jobs import access, store
+from jobs import access, store, workers
 from jobs.artifacts import run_prefix
 from jobs.db import now
 from jobs.records import DEFAULT_PROJECT, Blob
@@ -136,9 +137,19 @@ class Service:
 
     # What a worker would do, through the same store.
 
-    def claim(self, job_id: str) -> Claim:
+    @contextmanager
+    def worker(self, *, slots: int = 1, gpus: int = 0) -> Iterator[str]:
+        """The id of one that is announced, and does nothing."""
+        name = f"w{uuid4()}"
         with self.services.database.transaction() as session:
-            claim = store.claim_job(session, job_id, worker="test", lease_seconds=600, max_runs=3)
+            id = workers.announce(session, name=name, slots=slots, gpus=gpus, lease_seconds=600).id
+        yield id
+        with self.services.database.transaction() as session:
+            workers.leave(session, name)
+
+    def claim(self, job_id: str, *, worker: str = "test") -> Claim:
+        with self.services.database.transaction() as session:
+            claim = store.claim_job(session, job_id, worker=worker, lease_seconds=600, max_runs=3)
         assert claim is not None
         return claim
 

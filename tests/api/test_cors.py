@@ -22,7 +22,8 @@ def preflight(service: Service, origin: str, method: str = "POST") -> httpx.Resp
     headers = {
         "Origin": origin,
         "Access-Control-Request-Method": method,
-        "Access-Control-Request-Headers": "authorization,content-type,last-event-id,range",
+        "Access-Control-Request-Headers": "authorization,content-type,idempotency-key,"
+        "last-event-id,range",
     }
     return httpx.options(f"{service.url}/v1/jobs", headers=headers, trust_env=False)
 

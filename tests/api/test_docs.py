@@ -20,7 +20,10 @@ ROUTES = {
     ("post", "/v1/jobs"), ("get", "/v1/jobs"), ("get", "/v1/jobs/{job_id}"),
     ("post", "/v1/jobs/{job_id}/cancel"), ("get", "/v1/jobs/{job_id}/events"),
     ("get", "/v1/jobs/{job_id}/subnetworks"), ("get", "/v1/jobs/{job_id}/artifacts"),
+    ("post", "/v1/jobs/{job_id}/retry"), ("post", "/v1/jobs/{job_id}/clone"),
     ("post", "/v1/jobs/{job_id}/selection"),
+    ("get", "/v1/workers"), ("post", "/v1/workers/{worker_id}/drain"),
+    ("delete", "/v1/workers/{worker_id}/drain"),
     ("get", "/v1/artifacts/{artifact_id}"), ("get", "/v1/artifacts/{artifact_id}/content"),
     ("delete", "/v1/models/{model_id}"), ("delete", "/v1/datasets/{dataset_id}"),
     ("delete", "/v1/artifacts/{artifact_id}"),
@@ -104,6 +107,13 @@ def test_the_examples_of_a_profile_are_profiles(document: dict[str, Any], servic
 
 def test_answers_fit_their_documented_schemas(document: dict[str, Any], service: Service) -> None:
     job_id, profile_id = service.new_job(), service.new_profile()
+    with service.worker(gpus=1):
+        _assert_answers_fit(document, service, job_id, profile_id)
+
+
+def _assert_answers_fit(
+    document: dict[str, Any], service: Service, job_id: str, profile_id: str
+) -> None:
     for path, template in (
         (f"/v1/jobs/{job_id}", "/v1/jobs/{job_id}"),
         ("/v1/jobs", "/v1/jobs"),
@@ -116,6 +126,7 @@ def test_answers_fit_their_documented_schemas(document: dict[str, Any], service:
         ("/v1/projects", "/v1/projects"),
         ("/v1/keys", "/v1/keys"),
         ("/v1/audit", "/v1/audit"),
+        ("/v1/workers", "/v1/workers"),
     ):
         content = document["paths"][template]["get"]["responses"]["200"]["content"]
         schema = content["application/json"]["schema"] | {"components": document["components"]}

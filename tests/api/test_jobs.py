@@ -139,7 +139,11 @@ def test_half_a_surrogate_pair_is_refused_at_its_field(service: Service) -> None
         ({"name": ""}, "invalid-request", "/name"),
         ({"name": "a\nb"}, "invalid-request", "/name"),
         ({"name": 201 * "n"}, "invalid-request", "/name"),
-        ({"priority": 1}, "invalid-request", "/priority"),
+        ({"priority": 101}, "invalid-request", "/priority"),
+        ({"priority": "high"}, "invalid-request", "/priority"),
+        ({"time_limit_minutes": 0}, "invalid-request", "/time_limit_minutes"),
+        ({"time_limit_minutes": 1e9}, "invalid-request", "/time_limit_minutes"),
+        ({"nice": 1}, "invalid-request", "/nice"),
     ],
 )
 def test_a_request_that_means_nothing_is_refused_at_its_field(
@@ -216,6 +220,79 @@ def test_a_finished_job_cannot_be_cancelled(service: Service) -> None:
     answer = service.client.post(f"/v1/jobs/{claim.job_id}/cancel")
     assert_problem(answer, 409, "job-finished")
     assert_problem(service.client.post("/v1/jobs/job_absent/cancel"), 404, "not-found")
+
+
+def test_a_job_knows_its_place_in_the_queue_and_its_limit(service: Service) -> None:
+    body = service.job_body(device="gpu")
+    first = service.client.post("/v1/jobs", json=body | {"time_limit_minutes": 90}).json()
+    urgent = service.client.post("/v1/jobs", json=body | {"priority": 3}).json()
+    assert (first["priority"], first["time_limit_minutes"]) == (0, 90)
+    assert (urgent["priority"], urgent["time_limit_minutes"]) == (3, 7 * 24 * 60)
+    assert first["queue"]["device"] == "gpu"
+    assert (first["queue"]["position"], urgent["queue"]["position"]) == (1, 1)
+    again = service.client.get(f"/v1/jobs/{first['id']}").json()
+    assert again["queue"] == first["queue"] | {"position": 2}
+    service.claim(urgent["id"])
+    assert service.client.get(f"/v1/jobs/{urgent['id']}").json()["queue"] is None
+    assert service.client.get(f"/v1/jobs/{first['id']}").json()["queue"]["position"] == 1
+
+
+def test_a_device_that_nobody_has_is_told_or_refused(service: Service) -> None:
+    before = count(service)
+    for device in ("cpu", "gpu"):
+        body = service.job_body(device=device)
+        answer = service.client.post("/v1/jobs?require_worker=true", json=body)
+        problem = assert_problem(answer, 409, "no-worker")
+        assert problem["detail"] == f"No worker has announced the device {device}."
+        dry = service.client.post("/v1/jobs?require_worker=true&dry_run=true", json=body)
+        assert dry.status_code == 200
+    assert count(service) == before
+    queued = service.client.post("/v1/jobs", json=service.job_body(device="gpu")).json()
+    assert "the device gpu" in queued["queue"]["warning"]
+    with service.worker(slots=1, gpus=2):
+        for device in ("cpu", "gpu", "gpu:1"):
+            body = service.job_body(device=device)
+            answer = service.client.post("/v1/jobs?require_worker=true", json=body)
+            assert answer.status_code == 202
+            assert answer.json()["queue"]["warning"] is None
+        body = service.job_body(device="gpu", processes=4)
+        answer = service.client.post("/v1/jobs?require_worker=true", json=body)
+        assert "4 GPUs" in assert_problem(answer, 409, "no-worker")["detail"]
+
+
+def test_a_message_goes_to_the_queue_of_the_device(service: Service) -> None:
+    waiting = service.settings.data_dir / "broker" / "waiting"
+    before = set(waiting.iterdir())
+    service.client.post("/v1/jobs", json=service.job_body(device="gpu"))
+    wait_for(lambda: set(waiting.iterdir()) - before)
+    (message,) = set(waiting.iterdir()) - before
+    assert message.name.endswith(".widthwise-gpu.msg")
+
+
+def test_a_failed_or_cancelled_job_is_run_again(service: Service) -> None:
+    claim = service.claim(service.new_job())
+    path = f"/v1/jobs/{claim.job_id}"
+    assert_problem(service.client.post(f"{path}/retry"), 409, "job-not-finished")
+    service.finish(claim, JobState.FAILED, error={"code": "x", "message": "y"})
+    answer = service.client.post(f"{path}/retry")
+    assert answer.status_code == 202
+    job = answer.json()
+    assert (job["id"], job["state"], job["error"], job["runs"]) == (claim.job_id, "queued", None, 0)
+    assert job["queue"]["position"] >= 1
+    service.client.post(f"{path}/cancel")
+    assert service.client.post(f"{path}/retry").json()["state"] == "queued"
+    again = service.claim(claim.job_id)
+    assert again.fence == 2
+    service.finish(again, report={"selection": None})
+    assert_problem(service.client.post(f"{path}/retry"), 409, "job-succeeded")
+    events = service.client.get(f"{path}/events").json()
+    assert [event["kind"] for event in events["items"]] == [
+        "queued", "started", "failed", "queued", "cancelled", "queued", "started", "succeeded",
+    ]  # fmt: skip
+    entries = service.client.get(f"/v1/audit?target={claim.job_id}").json()["items"]
+    assert [entry["action"] for entry in entries] == [
+        "job.retried", "job.cancel_requested", "job.retried", "job.created",
+    ]  # fmt: skip
 
 
 def test_a_failed_job_says_why(service: Service) -> None:

@@ -7,11 +7,19 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import pytest
 
-from tests.api.conftest import wait_for
+from jobs import store
+from jobs.db import Database
+from jobs.records import DEFAULT_PROJECT
+from jobs.settings import Settings
+from tests.api.conftest import archive, wait_for
+from tests.builders import tiny_bert
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,3 +92,83 @@ def test_a_process_starts_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
     assert made not in told
     assert "Traceback" not in told
     assert list((data_dir / "spool").glob("*/")) == []
+
+
+def test_a_stop_lets_requests_end_and_ends_streams(tmp_path: Path) -> None:
+    """An upload that is half in is taken to its end; a watcher of events is let go."""
+    upload = archive(tiny_bert(tmp_path / "model"))
+    data_dir, log = tmp_path / "data", tmp_path / "log"
+    settings = {"WIDTHWISE_DATA_DIR": str(data_dir), "WIDTHWISE_PORT": "0"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "api"],
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        wait_for(lambda: re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text()), seconds=60)
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())
+        assert found is not None
+        headers = {"Authorization": f"Bearer {(data_dir / 'api_key').read_text().strip()}"}
+        begun, go_on = threading.Event(), threading.Event()
+        answers: list[httpx.Response] = []
+
+        def slowly() -> Iterator[bytes]:
+            yield upload[:1000]
+            begun.set()
+            assert go_on.wait(30)
+            yield upload[1000:]
+
+        def send() -> None:
+            with httpx.Client(base_url=found[0], headers=headers, trust_env=False) as client:
+                path = "/v1/models?filename=tiny.tar.gz"
+                answers.append(client.post(path, content=slowly(), timeout=60))
+
+        with httpx.Client(base_url=found[0], headers=headers, trust_env=False) as client:
+            whole = client.post("/v1/models?filename=t.tar.gz", content=upload, timeout=60).json()
+            job_id = a_job(data_dir, whole["id"])
+            uploading = threading.Thread(target=send)
+            uploading.start()
+            assert begun.wait(30)
+            accept = {"Accept": "text/event-stream"}
+            with client.stream("GET", f"/v1/jobs/{job_id}/events", headers=accept) as events:
+                lines = events.iter_lines()
+                while not next(lines).startswith("data:"):
+                    pass
+                process.send_signal(signal.SIGTERM)
+                rest = list(lines)  # it ends, though the job has not
+            assert not any(line.startswith("data:") for line in rest)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{found[0]}/healthz", trust_env=False)
+            assert process.poll() is None
+            go_on.set()
+            uploading.join(60)
+        (answer,) = answers
+        assert answer.status_code == 201, answer.text
+        assert process.wait(30) == -signal.SIGTERM, log.read_text()  # as Uvicorn ends
+        assert "Traceback" not in log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    database = Database(Settings(data_dir=data_dir).database_url)
+    with database.reading() as session:
+        assert store.get_model(session, answer.json()["id"], project_id=DEFAULT_PROJECT)
+    database.close()
+
+
+def a_job(data_dir: Path, model_id: str) -> str:
+    """A queued one, past the API: it is only watched."""
+    database = Database(Settings(data_dir=data_dir).database_url)
+    with database.transaction() as session:
+        dataset = store.add_dataset(
+            session, id="dst_x", project_id=DEFAULT_PROJECT, name="d", size_bytes=1, uploads=[],
+            files=[], profile={},
+        )  # fmt: skip
+        job = store.create_job(
+            session, project_id=DEFAULT_PROJECT, name="j", model_id=model_id,
+            dataset_id=dataset.id, spec={},
+        )  # fmt: skip
+    database.close()
+    return job.id

@@ -44,6 +44,8 @@ ROLES: dict[tuple[str, str], Role] = {
     ("POST", "/v1/jobs"): SUBMITTER,
     ("GET", "/v1/jobs/{job_id}"): VIEWER,
     ("POST", "/v1/jobs/{job_id}/cancel"): SUBMITTER,
+    ("POST", "/v1/jobs/{job_id}/retry"): SUBMITTER,
+    ("POST", "/v1/jobs/{job_id}/clone"): SUBMITTER,
     ("GET", "/v1/jobs/{job_id}/events"): VIEWER,
     ("GET", "/v1/jobs/{job_id}/subnetworks"): VIEWER,
     ("GET", "/v1/jobs/{job_id}/artifacts"): VIEWER,
@@ -51,6 +53,9 @@ ROLES: dict[tuple[str, str], Role] = {
     ("GET", "/v1/artifacts/{artifact_id}"): VIEWER,
     ("DELETE", "/v1/artifacts/{artifact_id}"): SUBMITTER,
     ("GET", "/v1/artifacts/{artifact_id}/content"): VIEWER,
+    ("GET", "/v1/workers"): VIEWER,
+    ("POST", "/v1/workers/{worker_id}/drain"): ADMIN,
+    ("DELETE", "/v1/workers/{worker_id}/drain"): ADMIN,
     ("GET", "/v1/me"): VIEWER,
     ("GET", "/v1/projects"): VIEWER,
     ("POST", "/v1/projects"): ADMIN,
@@ -65,6 +70,12 @@ ROLES: dict[tuple[str, str], Role] = {
     ("GET", "/v1/audit"): ADMIN,
 }
 OPEN = {"/healthz", "/readyz", "/docs", "/docs/{name}", "/openapi.json"}
+# Of the installation and of no project: another project's admin is told so.
+OPERATION = {
+    ("POST", "/v1/projects"),
+    ("POST", "/v1/workers/{worker_id}/drain"),
+    ("DELETE", "/v1/workers/{worker_id}/drain"),
+}
 UNLISTED: set[tuple[str, str]] = set()  # routes that the document does not tell of
 BODIES: dict[tuple[str, str], Any] = {
     ("POST", "/v1/jobs/{job_id}/selection"): {"constraints": {}},
@@ -72,6 +83,7 @@ BODIES: dict[tuple[str, str], Any] = {
     ("POST", "/v1/profiles"): device_profile(),
     ("POST", "/v1/projects"): {"name": "made by the walk"},
     ("PUT", "/v1/projects/{project_id}/quotas"): {},
+    ("POST", "/v1/jobs/{job_id}/clone"): {"name": "made by the walk"},
 }
 HEADERS: dict[tuple[str, str], dict[str, str]] = {
     ("PATCH", "/v1/uploads/{upload_id}"): {
@@ -126,21 +138,23 @@ def house(service: Service) -> Iterator[House]:
     assert answer.status_code == 200, answer.text
     other = service.new_project()
     keys["other"] = service.new_key(Role.ADMIN, project_id=other)
-    yield House(
-        service,
-        ids={
-            "model_id": service.model_id,
-            "dataset_id": service.dataset_id,
-            "profile_id": service.new_profile(),
-            "job_id": job_id,
-            "artifact_id": artifact_id,
-            "upload_id": upload_id,
-            "key_id": keys["victim"].id,
-            "project_id": "prj_default",
-        },
-        spare=spare,
-        keys=keys,
-    )
+    with service.worker() as worker_id:
+        yield House(
+            service,
+            ids={
+                "model_id": service.model_id,
+                "dataset_id": service.dataset_id,
+                "profile_id": service.new_profile(),
+                "job_id": job_id,
+                "artifact_id": artifact_id,
+                "upload_id": upload_id,
+                "key_id": keys["victim"].id,
+                "project_id": "prj_default",
+                "worker_id": worker_id,
+            },
+            spare=spare,
+            keys=keys,
+        )
 
 
 def test_the_table_names_every_route_there_is(service: Service) -> None:
@@ -184,11 +198,11 @@ def test_each_role_may_what_the_table_says(house: House, method: str, path: str)
         answer = house.ask(method, path, house.keys[role].secret)
         if role.includes(ROLES[method, path]):
             # Not the end of the story for a request without a body, but past the door.
-            allowed = [200, 201, 204, 400, 409, 415, 422]
+            allowed = [200, 201, 202, 204, 400, 409, 415, 422]
             allowed += [404, 410] if method == "DELETE" else []  # the role before has deleted it
             assert answer.status_code in allowed, answer.text
             if method == "GET" or (method, path) in BODIES:
-                assert answer.status_code in (200, 201), answer.text
+                assert answer.status_code in (200, 201, 202), answer.text
         else:
             problem = assert_problem(answer, 403, "role-insufficient")
             assert f"the role {ROLES[method, path]};" in problem["detail"]
@@ -198,14 +212,14 @@ def test_each_role_may_what_the_table_says(house: House, method: str, path: str)
 @pytest.mark.parametrize(("method", "path"), EVERY)
 def test_another_projects_key_finds_nothing(house: House, method: str, path: str) -> None:
     answer = house.ask(method, path, house.keys["other"].secret)
-    if "{" in path:
-        assert_problem(answer, 404, "not-found")
-    elif path == "/v1/projects" and method == "POST":
+    if (method, path) in OPERATION:
         assert_problem(answer, 403, "operator-only")
+    elif "{" in path:
+        assert_problem(answer, 404, "not-found")
     elif method == "GET":
         assert answer.status_code == 200
-        for id in house.ids.values():
-            assert id not in answer.text
+        for kind, id in house.ids.items():
+            assert id not in answer.text or kind == "worker_id"  # who serve all projects
 
 
 @pytest.mark.parametrize(
@@ -352,12 +366,23 @@ def test_every_change_leaves_one_entry(service: Service) -> None:
     profile = client.post("/v1/profiles", json=device_profile()).json()
     client.post("/v1/jobs?dry_run=true", json=service.job_body())
     client.post(f"/v1/jobs/{job['id']}/selection", json={"constraints": {}})
+    client.post(f"/v1/jobs/{job['id']}/clone?dry_run=true")
+    clone = client.post(f"/v1/jobs/{job['id']}/clone").json()
+    client.post(f"/v1/jobs/{job['id']}/retry")
+    client.post(f"/v1/jobs/{job['id']}/retry")
+    with service.worker() as worker_id:
+        for _ in range(2):
+            client.post(f"/v1/workers/{worker_id}/drain")
+        for _ in range(2):
+            client.delete(f"/v1/workers/{worker_id}/drain")
 
     me = client.get("/v1/me").json()["key"]
     expected = {
         service.model_id: ["model.uploaded"],
         service.dataset_id: ["dataset.uploaded"],
-        job["id"]: ["job.cancel_requested", "job.created"],
+        job["id"]: ["job.retried", "job.cancel_requested", "job.created"],
+        clone["id"]: ["job.created"],
+        worker_id: ["worker.undrained", "worker.drained"],
         key["id"]: ["key.revoked", "key.created"],
         project["id"]: ["project.created"],
         profile["id"]: ["profile.uploaded"],
@@ -367,7 +392,7 @@ def test_every_change_leaves_one_entry(service: Service) -> None:
         assert [entry["action"] for entry in entries] == actions
         assert {entry["key"] for entry in entries} == {me}
         assert {entry["client"] for entry in entries} == {"127.0.0.1"}
-    (_, created) = client.get(f"/v1/audit?target={job['id']}").json()["items"]
+    (*_, created) = client.get(f"/v1/audit?target={job['id']}").json()["items"]
     assert created["request_id"] == "r-17"
     paged = client.get("/v1/audit?limit=2").json()
     rest = client.get(f"/v1/audit?limit=200&after={paged['next']}").json()["items"]

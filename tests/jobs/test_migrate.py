@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import secrets
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +13,16 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 
-from jobs import access, blobs, deletion, quotas, store
+from jobs import access, blobs, deletion, migrate, quotas, store
 from jobs.access import Actor
 from jobs.db import Database, now
-from jobs.migrate import is_behind, upgrade
+from jobs.devices import Device
+from jobs.migrate import SchemaTooNew, require_fit, upgrade
 from jobs.records import DEFAULT_PROJECT, Project, Record
 from jobs.roles import Role
-from tests.seeds import seed_job
 from tests.services import new_database
 
-NEWEST = "0005"
+NEWEST = "0006"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -62,10 +64,10 @@ def test_many_upgrade_at_once(empty_url: str, tmp_path: Path) -> None:
     database.close()
 
 
-# What the versions of revisions 0002 and 0003 wrote: the columns of the first alone.
+# What the version of revision 0003 wrote: its columns alone.
 OLD_INSERTS = (
-    "INSERT INTO api_keys (id, project_id, name, hash, created_at, revoked_at)"
-    " VALUES ('key_{n}', 'prj_default', 'old', '{n:064}', '2026-11-01 00:00:00', NULL)",
+    "INSERT INTO api_keys (id, project_id, name, hash, role, created_at, revoked_at)"
+    " VALUES ('key_{n}', 'prj_default', 'old', '{n:064}', 'viewer', '2026-11-01 00:00:00', NULL)",
     "INSERT INTO models (id, project_id, name, size_bytes, uploads, files, info, warnings,"
     " created_at) VALUES ('mdl_{n}', 'prj_default', 'm', 1, '[]', '[]', '{{}}', '[]',"
     " '2026-11-01 00:00:00')",
@@ -74,70 +76,68 @@ OLD_INSERTS = (
     " '2026-11-01 00:00:00')",
     "INSERT INTO jobs (id, project_id, name, model_id, dataset_id, spec, state, fence, attempts,"
     " cancel_requested, last_event, created_at) VALUES ('job_{n}', 'prj_default', 'j', 'mdl_{n}',"
-    " 'dst_{n}', '{{}}', 'queued', 0, 0, false, 0, '2026-11-01 00:00:00')",
+    " 'dst_{n}', '{{\"device\": \"gpu:1\"}}', 'queued', 0, 0, false, 0, '2026-11-01 00:00:00')",
+)
+# A claim and the end of a run, as the workers of that version write them.
+OLD_CLAIM = (
+    "UPDATE jobs SET state = 'running', fence = fence + 1, attempts = attempts + 1,"
+    " lease_expires_at = '2099-01-01 00:00:00', started_at = coalesce(started_at,"
+    " '2026-11-01 00:00:01') WHERE id = 'job_{n}' AND state = 'queued'",
+    "INSERT INTO runs (id, project_id, job_id, fence, worker, state, started_at) VALUES"
+    " ('run_{n}', 'prj_default', 'job_{n}', 1, 'old', 'running', '2026-11-01 00:00:01')",
+)
+OLD_REQUEUE = (
+    "UPDATE jobs SET state = 'queued', lease_expires_at = NULL WHERE id = 'job_{n}'",
+    "UPDATE runs SET state = 'lost', ended_at = '2026-11-01 00:00:02' WHERE id = 'run_{n}'",
 )
 
 
-def insert_as_before(database: Database, number: int) -> None:
+def write_as_before(database: Database, statements: tuple[str, ...], number: int) -> None:
     with database.engine.begin() as connection:
-        for statement in OLD_INSERTS:
+        for statement in statements:
             connection.exec_driver_sql(statement.format(n=number))
 
 
-@pytest.mark.parametrize("revision", ["0002", "0003"])
-def test_data_of_revisions_before_keeps_its_meaning_and_its_writers(
-    empty_url: str, revision: str
-) -> None:
-    """Roles and profiles come to a database with keys and jobs in it, while processes of a version
-    before go on writing."""
+def test_data_of_the_revision_before_keeps_its_meaning_and_its_writers(empty_url: str) -> None:
+    """Queues by device, priorities and limits come to a database with jobs in it, while processes
+    of the version before go on writing and working."""
     database = Database(empty_url)
-    upgrade(database, revision)
-    insert_as_before(database, 1)
+    upgrade(database, "0003")
+    write_as_before(database, OLD_INSERTS, 1)
+    write_as_before(database, OLD_INSERTS, 2)
+    write_as_before(database, OLD_CLAIM, 2)
     upgrade(database)
-    insert_as_before(database, 2)
+    write_as_before(database, OLD_INSERTS, 3)
+    write_as_before(database, OLD_CLAIM, 3)
+    write_as_before(database, OLD_REQUEUE, 3)
     with database.transaction() as session:
-        for number in (1, 2):
-            found = access.find_api_key(session, f"{number:064}", at=now(session))
-            assert found is not None
-            assert found.role == Role.ADMIN  # as it could do everything before
-            assert (found.expires_at, found.last_used_at) == (None, None)
-            assert store.get_job(session, f"job_{number}", project_id=DEFAULT_PROJECT).name == "j"
+        found = access.find_api_key(session, f"{1:064}", at=now(session))
+        assert found is not None and found.role == Role.VIEWER
+        assert store.unrouted_jobs(session) == ["job_1", "job_3"]
+        for job_id in store.unrouted_jobs(session):
+            store.route_job(session, job_id)
+        queued = store.queued_jobs(session, devices=[Device.GPU])
+        assert [job.id for job in queued] == ["job_1", "job_3"]
+        assert store.expired_jobs(session) == []  # the old worker still has job_2
+    for number, fence in ((1, 1), (3, 2)):
+        with database.transaction() as session:
+            job = store.get_job(session, f"job_{number}", project_id=DEFAULT_PROJECT)
+            assert (job.name, job.precedence, job.time_limit_seconds) == ("j", 0, None)
             claim = store.claim_job(
-                session, f"job_{number}", worker="w", lease_seconds=60, max_runs=3
+                session, job.id, worker="new", lease_seconds=60, max_runs=3, devices=[Device.GPU]
             )
             assert claim is not None
-            assert claim.profile is None
+            assert (claim.fence, claim.seconds_left) == (fence, None)
+    write_as_before(database, OLD_REQUEUE, 2)  # which has lost it meanwhile
+    with database.transaction() as session:
+        assert store.unrouted_jobs(session) == ["job_2"]
     database.close()
-
-
-def test_a_database_that_a_newer_version_migrated_is_left_and_used(database_url: str) -> None:
-    """A worker of the version before is started again after the upgrade."""
-    database = Database(database_url)
-    with database.engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE alembic_version SET version_num = 'newer'")
-        connection.exec_driver_sql("ALTER TABLE jobs ADD COLUMN added VARCHAR(9) DEFAULT 'x'")
-    try:
-        upgrade(database)
-        with database.engine.connect() as connection:
-            assert not is_behind(connection)
-        job_id = seed_job(database)
-        with database.transaction() as session:
-            assert store.claim_job(session, job_id, worker="w", lease_seconds=60, max_runs=3)
-            assert session.scalar(text("SELECT added FROM jobs")) == "x"
-            assert session.scalar(text("SELECT version_num FROM alembic_version")) == "newer"
-    finally:
-        with database.engine.begin() as connection:  # others use this PostgreSQL database
-            connection.exec_driver_sql("ALTER TABLE jobs DROP COLUMN added")
-        head = ScriptDirectory(str(REPOSITORY / "jobs/migrations")).get_current_head()
-        with database.engine.begin() as connection:
-            connection.exec_driver_sql(f"UPDATE alembic_version SET version_num = '{head}'")
-        database.close()
 
 
 def test_files_of_the_revision_before_count_and_go_as_others(empty_url: str) -> None:
     database = Database(empty_url)
     upgrade(database, "0003")
-    insert_as_before(database, 1)
+    write_as_before(database, OLD_INSERTS, 1)
     file = '{"name": "m", "key": "models/mdl_1/m", "size_bytes": 7, "sha256": "' + 64 * "a" + '"}'
     with database.engine.begin() as connection:
         connection.execute(text("UPDATE models SET files = :files"), {"files": f"[{file}]"})
@@ -153,8 +153,95 @@ def test_files_of_the_revision_before_count_and_go_as_others(empty_url: str) -> 
     database.close()
 
 
+NEWER = """
+revision = "{revision}"
+down_revision = "{before}"
+{more}
+
+def upgrade():
+    from alembic import op
+    op.execute("CREATE TABLE {table} (id INTEGER)")
+"""
+
+
+def test_an_older_process_goes_on_until_a_revision_says_that_it_cannot(
+    empty_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version with one more migration, and one with a second that breaks what was before."""
+    ours = migrate._SCRIPTS
+    additive, breaking = tmp_path / "additive", tmp_path / "breaking"
+    for folder in (additive, breaking):
+        shutil.copytree(ours, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    head = ScriptDirectory(str(ours)).get_current_head()
+    added = NEWER.format(revision="8888", before=head, more="", table="added")
+    more = "breaks_older_versions = True"
+    breaks = NEWER.format(revision="9999", before="8888", more=more, table="broken")
+    (additive / "versions" / "8888_additive.py").write_text(added)
+    (breaking / "versions" / "8888_additive.py").write_text(added)
+    (breaking / "versions" / "9999_breaking.py").write_text(breaks)
+    database = Database(empty_url)
+
+    def start(version: Path) -> None:
+        """As the API and the workers of that version start, and are asked for readiness."""
+        monkeypatch.setattr(migrate, "_SCRIPTS", version)
+        upgrade(database)
+        require_fit(database)
+
+    def revision() -> str | None:
+        with database.engine.connect() as connection:
+            return str(connection.scalar(text("SELECT version_num FROM alembic_version")))
+
+    start(ours)
+    start(additive)
+    assert revision() == "8888"
+    start(ours)  # again, on a schema that is newer than it
+    assert revision() == "8888"
+    start(breaking)
+    for version in (ours, additive):
+        with pytest.raises(SchemaTooNew, match="a newer version"):
+            start(version)
+        with pytest.raises(SchemaTooNew):
+            require_fit(database)
+    start(breaking)
+    assert revision() == "9999"
+    database.close()
+
+
+def test_a_process_that_is_too_old_says_so_and_touches_nothing(
+    migrated_sqlite: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "widthwise.db"
+    shutil.copy(migrated_sqlite, path)
+    database = Database(f"sqlite:///{path}")
+    with database.engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+        connection.exec_driver_sql("DELETE FROM supported_revisions")
+    database.close()
+    before = path.read_bytes()
+    for module in ("jobs.migrate", "worker"):
+        done = subprocess.run(
+            [sys.executable, "-m", module],
+            cwd=REPOSITORY,
+            env={
+                "PATH": os.environ["PATH"],
+                "WIDTHWISE_DATABASE_URL": f"sqlite:///{path}",
+                "WIDTHWISE_DATA_DIR": str(tmp_path / "d"),
+                "WIDTHWISE_MEASURE_TRAINING": "false",
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "the database was migrated by a newer version" in done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+    assert path.read_bytes() == before
+
+
 def test_every_record_carries_its_project(database: Database) -> None:
     schema = inspect(database.engine)
-    for table in set(schema.get_table_names()) - {"projects", "alembic_version"}:
+    of_all = {"projects", "workers", "supported_revisions", "alembic_version"}
+    for table in set(schema.get_table_names()) - of_all:
         columns = {column["name"]: column for column in schema.get_columns(table)}
         assert not columns["project_id"]["nullable"], table

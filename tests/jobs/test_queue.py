@@ -9,7 +9,8 @@ from queue import Empty
 import pytest
 from celery import Celery
 
-from jobs.queue import QUEUE, RUN_JOB, enqueue_job, make_celery
+from jobs.devices import Device
+from jobs.queue import QUEUE, RUN_JOB, enqueue_job, make_celery, queue_of
 from jobs.settings import Settings
 from tests.services import free_port
 
@@ -20,9 +21,9 @@ def settings_for(broker: str, tmp_path: Path, request: pytest.FixtureRequest) ->
     return Settings(data_dir=tmp_path / "data")
 
 
-def drain(app: Celery, found: Callable[[str], None]) -> None:
+def drain(app: Celery, found: Callable[[str], None], name: str = queue_of(Device.CPU)) -> None:
     with app.connection_for_read() as connection:
-        queue = connection.SimpleQueue(app.amqp.queues[QUEUE])
+        queue = connection.SimpleQueue(app.amqp.queues[name])
         misses = 0
         while misses < 2:
             try:
@@ -52,6 +53,24 @@ def test_each_message_is_taken_once(
     for thread in threads:
         thread.join()
     assert sorted(taken) == sorted(sent)
+    app.close()
+
+
+@pytest.mark.parametrize("broker", ["folder", "redis"])
+def test_each_device_has_a_queue_of_its_own(
+    broker: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    app = make_celery(settings_for(broker, tmp_path, request))
+    for device in Device:
+        assert enqueue_job(app, f"job_{device}", device)
+    for name, wanted in (
+        (QUEUE, []),
+        ("widthwise-gpu", ["job_gpu"]),
+        ("widthwise-cpu", ["job_cpu"]),
+    ):
+        taken: list[str] = []
+        drain(app, taken.append, name)
+        assert taken == wanted
     app.close()
 
 

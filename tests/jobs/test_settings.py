@@ -28,7 +28,7 @@ def test_variables_override_and_are_checked(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WIDTHWISE_DATABASE_URL", "")  # as compose files leave what is unset
     assert Settings().worker_slots == 3
     assert Settings().database_url.startswith("sqlite:")
-    monkeypatch.setenv("WIDTHWISE_WORKER_SLOTS", "0")
+    monkeypatch.setenv("WIDTHWISE_WORKER_SLOTS", "-1")
     with pytest.raises(ValidationError):
         Settings()
 

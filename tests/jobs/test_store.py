@@ -4,13 +4,15 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from jobs import access, store
 from jobs.db import Database, now
+from jobs.devices import Device, Need
 from jobs.errors import Conflict, NotFound, StaleRun
 from jobs.records import DEFAULT_PROJECT, Event, Job, Project, Run
 from jobs.states import JobState, RunState
@@ -63,6 +65,11 @@ def runs_of(database: Database, job_id: str) -> list[RunState]:
 def settle(database: Database, job_id: str, *, max_runs: int = 3) -> JobState | None:
     with database.transaction() as session:
         return store.settle_expired(session, job_id, max_runs=max_runs)
+
+
+def cancel(database: Database, job_id: str) -> None:
+    with database.transaction() as session:
+        store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
 
 
 def _claim_in_process(url: str, job_id: str, start: Any, wins: Any) -> None:
@@ -266,9 +273,10 @@ def test_cancelling_a_running_job_tells_its_run(database: Database) -> None:
 
 def test_a_cancelled_job_whose_worker_died_is_not_run_again(database: Database) -> None:
     job_id = seed_job(database)
-    expired_claim(database, job_id)
+    claimed(database, job_id)
+    cancel(database, job_id)
     with database.transaction() as session:
-        store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
+        session.get_one(Job, job_id).lease_expires_at = job_of(database, job_id).created_at
     assert claim(database, job_id) is None
     assert settle(database, job_id) == JobState.CANCELLED
 
@@ -350,7 +358,139 @@ def test_pages_hold_every_job_once_newest_first(database: Database) -> None:
         queued = store.queued_jobs(session)
     assert times == sorted(times, reverse=True)
     assert [job.id for job in running] == [run.job_id]
-    assert queued == [id for id in reversed(pages) if id != made[3]]
+    assert [job.id for job in queued] == [id for id in reversed(pages) if id != made[3]]
+
+
+def queued_ids(database: Database, *devices: Device) -> list[str]:
+    with database.reading() as session:
+        return [job.id for job in store.queued_jobs(session, devices=devices or Device)]
+
+
+def test_the_queue_is_by_priority_then_age(database: Database) -> None:
+    plain = [seed_job(database) for _ in range(2)]
+    urgent = [seed_job(database, priority=5, spec={"device": "gpu"}) for _ in range(2)]
+    patient = seed_job(database, priority=-5)
+    most = seed_job(database, priority=6)
+    assert queued_ids(database) == [most, *urgent, *plain, patient]
+    assert queued_ids(database, Device.CPU) == [most, *plain, patient]
+    assert queued_ids(database, Device.GPU) == urgent
+    with database.reading() as session:
+        assert [job.id for job in store.queued_jobs(session, limit=2)] == [most, urgent[0]]
+        (first, _) = store.queued_jobs(session, devices=[Device.GPU])
+    assert first.need == Need(Device.GPU)
+
+
+def test_a_job_is_claimed_for_its_own_device_alone(database: Database) -> None:
+    job_id = seed_job(database, spec={"device": "gpu:1"})
+
+    def claim_with(*devices: Device) -> Claim | None:
+        with database.transaction() as session:
+            return store.claim_job(
+                session, job_id, worker="w", lease_seconds=60, max_runs=3, devices=devices
+            )
+
+    assert claim_with(Device.CPU) is None
+    assert claim_with() is None
+    assert claim_with(Device.CPU, Device.GPU) is not None
+
+
+def test_a_job_of_a_version_with_one_queue_is_routed(database: Database) -> None:
+    job_id = seed_job(database, spec={"device": "gpu:1"})
+    with database.transaction() as session:
+        session.execute(update(Job).values(device=None))
+    assert queued_ids(database) == []
+    assert claim(database, job_id) is None
+    with database.transaction() as session:
+        assert store.unrouted_jobs(session) == [job_id]
+        store.route_job(session, job_id)
+    assert queued_ids(database, Device.GPU) == [job_id]
+    with database.reading() as session:
+        assert store.unrouted_jobs(session) == []
+
+
+def retry(database: Database, job_id: str) -> Job:
+    with database.transaction() as session:
+        return store.retry_job(session, job_id, project_id=DEFAULT_PROJECT)
+
+
+@pytest.mark.parametrize("end", [JobState.FAILED, JobState.CANCELLED])
+def test_a_job_that_came_to_nothing_is_retried(database: Database, end: JobState) -> None:
+    job_id = seed_job(database)
+    first = claimed(database, job_id)
+    with database.transaction() as session:
+        store.add_checkpoint(
+            session,
+            first,
+            name="c",
+            key=f"jobs/{job_id}/1/checkpoints/c",
+            size_bytes=1,
+            sha256="0" * 64,
+            stage="distil",
+            step=7,
+        )
+        session.get_one(Job, job_id).attempts = 3
+        store.finish_job(session, first, end, error={"code": "x", "message": "y"})
+    job = retry(database, job_id)
+    assert (job.state, job.attempts, job.error) == (JobState.QUEUED, 0, None)
+    assert (job.started_at, job.finished_at) == (None, None)
+    second = claimed(database, job_id)
+    assert second.fence == 2
+    assert [each["step"] for each in second.checkpoints] == [7]
+    with database.transaction() as session, pytest.raises(StaleRun):
+        store.renew_lease(session, first, lease_seconds=60)
+    kinds = [event.kind for event in events_of(database, job_id)]
+    assert kinds == ["queued", "started", "checkpoint", str(end), "queued", "started"]
+    assert [event.number for event in events_of(database, job_id)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_job_that_succeeded_or_has_not_ended_is_not_retried(database: Database) -> None:
+    def refusal(job_id: str) -> str:
+        with pytest.raises(Conflict) as refused:
+            retry(database, job_id)
+        return refused.value.code
+
+    job_id = seed_job(database)
+    assert refusal(job_id) == "job-not-finished"
+    run = claimed(database, job_id)
+    assert refusal(job_id) == "job-not-finished"
+    with database.transaction() as session:
+        store.finish_job(session, run, JobState.SUCCEEDED, report={})
+    assert refusal(job_id) == "job-succeeded"
+    assert [e.kind for e in events_of(database, job_id)] == ["queued", "started", "succeeded"]
+    with pytest.raises(NotFound):
+        retry(database, "job_absent")
+
+
+def test_time_that_runs_took_counts_until_the_job_is_retried(database: Database) -> None:
+    job_id = seed_job(database, time_limit_seconds=100)
+    assert claimed(database, seed_job(database)).seconds_left is None
+
+    def run_for(seconds: float) -> float:
+        run = claimed(database, job_id)
+        assert run.seconds_left is not None
+        with database.transaction() as session:
+            begun = session.get_one(Run, run.run_id)
+            begun.started_at -= timedelta(seconds=seconds)
+            store.release_job(session, run, reason="told to stop")
+        return run.seconds_left
+
+    assert run_for(30) == 100
+    assert run_for(40) == pytest.approx(70, abs=1)
+    assert run_for(0) == pytest.approx(30, abs=1)
+    cancel(database, job_id)
+    retry(database, job_id)
+    assert run_for(0) == 100
+
+
+def test_a_job_whose_worker_is_gone_is_cancelled_at_once(database: Database) -> None:
+    """There may be no other worker to see to it."""
+    job_id = seed_job(database)
+    silent = expired_claim(database, job_id)
+    cancel(database, job_id)
+    assert job_of(database, job_id).state == JobState.CANCELLED
+    assert runs_of(database, job_id) == [RunState.LOST]
+    with database.transaction() as session, pytest.raises(StaleRun):
+        store.finish_job(session, silent, JobState.SUCCEEDED, report={})
 
 
 def test_numbers_that_json_lacks_do_not_break_a_write(database: Database) -> None:

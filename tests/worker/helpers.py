@@ -35,8 +35,12 @@ def settings_for(tmp_path: Path, database_url: str | None = None, **more: Any) -
     return Settings(**chosen | more)
 
 
-def submit(database: Database, objects: ObjectStore, *steps: str) -> str:
-    return seed_job(database, objects, spec={"do": list(steps)})
+def submit(
+    database: Database, objects: ObjectStore, *steps: str, device: str = "cpu", **details: Any
+) -> str:
+    """`details` as of store.create_job, and `processes` as in a spec."""
+    spec = {"do": list(steps), "device": device, "processes": details.pop("processes", 1)}
+    return seed_job(database, objects, spec=spec, **details)
 
 
 def job_of(database: Database, job_id: str) -> Job:

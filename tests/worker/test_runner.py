@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +12,10 @@ import pytest
 from sqlalchemy import text
 
 from compression.runtime_env import core_count, cpu_vendor, training_environment
-from jobs import store
+from jobs import store, workers
 from jobs.artifacts import ObjectStore, run_prefix
 from jobs.db import Database
-from jobs.records import DEFAULT_PROJECT, Artifact
+from jobs.records import DEFAULT_PROJECT, Artifact, Job
 from jobs.settings import Settings
 from jobs.states import JobState
 from tests.seeds import seed_job
@@ -54,9 +55,16 @@ def make_runner(
     def make(**changes: Any) -> Runner:
         command = changes.pop("child_command", CHILD_COMMAND)
         key = changes.pop("signing_key", None)
+        gpus = changes.pop("gpus", ())
         chosen = settings.model_copy(update=changes)
         runner = Runner(
-            chosen, database, objects, worker="w", child_command=command, signing_key=key
+            chosen,
+            database,
+            objects,
+            worker="w",
+            child_command=command,
+            gpus=gpus,
+            signing_key=key,
         )
         runners.append(runner)
         return runner
@@ -293,14 +301,14 @@ def test_reconciling_keeps_what_a_run_may_resume_from(
     assert first.join(30)
     third, second, superseded = job_of(database, job_id).checkpoints or []
     time.sleep(0.02)
-    reconcile(settings, database, objects, nudge=lambda job_id: None)
+    reconcile(settings, database, objects, nudge=lambda job: None)
     assert objects.exists(unnamed) and objects.exists(superseded["key"])
-    reconcile(eager, database, objects, nudge=lambda job_id: None)
+    reconcile(eager, database, objects, nudge=lambda job: None)
     assert not objects.exists(unnamed) and not objects.exists(superseded["key"])
     assert objects.exists(second["key"]) and objects.exists(third["key"])
     cancel(database, job_id)
     time.sleep(0.02)
-    reconcile(eager, database, objects, nudge=lambda job_id: None)
+    reconcile(eager, database, objects, nudge=lambda job: None)
     assert objects.keys(f"jobs/{job_id}/") == []
     assert job_of(database, job_id).checkpoints is None
 
@@ -363,6 +371,141 @@ def test_a_job_that_cannot_be_claimed_does_not_keep_a_worker_busy(
     filling.join(10)
     assert not filling.is_alive()
     assert {job_of(database, job_id).state for job_id in used_up} == {JobState.QUEUED}
+
+
+@ON_SQLITE
+def test_jobs_are_taken_by_priority_whichever_was_offered(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    plain = submit(database, objects, "progress")
+    urgent = submit(database, objects, "progress", priority=7)
+    make_runner().offer(plain)
+    for job_id in (plain, urgent):
+        wait_for_state(database, job_id, "succeeded")
+    first, second = (job_of(database, job_id).started_at for job_id in (urgent, plain))
+    assert first is not None and second is not None and first < second
+
+
+@ON_SQLITE
+def test_a_worker_takes_only_what_it_has_and_one_job_a_gpu(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    go_on = tmp_path / "go on"
+    steps = ("environment", f"wait {go_on}")
+    on_cpu = submit(database, objects, *steps)
+    on_gpus = [submit(database, objects, *steps, device="gpu") for _ in range(3)]
+    numbered = submit(database, objects, *steps, device="gpu:2")
+    too_many = submit(database, objects, "progress", device="gpu", processes=4)
+    runner = make_runner(worker_slots=0, gpus=["4", "5", "6"])
+    runner.fill()
+
+    def sees(job_id: str) -> str | None:
+        environment = wait_for_event(database, job_id, "progress").data["figures"]
+        return environment.get("CUDA_VISIBLE_DEVICES")
+
+    assert [sees(job_id) for job_id in on_gpus] == ["4", "5", "6"]
+    assert job_of(database, numbered).state == JobState.QUEUED  # number 2 of them is busy
+    go_on.touch()
+    for job_id in (*on_gpus, numbered):
+        wait_for_state(database, job_id, "succeeded")
+    assert sees(numbered) == os.environ.get("CUDA_VISIBLE_DEVICES")
+    for job_id in (on_cpu, too_many):
+        assert job_of(database, job_id).state == JobState.QUEUED
+
+
+@ON_SQLITE
+def test_a_job_of_two_gpus_is_not_starved_by_those_of_one(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    first_ends, all_end = tmp_path / "first ends", tmp_path / "all end"
+    running = [
+        submit(database, objects, "progress", f"wait {end}", device="gpu")
+        for end in (first_ends, all_end)
+    ]
+    runner = make_runner(gpus=["0", "1"])
+    runner.fill()
+    for job_id in running:
+        wait_for_event(database, job_id, "progress")
+    pair = submit(database, objects, "environment", device="gpu", processes=2)
+    younger = submit(database, objects, "progress", device="gpu")
+    on_cpu = submit(database, objects, "progress")
+    first_ends.touch()
+    wait_for_state(database, running[0], "succeeded")
+    wait_until(lambda: job_of(database, on_cpu).state.is_final or runner.offer(on_cpu), "room")
+    wait_for_state(database, on_cpu, "succeeded")  # which waits for nobody's GPU
+    assert {job_of(database, job_id).state for job_id in (pair, younger)} == {JobState.QUEUED}
+    all_end.touch()
+    for job_id in (pair, younger):
+        wait_for_state(database, job_id, "succeeded")
+    environment = wait_for_event(database, pair, "progress").data["figures"]
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0,1"
+    before, after = (job_of(database, job_id).started_at for job_id in (pair, younger))
+    assert before is not None and after is not None and before < after
+
+
+@ON_SQLITE
+def test_a_drained_worker_leaves_the_queue_alone(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    with database.transaction() as session:
+        id = workers.announce(session, name="w", slots=1, gpus=0, lease_seconds=60).id
+        workers.drain(session, id)
+    job_id = submit(database, objects, "progress")
+    runner = make_runner()
+    assert not runner.offer(job_id)
+    assert job_of(database, job_id).state == JobState.QUEUED
+    with database.transaction() as session:
+        workers.undrain(session, id)
+    assert runner.offer(job_id)
+    wait_for_state(database, job_id, "succeeded")
+
+
+@ON_SQLITE
+def test_a_job_that_runs_over_its_time_is_ended_and_can_be_retried(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    go_on = tmp_path / "go on"
+    steps = ("resumed", "checkpoint 4", "deaf", "spawn", f"wait {go_on}")
+    job_id = submit(database, objects, *steps, time_limit_seconds=4)
+    runner = make_runner()
+    runner.offer(job_id)
+    pids = wait_for_event(database, job_id, "progress", 2).data["figures"].values()
+    wait_for_state(database, job_id, "failed")
+    wait_for_death(*pids)
+    assert error_of(database, job_id)["code"] == "time-limit"
+    go_on.touch()
+    with database.transaction() as session:
+        store.retry_job(session, job_id, project_id=DEFAULT_PROJECT)
+    wait_until(lambda: runner.offer(job_id), "there is room")
+    wait_for_state(database, job_id, "succeeded")
+    assert wait_for_event(database, job_id, "resumed").data["step"] == 4
+
+
+def test_a_run_that_does_not_stop_is_handed_back_as_it_is(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, tmp_path: Path
+) -> None:
+    """And what it then says, it says too late."""
+    go_on = tmp_path / "go on"
+    job_id = submit(database, objects, "progress", f"wait {go_on}")
+    runner = make_runner()
+    runner.offer(job_id)
+    wait_for_event(database, job_id, "progress")
+    runner.hand_back()
+    job = job_of(database, job_id)
+    assert (job.state, job.attempts) == (JobState.QUEUED, 0)
+    go_on.touch()
+    wait_until(lambda: runner.offer(job_id) or runner.join(0), "the run has ended")
+    wait_for_state(database, job_id, "succeeded")
+    kinds = kinds_of(database, job_id)
+    assert kinds == [
+        "queued",
+        "started",
+        "progress",
+        "requeued",
+        "started",
+        "progress",
+        "succeeded",
+    ]
 
 
 @ON_SQLITE
@@ -484,11 +627,20 @@ def test_reconciling_requeues_nudges_and_cleans(
     objects.put_file(orphan, SOME_FILE)
     other = run_prefix(unheard, 7) + "w1/m"  # of no run that ended: not to be touched
     objects.put_file(other, SOME_FILE)
+    on_gpu = submit(database, objects, "progress", device="gpu")
+    with database.transaction() as session:
+        workers.announce(session, name="w", slots=1, gpus=0, lease_seconds=60)
+        for each in (unheard, on_gpu):  # as a process of a version with one queue leaves them
+            session.get_one(Job, each).device = None
     time.sleep(0.05)
     nudged: list[str] = []
+
+    def nudge(job: store.QueuedJob) -> None:
+        nudged.append(job.id)
+
     passes = [
         threading.Thread(
-            target=reconcile, args=(settings, database, objects), kwargs={"nudge": nudged.append}
+            target=reconcile, args=(settings, database, objects), kwargs={"nudge": nudge}
         )
         for _ in range(3)
     ]
@@ -496,15 +648,15 @@ def test_reconciling_requeues_nudges_and_cleans(
         thread.start()
     for thread in passes:
         thread.join()
-    assert set(nudged) == {lost, unheard}
+    assert set(nudged) == {lost, unheard}  # nobody has a GPU
     assert kinds_of(database, lost) == ["queued", "started", "requeued"]
     assert objects.exists(orphan)  # the dead run might be only slow: a grace period
     eager = settings.model_copy(update={"orphan_grace_seconds": 0})
-    reconcile(eager, database, objects, nudge=nudged.append)
+    reconcile(eager, database, objects, nudge=nudge)
     assert not objects.exists(orphan)
     assert objects.exists(other)
-    make_runner(worker_slots=2).fill()
-    for job_id in (lost, unheard):
+    make_runner(worker_slots=2, gpus=["0"]).fill()
+    for job_id in (lost, unheard, on_gpu):
         wait_for_state(database, job_id, "succeeded")
 
 
@@ -517,7 +669,10 @@ def test_a_step_that_fails_does_not_keep_the_others_from_being_done(
     (settings.work_dir / "run_dead.lock").touch()
     submit(database, objects, "progress")
 
-    def broken(job_id: str) -> None:
+    with database.transaction() as session:
+        workers.announce(session, name="w", slots=1, gpus=0, lease_seconds=60)
+
+    def broken(job: store.QueuedJob) -> None:
         raise RuntimeError("the queue is broken")
 
     reconcile(settings, database, objects, nudge=broken)

@@ -7,19 +7,22 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 
-from jobs import store
+from jobs import store, workers
 from jobs.artifacts import ObjectStore
-from jobs.db import Database
+from jobs.db import Database, now
+from jobs.devices import Device
 from jobs.queue import enqueue_job, make_celery
 from jobs.records import DEFAULT_PROJECT
 from jobs.settings import Settings
 from jobs.states import JobState
+from jobs.workers import WorkerState
 from tests.services import free_port, wait_until
 from tests.worker.helpers import (
     error_of,
@@ -41,15 +44,15 @@ StartWorker = Callable[[Settings], Worker]
 
 @pytest.fixture
 def start_worker(tmp_path: Path) -> Iterator[StartWorker]:
-    workers: list[Worker] = []
+    started: list[Worker] = []
 
     def start(settings: Settings) -> Worker:
         program = ["-m", "tests.worker.run_worker"]
-        workers.append(Worker(settings, tmp_path / f"worker{len(workers)}", program=program))
-        return workers[-1]
+        started.append(Worker(settings, tmp_path / f"worker{len(started)}", program=program))
+        return started[-1]
 
     yield start
-    for worker in workers:
+    for worker in started:
         if worker.process.poll() is None:
             worker.process.kill()
             worker.process.wait()
@@ -65,12 +68,12 @@ def settings(database_url: str, tmp_path: Path, request: pytest.FixtureRequest) 
     return settings_for(tmp_path, database_url, broker_url=broker, reconcile_seconds=600)
 
 
-def worker_of(database: Database, job_id: str, workers: list[Worker], run: int = 1) -> Worker:
+def worker_of(database: Database, job_id: str, among: list[Worker], run: int = 1) -> Worker:
     """The one whose process runs the job."""
     name = wait_for_event(database, job_id, "started", run).data["worker"]
     found = re.search(r"-(\d+)-", name)
     assert found is not None
-    return next(worker for worker in workers if worker.pid == int(found[1]))
+    return next(worker for worker in among if worker.pid == int(found[1]))
 
 
 def child_pids(database: Database, job_id: str) -> list[int]:
@@ -80,7 +83,7 @@ def child_pids(database: Database, job_id: str) -> list[int]:
 def test_one_of_two_workers_runs_a_job_whose_message_came_often(
     settings: Settings, database: Database, objects: ObjectStore, start_worker: StartWorker
 ) -> None:
-    workers = [start_worker(settings) for _ in range(2)]
+    started = [start_worker(settings) for _ in range(2)]
     app = make_celery(settings)
     job_id = submit(database, objects, "check", "progress", "artifact w1/onnx/model.onnx")
     for _ in range(10):
@@ -90,9 +93,9 @@ def test_one_of_two_workers_runs_a_job_whose_message_came_often(
     last = submit(database, objects, "progress")
     enqueue_job(app, last)
     wait_for_state(database, last, "succeeded")
-    for worker in workers:
+    for worker in started:
         worker.process.send_signal(signal.SIGTERM)
-    for worker in workers:
+    for worker in started:
         assert worker.process.wait(STOP_SECONDS) == 0, worker.log.read_text()
         assert list(worker.folder.iterdir()) == []  # nothing outside the data folder
         assert "rror" not in worker.log.read_text()
@@ -112,10 +115,10 @@ def test_a_job_whose_worker_is_killed_ends_once_on_another(
     tmp_path: Path,
 ) -> None:
     settings = settings.model_copy(update={"lease_seconds": 3.0, "reconcile_seconds": 0.5})
-    workers = [start_worker(settings) for _ in range(2)]
+    started = [start_worker(settings) for _ in range(2)]
     go_on = tmp_path / "go on"
     job_id = submit(database, objects, "deaf", "spawn", f"wait {go_on}")  # and no message
-    killed = worker_of(database, job_id, workers)
+    killed = worker_of(database, job_id, started)
     pids = child_pids(database, job_id)
     killed.process.kill()
     killed.process.wait()
@@ -126,7 +129,7 @@ def test_a_job_whose_worker_is_killed_ends_once_on_another(
     kinds = [kind for kind in kinds_of(database, job_id) if kind != "progress"]
     assert kinds == ["queued", "started", "requeued", "started", "succeeded"]
     assert job_of(database, job_id).attempts == 2
-    assert worker_of(database, job_id, workers, run=2) is not killed
+    assert worker_of(database, job_id, started, run=2) is not killed
     wait_until(lambda: not list(settings.work_dir.iterdir()), "the dead run's folder is gone")
 
 
@@ -154,10 +157,10 @@ def test_a_worker_that_stood_still_does_not_disturb_its_successor(
     tmp_path: Path,
 ) -> None:
     settings = settings.model_copy(update={"lease_seconds": 2.0, "reconcile_seconds": 0.5})
-    workers = [start_worker(settings) for _ in range(2)]
+    started = [start_worker(settings) for _ in range(2)]
     go_on = tmp_path / "go on"
     job_id = submit(database, objects, "progress", f"wait {go_on}", "artifact w1/m")
-    still = worker_of(database, job_id, workers)
+    still = worker_of(database, job_id, started)
     stop_between_transactions(still, database)
     wait_for_event(database, job_id, "started", 2)
     go_on.touch()  # both children go on, and both make the artifact
@@ -214,6 +217,102 @@ def test_a_worker_that_is_stopped_leaves_nothing_and_hands_its_job_back(
     assert events_of(database, job_id)[-1].data["reason"] == "its worker was told to stop"
     assert list(settings.work_dir.iterdir()) == []
     assert list(worker.folder.iterdir()) == []
+    app.close()
+
+
+def test_a_worker_that_cannot_stop_its_job_in_time_hands_it_back_all_the_same(
+    settings: Settings, database: Database, objects: ObjectStore, start_worker: StartWorker
+) -> None:
+    """The child is deaf, and the grace that it has is longer than the worker's own."""
+    changes = {"stop_grace_seconds": 600.0, "worker_stop_seconds": 1.0}
+    worker = start_worker(settings.model_copy(update=changes))
+    job_id = submit(database, objects, "deaf", "spawn", "sleep 600")
+    app = make_celery(settings)
+    enqueue_job(app, job_id)
+    pids = child_pids(database, job_id)
+    assert worker.stop() == 1
+    wait_for_death(*pids)
+    job = job_of(database, job_id)
+    assert (job.state, job.attempts) == (JobState.QUEUED, 0)
+    assert events_of(database, job_id)[-1].data["reason"] == "its worker was told to stop"
+    assert listed(database) == {}
+    app.close()
+
+
+def listed(database: Database) -> dict[int, WorkerState]:
+    """The state of each worker, by its process."""
+    with database.reading() as session:
+        found = workers.list_workers(session)
+        loads, at = workers.loads(session, found), now(session)
+    return {
+        int(each.name.rsplit("-", 2)[1]): workers.state_of(each, loads[each.name], at=at)
+        for each in found
+    }
+
+
+def test_workers_announce_themselves_leave_and_are_missed(
+    settings: Settings, database: Database, start_worker: StartWorker
+) -> None:
+    settings = settings.model_copy(update={"lease_seconds": 1.5})
+    first, second = start_worker(settings), start_worker(settings)
+    everybody = {first.pid: WorkerState.ACTIVE, second.pid: WorkerState.ACTIVE}
+    wait_until(lambda: listed(database) == everybody, "both are listed")
+    first.process.kill()
+    missed = {first.pid: WorkerState.LOST, second.pid: WorkerState.ACTIVE}
+    wait_until(lambda: listed(database) == missed, "one is missed")
+    assert second.stop() == 0
+    assert listed(database) == {first.pid: WorkerState.LOST}
+
+
+def test_a_drained_worker_finishes_its_job_and_takes_no_other_until_it_may(
+    settings: Settings,
+    database: Database,
+    objects: ObjectStore,
+    start_worker: StartWorker,
+    tmp_path: Path,
+) -> None:
+    settings = settings.model_copy(update={"reconcile_seconds": 0.3})
+    worker = start_worker(settings)
+    go_on = tmp_path / "go on"
+    running = submit(database, objects, "progress", f"wait {go_on}")
+    wait_for_event(database, running, "progress")
+    with database.transaction() as session:
+        (record,) = workers.list_workers(session)
+        workers.drain(session, record.id)
+    waiting = submit(database, objects, "progress")
+    assert listed(database) == {worker.pid: WorkerState.DRAINING}
+    go_on.touch()
+    wait_for_state(database, running, "succeeded")
+    app = make_celery(settings)
+    enqueue_job(app, waiting)
+    drained = {worker.pid: WorkerState.DRAINED}
+    wait_until(lambda: listed(database) == drained, "it runs nothing")
+    time.sleep(1)  # three looks at the queue
+    assert job_of(database, waiting).state == JobState.QUEUED
+    with database.transaction() as session:
+        workers.undrain(session, record.id)
+    wait_for_state(database, waiting, "succeeded")
+    app.close()
+
+
+def test_messages_reach_the_workers_that_have_the_device(
+    settings: Settings, database: Database, objects: ObjectStore, start_worker: StartWorker
+) -> None:
+    """Neither looks by itself: the reconciler is hours away."""
+    on_cpu = start_worker(settings)
+    on_gpu = start_worker(settings.model_copy(update={"worker_slots": 0, "worker_gpus": 1}))
+    for worker in (on_cpu, on_gpu):
+        wait_until(lambda worker=worker: worker.has_logged("worker started"), "it is up")
+    app = make_celery(settings)
+    for device, wanted in ((Device.GPU, on_gpu), (Device.CPU, on_cpu)):
+        for _ in range(3):
+            job_id = submit(database, objects, "environment", device=device)
+            enqueue_job(app, job_id, device)
+            wait_for_state(database, job_id, "succeeded")
+            assert worker_of(database, job_id, [on_cpu, on_gpu]) is wanted
+            environment = wait_for_event(database, job_id, "progress").data["figures"]
+            visible = environment.get("CUDA_VISIBLE_DEVICES")
+            assert visible == ("0" if device == Device.GPU else None)
     app.close()
 
 

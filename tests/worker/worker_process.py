@@ -37,6 +37,9 @@ class Worker:
             "WIDTHWISE_STOP_GRACE_SECONDS": str(settings.stop_grace_seconds),
             "WIDTHWISE_CHECKPOINT_SECONDS": str(settings.checkpoint_seconds),
             "WIDTHWISE_MAX_RUNS": str(settings.max_runs),
+            "WIDTHWISE_WORKER_SLOTS": str(settings.worker_slots),
+            "WIDTHWISE_WORKER_GPUS": str(settings.worker_gpus or 0),
+            "WIDTHWISE_WORKER_STOP_SECONDS": str(settings.worker_stop_seconds),
             "WIDTHWISE_MEASURE_TRAINING": str(settings.measure_training),
         }
         with self.log.open("wb") as log:
