@@ -482,7 +482,7 @@ def test_lists_are_read_as_texts_from_jsonl_and_parquet(tmp_path: Path) -> None:
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
 kinds = (st.none() | texts, st.none() | st.lists(texts, max_size=3).map(tuple))  # of a column
 names = st.lists(
-    texts.filter(lambda name: name not in ("", LINE_KEY) and "\r" not in name),
+    texts.filter(lambda n: n not in ("", LINE_KEY) and "\r" not in n and not n.startswith("=")),
     min_size=1,
     max_size=4,
     unique=True,

@@ -87,7 +87,7 @@ DATA = np.ones(4, np.float32).tobytes()
             b'{"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
             b'"w":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
             DATA,
-            "a name stands twice",
+            "stands twice",
         ),
     ],
 )

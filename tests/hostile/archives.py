@@ -7,6 +7,7 @@ import io
 import stat
 import struct
 import tarfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,7 +31,8 @@ def _zip(
     *members: tuple[str | zipfile.ZipInfo, bytes], method: int = zipfile.ZIP_DEFLATED
 ) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
+    with zipfile.ZipFile(buffer, "w", method) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a name is there twice may be the point
         for name, content in members:
             archive.writestr(name, content)
     return buffer.getvalue()
@@ -185,18 +187,13 @@ def _zeros(mebibytes: int) -> Callable[[], Iterator[bytes]]:
 ARCHIVES: Corpus = {
     # Paths.
     "zip: a path that leaves": _made(ZIP, "unsafe-archive", _named("../../evil")),
-    "zip: a path that leaves from within": _made(ZIP, "unsafe-archive", _named("a/../../evil")),
     "zip: an absolute path": _made(ZIP, "unsafe-archive", _named("/tmp/evil")),
-    "zip: a drive": _made(ZIP, "unsafe-archive", _named("C:evil")),
     "zip: backslashes": _made(ZIP, "unsafe-archive", _named("..\\..\\evil")),
-    "zip: a line feed in a name": _made(ZIP, "unsafe-archive", _named("a\nb")),
     "zip: a name that a NUL cuts": _made(
         ZIP, "unsafe-archive", _patched(b"train.csv", b"train\0csv", times=2)
     ),
-    "zip: a name of 300 bytes": _made(ZIP, "unsafe-archive", _named("x" * 300)),
     "zip: twenty folders deep": _made(ZIP, "unsafe-archive", _named("a/" * 20 + "evil")),
     "tar: a path that leaves": _made(PACKED, "unsafe-archive", _packed(_member("../../evil"))),
-    "tar: an absolute path": _made(PACKED, "unsafe-archive", _packed(_member("/tmp/evil"))),
     "tar: a path that leaves, in a pax header": _made(
         PACKED, "unsafe-archive", _packed(_pax(_record(b"path", b"../../evil")), _member("good"))
     ),
@@ -214,9 +211,7 @@ ARCHIVES: Corpus = {
     "tar: a character device": _made(
         PACKED, "archive-link", _packed(_member("a", tarfile.CHRTYPE, devmajor=1, devminor=5))
     ),
-    "tar: a block device": _made(PACKED, "archive-link", _packed(_member("a", tarfile.BLKTYPE))),
     "tar: a pipe": _made(PACKED, "archive-link", _packed(_member("a", tarfile.FIFOTYPE))),
-    "tar: a kind that nobody knows": _made(PACKED, "archive-link", _packed(_member("a", b"Z"))),
     "tar: a sparse file of a terabyte": _made(
         PACKED,
         "archive-link",
@@ -230,12 +225,9 @@ ARCHIVES: Corpus = {
     ),
     "zip: a symbolic link": _made(ZIP, "archive-link", _of_kind(stat.S_IFLNK)),
     "zip: a character device": _made(ZIP, "archive-link", _of_kind(stat.S_IFCHR)),
-    "zip: a socket": _made(ZIP, "archive-link", _of_kind(stat.S_IFSOCK)),
     # The same twice.
     "zip: a name twice": _made(ZIP, "archive-duplicate", _named("train.csv")),
-    "tar: a name twice": _made(PACKED, "archive-duplicate", _packed(_member("./train.csv"))),
     "zip: a file that is a folder": _made(ZIP, "archive-duplicate", _named("train.csv/evil")),
-    "zip: names that differ in case": _made(ZIP, "invalid-dataset", _named("TRAIN.csv")),
     # Bombs.
     "zip: a thousandfold": _made(ZIP, "archive-bomb", lambda: _zip(("train.csv", bytes(2**26)))),
     "zip: members that overlap": _made(ZIP, "archive-duplicate", _overlapping),
@@ -245,11 +237,6 @@ ARCHIVES: Corpus = {
     "zip: a million entries": _made(ZIP, "archive-too-many-files", lambda: many_entries(10**6)),
     "zip: a million entries, told as one": _made(
         ZIP, "archive-too-many-files", lambda: many_entries(10**6, told=1)
-    ),
-    "tar: ten thousand entries": _made(
-        TAR,
-        "archive-too-many-files",
-        lambda: b"".join(_member(f"{i}") for i in range(10_000)) + END,
     ),
     "tar.gz: twenty thousand entries": _made(
         PACKED,
@@ -264,43 +251,28 @@ ARCHIVES: Corpus = {
         TAR, "damaged-archive", _tar(_header(-512, tarfile.XHDTYPE))
     ),
     "tar: a file below zero": _made(TAR, "damaged-archive", _tar(_header(-1024, tarfile.REGTYPE))),
-    "tar: a long name of a gigabyte": _made(
-        TAR, "archive-bomb", _tar(_header(2**30, tarfile.GNUTYPE_LONGNAME))
-    ),
     "tar: a thousand pax headers in a row": _made(
         TAR, "archive-bomb", _tar(*[_pax(_record(b"comment", b"x"))] * 1000)
     ),
     "tar: a pax header that is slow to search": _made(
         TAR, "archive-bomb", _tar(_pax(b"1" * 2**20), _member("a"))
     ),
-    "tar: a member longer than the archive": _made(
-        TAR, "damaged-archive", _tar(_header(2**40, tarfile.REGTYPE))
-    ),
     "tar: cut short": _made(PACKED, "damaged-archive", lambda: _packed(noise(2**14))()[:-5000]),
     "gzip: a wrong checksum": _made(
         PACKED, "damaged-archive", lambda: _packed()()[:-8] + bytes(8)
     ),
-    "gzip: no tar in it": _made(PACKED, "damaged-archive", lambda: gzip.compress(b"no tar")),
-    "zip: cut short": _made(ZIP, "damaged-archive", lambda: _named("x")()[:-30]),
     "zip: a wrong checksum": _made(
         ZIP, "damaged-archive", _patched(TABLE, TABLE.replace(b"b", b"c"), times=1)
     ),
     "zip: another name within than in its directory": _made(
         ZIP, "damaged-archive", lambda: _named("x")().replace(b"train.csv", b"../evil..", 1)
     ),
-    "zip: an end and nothing else": _made(
-        ZIP, "damaged-archive", lambda: b"PK\x05\x06" + bytes(18)
-    ),
     # What is not read.
     "zip: encrypted": _made(ZIP, "archive-encrypted", _flagged_encrypted),
     "zip: bzip2": _made(
         ZIP, "archive-unsupported", lambda: _zip(("train.csv", TABLE), method=zipfile.ZIP_BZIP2)
     ),
-    "zip: LZMA": _made(
-        ZIP, "archive-unsupported", lambda: _zip(("train.csv", TABLE), method=zipfile.ZIP_LZMA)
-    ),
     "7z": _made("data.7z", "archive-unsupported", lambda: b"7z\xbc\xaf\x27\x1c" + bytes(26)),
-    "tar.xz": _made("data.tar.xz", "archive-unsupported", lambda: b"\xfd7zXZ\0" + bytes(26)),
     "a table in gzip alone": _made(
         "train.csv.gz", "archive-unsupported", lambda: gzip.compress(TABLE)
     ),

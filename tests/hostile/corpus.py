@@ -7,7 +7,7 @@ them all through a running API.
 
 from __future__ import annotations
 
-import os
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,5 +72,5 @@ def made(content: Made) -> bytes:
 
 
 def noise(size: int) -> bytes:
-    """Bytes that do not compress."""
-    return os.urandom(size)
+    """Bytes that do not compress, always the same."""
+    return random.Random(size).randbytes(size)

@@ -41,46 +41,29 @@ DOCUMENTS: Corpus = {
         b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     ),
     "JSON: a hundred thousand objects deep": _config(b'{"x":' * 100_000 + b"1" + b"}" * 100_000),
-    "JSON: depth that never ends": _config(lambda: b"[" * 1_000_000),
     "JSON: five million values": _config(lambda: b'{"x":[' + b"0," * 5_000_000 + b"0]}"),
     "JSON: more than 64 MiB": _config(lambda: b"{" + b" " * (64 * 2**20) + b"}"),
     "JSON: a number of a million digits": _spelt(_with_text("x", "9" * 1_000_000)),
-    "JSON: NaN": _spelt(_with_text("x", "NaN")),
     "JSON: Infinity": _spelt(_with_text("x", "-Infinity")),
     "JSON: a key twice": _spelt(
         lambda config: json.dumps(config)[:-1] + ', "hidden_size": 1000000}'
     ),
-    "JSON: a key twice, far down": _spelt(_with_text("x", '[{"y": {"a": 1, "a": 2}}]')),
     "JSON: half a surrogate pair": _spelt(_with_text("id2label", r'{"0": "\ud800", "1": "a"}')),
     "JSON: UTF-16": _config('{"model_type": "bert"}'.encode("utf-16")),
     "JSON: not UTF-8": _config(b'{"model_type": "b\xe9rt"}'),
-    "JSON: a list": _config(b"[1]"),
-    "JSON: nothing": _config(b" "),
-    "JSON: two documents": _config(b"{} {}"),
-    "JSON: a comment": _config(b'{"model_type": "bert" // or so\n}'),
     "JSON: NULs": _config(bytes(1000)),
-    "JSON: in another file": Hostile(
-        "models",
-        "invalid-json",
-        lambda place: model(place, {"tokenizer_config.json": b"[" * 10**5}),
-    ),
     "config: a thousand million layers": _changed(num_hidden_layers=10**9),
     "config: a width of a thousand digits": _changed(hidden_size=10**900),
     "config: no heads": _changed(num_attention_heads=0),
-    "config: fewer than no heads": _changed(num_attention_heads=-12),
-    "config: a head and a half": _changed(num_attention_heads=1.5),
-    "config: true heads": _changed(num_attention_heads=True),
     "config: an epsilon that overflows": _spelt(
         _with_text("layer_norm_eps", "1e999"), "invalid-model"
     ),
     "config: a vocabulary of all numbers": _changed(vocab_size=2**62),
     "config: labels without an end": _changed(id2label={str(i): str(i) for i in range(20_000)}),
-    "config: labels that are objects": _changed(id2label={"0": {"a": 1}, "1": []}),
     "config: a path as its type": _changed(model_type="../../etc/passwd"),
     "config: code as its type": _changed(
         model_type=None, auto_map={"AutoModel": "evil.Evil"}, architectures=["Evil"]
     ),
-    "config: an activation of its own": _changed(hidden_act="__import__('os').system('id')"),
     "config: PaddleNLP's arguments without an end": _changed(
         init_class="BertForSequenceClassification", init_args=[{"init_args": [[]]}]
     ),

@@ -33,11 +33,11 @@ def _json(line: Made, kind: str = "invalid-dataset") -> Hostile:
     return _table("train.jsonl", lambda: JSON_ROWS + made(line) + b"\n", kind)
 
 
-def _gigabyte(first: bytes) -> Callable[[], Iterator[bytes]]:
+def _long(first: bytes, mebibytes: int) -> Callable[[], Iterator[bytes]]:
     def stream() -> Iterator[bytes]:
         yield first
         chunk = b"x" * 2**20
-        for _ in range(1024):
+        for _ in range(mebibytes):
             yield chunk
 
     return stream
@@ -86,50 +86,32 @@ def _good() -> pa.Table:
 TABLES: Corpus = {
     # Bytes that are no text.
     "csv: UTF-16": _csv(ROWS.decode().encode("utf-16"), "table-encoding"),
-    "csv: UTF-32": _csv(ROWS.decode().encode("utf-32"), "table-encoding"),
     "csv: Latin-1": _csv(ROWS + "caf\u00e9,1\n".encode("latin-1"), "table-encoding"),
     "csv: UTF-8 and Windows-1251 mixed": _csv(
         ROWS + "кафе,1\n".encode() + "кафе,0\n".encode("cp1251"), "table-encoding"
     ),
-    "csv: UTF-8 and Shift-JIS within a row": _csv(
-        ROWS + "日本".encode() + "日本".encode("shift-jis") + b",1\n", "table-encoding"
-    ),
-    "csv: surrogates in UTF-8": _csv(ROWS + b"\xed\xa0\x80,1\n", "table-encoding"),
     "csv: an overlong slash": _csv(ROWS + b"..\xc0\xaf..,1\n", "table-encoding"),
     "csv: a NUL in a cell": _csv(ROWS + b"a\0b,1\n"),
-    "csv: a NUL in the header": _csv(ROWS.replace(b"text", b"te\0xt")),
-    "csv: nothing but NULs": _csv(bytes(100_000)),
     "csv: random bytes": _csv(bytes(range(255, -1, -1)) * 100, "table-encoding"),
     # Lines and quotes.
-    "csv: a line of a gigabyte": _streamed("train.csv", _gigabyte(ROWS), "table-line-too-long"),
-    "csv: a header of ten megabytes": _csv(lambda: b"x" * 10**7, "table-line-too-long"),
+    "csv: a line of a gigabyte": _streamed("train.csv", _long(ROWS, 1024), "table-line-too-long"),
     "csv: four million columns": _csv(lambda: b"," * 4_000_000 + b"\n", "table-too-wide"),
     "csv: a field of a megabyte": _csv(lambda: ROWS + b"x" * 2**20 + b",1\n", "table-quotes"),
-    "csv: a quote that never closes": _csv(ROWS + b'"open,1\n' * 3, "table-quotes"),
     "csv: a quote that never closes, for megabytes": _csv(
         lambda: ROWS + b'"' + b"a line of text, 1\n" * 500_000, "table-quotes"
     ),
     "csv: text after a closing quote": _csv(ROWS + b'"a" b,1\n', "table-quotes"),
     "csv: a bare carriage return": _csv(ROWS + b"a\rb,1\n", "table-quotes"),
-    "csv: a row that is too long": _csv(ROWS + b"a,1,evil\n"),
     "csv: a row that is too short": _csv(ROWS + b"a\n"),
     "csv: a column twice": _csv(ROWS.replace(b"text,label", b"label,label")),
-    "csv: a reserved column": _csv(ROWS.replace(b"text", b"__line__")),
-    "csv: nothing": _csv(b"\n"),
-    "csv: a header alone": _csv(b"text,label\n"),
-    "csv: one class": _csv(b"text,label\na,1\nb,1\nc,1\n"),
-    "tsv: a line of ten megabytes": _table(
-        "train.tsv", lambda: b"x" * 10**7, "table-line-too-long"
-    ),
     # Formulas.
     "csv: a formula as a column's name": _csv(
         ROWS.replace(b"text", b"=cmd|'/C calc'!A0"), "table-formula"
     ),
-    "xlsx: a workbook": _table("train.xlsx", _workbook()),
     "xlsx: a workbook that is called a table": _csv(_workbook(), "table-encoding"),
     # .jsonl
-    "jsonl: a line of a gigabyte": _streamed(
-        "train.jsonl", _gigabyte(b'{"text": "'), "table-line-too-long"
+    "jsonl: a line of a hundred megabytes": _streamed(
+        "train.jsonl", _long(b'{"text": "', 100), "table-line-too-long"
     ),
     "jsonl: a hundred thousand arrays deep": _json(
         b'{"text":' + b"[" * 10**5 + b"]" * 10**5 + b"}"
@@ -141,19 +123,10 @@ TABLES: Corpus = {
         lambda: b'{"text":"a","label":' + b"9" * 10**6 + b"}"
     ),
     "jsonl: half a surrogate pair": _json(b'{"text": "\\ud800", "label": 1}'),
-    "jsonl: an escaped NUL": _json(b'{"text": "a\\u0000b", "label": 1}'),
-    "jsonl: other keys": _json(b'{"text": "a", "class": 1}'),
     "jsonl: a list where texts are": _json(b'{"text": ["a"], "label": 1}'),
-    "jsonl: true": _json(b'{"text": "a", "label": true}'),
-    "jsonl: objects of two kinds": _json(b'{"text": [{"a": 1}, {"b": 2}], "label": 1}'),
-    "jsonl: no object": _json(b'["a", 1]'),
-    "jsonl: a line number that is none": _json(b'{"text": "a", "label": 1, "__line__": "-1"}'),
-    "jsonl: cut short": _json(b'{"text": "a", "lab'),
     # .parquet
     "parquet: random bytes": _of_parquet(lambda _: b"PAR1" + bytes(range(256)) * 4 + b"PAR1"),
     "parquet: a footer of four gigabytes": _of_parquet(lambda _: _footer(2**32 - 1)),
-    "parquet: a footer of zeros": _of_parquet(lambda _: _footer(64)),
-    "parquet: cut short": _of_parquet(lambda place: _parquet(_good)(place)[:-20]),
     "parquet: a column that is no text": _of_parquet(
         _parquet(lambda: pa.table({"text": [b"\xff"] * 4, "label": [1, 0] * 2}))
     ),
@@ -172,9 +145,5 @@ TABLES: Corpus = {
         _parquet(lambda: pa.table({f"c{i}": [1, 0] for i in range(2000)})), "table-too-wide"
     ),
     # Files of a dataset.
-    "files: one split twice": Hostile(
-        "datasets", "invalid-dataset", lambda _: {"train.csv": ROWS, "train.tsv": ROWS}
-    ),
-    "files: no train": _table("dev.csv", ROWS),
     "files: a program": _table("train.py", b"import os; os.system('id')"),
 }

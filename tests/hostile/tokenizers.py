@@ -60,9 +60,6 @@ VOCABULARY = "\n".join((*SPECIAL_TOKENS, *WORDS)).encode()
 
 TOKENIZERS: Corpus = {
     # Size.
-    "vocab.txt: two million tokens": _file(
-        "vocab.txt", lambda: b"a\n" * 2_000_000, "tokenizer-too-large"
-    ),
     "vocab.txt: thirty million empty lines": _file(
         "vocab.txt", lambda: b"\n" * 30_000_000, "tokenizer-too-large"
     ),
@@ -72,7 +69,6 @@ TOKENIZERS: Corpus = {
     "vocab.txt: a token of ten megabytes": _file(
         "vocab.txt", lambda: VOCABULARY.replace(b"good", b"g" * 10_000_000) + b"\n" + b"good"
     ),
-    "vocab.txt: not UTF-8": _file("vocab.txt", VOCABULARY.replace(b"good", b"g\xff\xfed")),
     "vocab.txt: no special tokens": _file("vocab.txt", b"a\nb\nc"),
     "tokenizer.json: a third of a million tokens": _fast(lambda d: _words(d, 333_333)),
     "tokenizer.json: five million values": _file(
@@ -83,34 +79,24 @@ TOKENIZERS: Corpus = {
     ),
     # Expressions.
     "regex: it does not close": _splits_by("(a"),
-    "regex: nothing to repeat": _splits_by("*"),
-    "regex: a class backwards": _splits_by("[z-a]"),
     "regex: a group that is not there": _splits_by(r"(a)\9(?<x>"),
     "regex: exponential": _splits_by("(a+)+$"),
     "regex: exponential by alternatives": _splits_by("(a|a)*$"),
-    "regex: exponential in digits": _splits_by(r"(\d+)*x"),
     "regex: exponential in a normalizer": _replaces(({"Regex": "(b*)*c"}, "")),
     "regex: a square, at each place of a text": _splits_by(r"\s*\s*#", "tokenizer-too-slow"),
     "regex: a hundred thousand alternatives": _splits_by(
         "|".join(f"w{i}" for i in range(100_000)) + "|("
     ),
     # What does not hold together.
-    "tokenizer.json: empty": _fast(lambda document: document.clear()),
     "tokenizer.json: a model of an unknown kind": _fast(lambda d: d["model"].update(type="Evil")),
-    "tokenizer.json: no unknown token": _fast(lambda d: d["model"].update(unk_token="[NONE]")),
     "tokenizer.json: ids beyond the model": _fast(lambda d: d["model"]["vocab"].update(good=2**31)),
     "tokenizer.json: a negative id": _fast(lambda d: d["model"]["vocab"].update(good=-1)),
-    "tokenizer.json: an id of twenty digits": _fast(
-        lambda d: d["model"]["vocab"].update(good=10**20)
-    ),
     "tokenizer.json: a special token beyond the model": _fast(
         lambda d: d["post_processor"]["special_tokens"]["[CLS]"].update(ids=[2**31])
     ),
     "tokenizer.json: thousands of special tokens around a text": _fast(
-        lambda d: d["post_processor"].update(single=d["post_processor"]["single"] * 1000)
-    ),
-    "tokenizer.json: a type beyond the model": _fast(
-        lambda d: d["post_processor"]["single"][0]["SpecialToken"].update(type_id=2**31)
+        lambda d: d["post_processor"].update(single=d["post_processor"]["single"] * 1000),
+        "tokenizer-too-large",
     ),
     "tokenizer.json: sequences in sequences": _fast(
         lambda d: d.update(
@@ -125,13 +111,10 @@ TOKENIZERS: Corpus = {
                 "type": "Precompiled",
                 "precompiled_charsmap": base64.b64encode(noise(4096)).decode(),
             }
-        )
-    ),
-    "tokenizer.json: a key twice": _file(
-        FILE, b'{"model": {}, "model": {"type": "WordPiece"}}', "invalid-json"
+        ),
+        "tokenizer-too-large",
     ),
     "added_tokens.json: ids that do not follow": _file("added_tokens.json", b'{"<a>": 1000000000}'),
-    "added_tokens.json: ids that are texts": _file("added_tokens.json", b'{"<a>": "51"}'),
     "merges.txt: a line of three": Hostile(
         "models",
         "invalid-tokenizer",
@@ -146,12 +129,4 @@ TOKENIZERS: Corpus = {
             },
         ),
     ),
-    "vocab.json: ids that are fractions": Hostile(
-        "models",
-        "invalid-tokenizer",
-        lambda place: model(
-            place, {"vocab.txt": None, "vocab.json": b'{"<s>": 0.5}', "merges.txt": b"a b\n"}
-        ),
-    ),
-    "no tokenizer": Hostile("models", "invalid-tokenizer", lambda p: model(p, {"vocab.txt": None})),
 }

@@ -96,16 +96,11 @@ WEIGHTS: Corpus = {
     "safetensors: a type of half the bytes": _raw(lambda raw: raw.replace(b'"F32"', b'"F16"', 1)),
     "safetensors: bytes behind the last tensor": _raw(lambda raw: raw + b"evil"),
     "safetensors: cut short": _raw(lambda raw: raw[:-100]),
-    "safetensors: shorter than its length": _raw(lambda raw: raw[:5]),
-    "safetensors: empty header": _headed(b""),
     "safetensors: a header of eight exabytes": _raw(lambda raw: b"\xff" * 7 + b"\x7f" + raw[8:]),
     "safetensors: a header of 30 MB": _headed(lambda: b"{" + b" " * 30_000_000 + b"}"),
     "safetensors: a header of a million values": _headed(
         lambda: b'{"x": [' + b"[]," * 1_500_000 + b"0]}"
     ),
-    "safetensors: a header that is no JSON": _headed(b"{'x': 1}"),
-    "safetensors: a header that is no object": _headed(b"[]"),
-    "safetensors: a header that is not UTF-8": _headed(b'{"\xff": 1}'),
     "safetensors: a deep header": _headed(b'{"x":' * 100_000 + b"0" + b"}" * 100_000),
     "safetensors: a name twice": _headed(
         b'{"x":{"dtype":"U8","shape":[64],"data_offsets":[0,64]},'
@@ -114,17 +109,10 @@ WEIGHTS: Corpus = {
     "safetensors: a negative size": _claiming(shape=[-32]),
     "safetensors: negative sizes whose product fits": _claiming(shape=[-8, -4]),
     "safetensors: negative offsets": _claiming(data_offsets=[-128, 0]),
-    "safetensors: offsets backwards": _claiming(data_offsets=[128, 0]),
     "safetensors: an offset of an exabyte": _claiming(data_offsets=[0, 2**60]),
     "safetensors: sizes whose product overflows": _claiming(shape=[2**40, 2**40]),
-    "safetensors: a size of a thousand digits": _edited(
-        lambda header: header[FIRST].update(shape=[10**1000])
-    ),
     "safetensors: a size that is a fraction": _claiming(shape=[32.0]),
-    "safetensors: a size that is true": _claiming(shape=[True] * 5),
     "safetensors: a million dimensions": _claiming(shape=[1] * 100_000),
-    "safetensors: an unknown type": _claiming(dtype="F128"),
-    "safetensors: an entry that is no object": _edited(lambda header: header.update(x=1)),
     "safetensors: a tensor of numbers that are not floats": Hostile(
         "models",
         "invalid-model",
@@ -143,7 +131,6 @@ WEIGHTS: Corpus = {
     ),
     "safetensors: NaN": _holding(float("nan")),
     "safetensors: infinity": _holding(float("inf")),
-    "safetensors: minus infinity in half precision": _holding(float("-inf"), "F16"),
     "safetensors: NaN in bfloat16": _holding(float("nan"), "BF16"),
     "safetensors: doubles beyond a float": _holding(1e300, "F64"),
 }  # fmt: skip
