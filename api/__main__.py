@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from contextlib import suppress
 
@@ -16,6 +17,9 @@ from jobs.migrate import upgrade
 from jobs.settings import Settings, get_settings
 
 STOP_SECONDS = 10  # that requests in progress have, after the first signal
+
+OPEN_FILES = 65_536
+STALL_SECONDS = 120  # after which a connection is cut whose client takes nothing of what is sent
 
 
 class Server(uvicorn.Server):
@@ -35,6 +39,15 @@ class Server(uvicorn.Server):
             )
         )
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listening in server.sockets:  # from which each connection inherits it
+                # The kernel would else wait for ever for whoever has stopped reading.
+                listening.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * STALL_SECONDS
+                )
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         services: Services = self.app.state.services
         services.stopping.set()
@@ -52,9 +65,18 @@ def prepare(settings: Settings) -> None:
         database.close()
 
 
+def allow_open_files() -> None:
+    """As many as the system lets this process have: each watcher and each upload is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def main() -> None:
     settings = get_settings()
     configure_logging(settings)
+    allow_open_files()
     prepare(settings)
     with suppress(KeyboardInterrupt):  # which Uvicorn raises again after it has stopped
         Server(settings).run()

@@ -13,11 +13,14 @@ from fastapi.security import HTTPBearer
 
 from api.auth import Principal
 from api.limits import Counter
+from api.live import LiveEvents
+from api.metrics import ApiMetrics
 from api.schemas import Id
 from api.spool import Spool
 from jobs.artifacts import ObjectStore
 from jobs.db import Database
 from jobs.settings import Settings
+from jobs.webhook_targets import Resolver, resolve
 
 MAX_PAGE = 200
 
@@ -26,6 +29,9 @@ MAX_PAGE = 200
 class Services:
     """`inspections` keeps uploads in inspection from taking every worker thread;
     `counter` counts the requests of each key, where they are limited;
+    `live` tells watchers what happens;
+    `metrics` counts for Prometheus;
+    `resolver` tells the addresses of webhooks' hosts;
     `stopping` is set when the server shuts down, so that endless streams end."""
 
     settings: Settings
@@ -34,8 +40,11 @@ class Services:
     spool: Spool
     celery: Celery
     counter: Counter | None
+    live: LiveEvents
+    metrics: ApiMetrics
+    stopping: asyncio.Event
+    resolver: Resolver = resolve
     inspections: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(4))
-    stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 def get_services(request: Request) -> Services:

@@ -25,8 +25,8 @@ measured accuracy, latency and size.
 Every request below `/v1` carries `Authorization: Bearer <API key>`; the first key lies in the
 file `api_key` of the data folder. A key belongs to a project, sees what is in it and nothing
 else, and has a role: a viewer reads, a submitter also uploads, creates and cancels jobs, an admin
-also makes and revokes keys and reads the audit log. `RateLimit` says how many requests it has
-left. Errors are problem+json (RFC 9457). Lists are
+also makes and revokes keys, sets up webhooks and reads the audit log. `RateLimit` says how many
+requests it has left. Errors are problem+json (RFC 9457). Lists are
 read with `?limit=` and `?after=`, the `next` of the page before.
 """
 
@@ -46,8 +46,9 @@ _PROBLEM_CASES = {
     "415": "The body is of a kind that is not read here.",
     "416": "The range lies outside the file.",
     "422": "What was sent is understood, and cannot be used.",
-    "429": "The key has made all requests that it may make in a minute.",
-    "503": "Something the service needs is not there.",
+    "429": "The key has made all requests that it may make in a minute, or the project has as much "
+    "open as it may.",
+    "503": "Something the service needs is not there, or it has as much open as it can.",
     "507": "No room left to store this.",
 }
 
@@ -144,10 +145,14 @@ def _statuses(path: str, method: str) -> list[str]:
             statuses.append("409")
     if path in ("/v1/models", "/v1/datasets") and method == "post":
         statuses += ["415", "507"]
-    if path in ("/v1/jobs", "/v1/keys", "/v1/projects") and method == "post":
+    if path == "/v1/webhooks" or path.endswith("/redeliver"):
+        statuses.append("409")
+    if path in ("/v1/jobs", "/v1/keys", "/v1/projects", "/v1/webhooks") and method == "post":
         statuses.append("415")
     if path.endswith("/selection"):
         statuses += ["400", "413", "415"]
+    if path.endswith("/events"):
+        statuses += ["400", "503"]
     if path.endswith("/content"):
         statuses.append("416")
     return sorted(statuses)

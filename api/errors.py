@@ -22,6 +22,7 @@ from starlette.types import Scope
 
 from compression.errors import CompressionError
 from jobs.errors import Conflict, JobsError, NotFound, StoreFull, UploadRejected
+from jobs.webhook_targets import TargetRefused, TargetUnknown
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:widthwise:problem:"
@@ -32,6 +33,8 @@ _DOMAIN: tuple[tuple[type[Exception], int, str], ...] = (
     (NotFound, 404, "Not found"),
     (Conflict, 409, "The record's state does not allow this"),
     (UploadRejected, 422, "The upload cannot be used"),
+    (TargetRefused, 422, "The webhook cannot be called there"),
+    (TargetUnknown, 422, "The webhook cannot be called there"),
     (StoreFull, 507, "No room left to store this"),
     (CompressionError, 422, "The job cannot run as asked"),
 )
@@ -127,6 +130,8 @@ async def _on_domain_error(request: Request, error: Exception) -> Response:
     if meaning is None:
         raise error  # a fault of ours: RequestLog logs and answers it
     _, status, title = meaning
+    if isinstance(error, UploadRejected):
+        request.app.state.services.metrics.upload_refused(error.code)
     rows = [
         {"file": row.file, "line": row.line, "message": row.message}
         for row in getattr(error, "rows", ())[:MAX_ENTRIES]

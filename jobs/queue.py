@@ -23,6 +23,7 @@ from jobs.settings import Settings
 
 RUN_JOB = "widthwise.run_job"
 RECONCILE = "widthwise.reconcile"
+DELIVER_WEBHOOK = "widthwise.deliver_webhook"
 QUEUE = "widthwise"
 
 log = structlog.get_logger(__name__)
@@ -120,9 +121,18 @@ def make_celery(settings: Settings) -> Celery:
 def enqueue_job(app: Celery, job_id: str) -> bool:
     """Nudges the workers. Call it after the commit. False if the queue cannot be reached
     now: the job waits in the database until the next reconciliation."""
+    return _send(app, RUN_JOB, job_id)
+
+
+def enqueue_delivery(app: Celery, delivery_id: str) -> bool:
+    """The same for a webhook's delivery."""
+    return _send(app, DELIVER_WEBHOOK, delivery_id)
+
+
+def _send(app: Celery, task: str, id: str) -> bool:
     try:
-        app.send_task(RUN_JOB, args=[job_id], queue=QUEUE)
+        app.send_task(task, args=[id], queue=QUEUE)
     except (OperationalError, OSError) as error:
-        log.warning("the queue cannot be reached", job=job_id, error=str(error))
+        log.warning("the queue cannot be reached", task=task, id=id, error=str(error))
         return False
     return True

@@ -55,10 +55,10 @@ def wait_until(
 
 
 @contextmanager
-def redis_server() -> Iterator[str]:
+def redis_server(port: int | None = None) -> Iterator[str]:
     """The URL of a fresh, empty Redis."""
     program = find_program("redis-server", package="redis-server")
-    port = free_port()
+    port = port or free_port()
     with tempfile.TemporaryDirectory(prefix="widthwise-redis-") as folder:
         command = [program, "--port", str(port), "--bind", "127.0.0.1", "--dir", folder]
         command += ["--save", "", "--appendonly", "no"]
@@ -78,8 +78,9 @@ def redis_server() -> Iterator[str]:
 
 
 @contextmanager
-def postgresql_server() -> Iterator[str]:
-    """The URL of a fresh PostgreSQL, without a database's name: see `new_database`."""
+def postgresql_server(*, durable: bool = False) -> Iterator[str]:
+    """The URL of a fresh PostgreSQL, without a database's name: see `new_database`. What it has
+    committed need not outlast the machine, unless it is `durable`."""
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
     initdb = find_program("initdb", package="postgresql", folders=folders)
     postgres = find_program("postgres", package="postgresql", folders=folders)
@@ -99,7 +100,9 @@ def postgresql_server() -> Iterator[str]:
         )
         port = free_port()
         command = [postgres, "-D", str(data), "-k", str(folder), "-p", str(port)]
-        command += ["-h", "127.0.0.1", "-c", "fsync=off", "-c", "full_page_writes=off"]
+        command += ["-h", "127.0.0.1"]
+        if not durable:
+            command += ["-c", "fsync=off", "-c", "full_page_writes=off"]
         with _running(command, folder=folder, user=user, stop=signal.SIGQUIT):
             address = f"host=127.0.0.1 port={port} user=widthwise dbname=postgres"
 

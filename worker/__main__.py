@@ -26,13 +26,18 @@ from compression.signing import read_private_key
 from jobs.artifacts import open_store
 from jobs.db import Database
 from jobs.logs import configure_logging
+from jobs.metrics import MetricsServer
 from jobs.migrate import upgrade
+from jobs.nudges import EventPublisher, Teller
 from jobs.queue import enqueue_job, make_celery
 from jobs.settings import Settings, get_settings
 from worker.environment import measured
+from worker.metrics import WorkerMetrics
 from worker.reconciler import reconcile
 from worker.runner import CHILD_COMMAND, Runner
 from worker.tasks import add_tasks
+from worker.webhook_sender import Sender
+from worker.webhooks import Deliverer
 
 _STOP_SECONDS = 12.0  # under the 15 within which whoever stops us may expect the end
 
@@ -52,8 +57,19 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
     except (KeyboardInterrupt, SystemExit):
         return 0
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
-    database = Database(settings.database_url)
+    metrics = WorkerMetrics()
+    publisher = None if settings.redis_url is None else EventPublisher(settings.redis_url)
+    teller = Teller(
+        *filter(None, [publisher]), lambda notes: deliverer.offer() if notes.deliveries else None
+    )
+    database = Database(settings.database_url, after_commit=teller)
     upgrade(database)
+    deliverer = Deliverer(
+        settings,
+        database,
+        Sender(settings.webhook_timeout_seconds, settings.webhook_allowed_networks).send,
+        metrics,
+    )
     objects = open_store(settings.store_url)
     app = make_celery(settings)
     runner = Runner(
@@ -64,12 +80,20 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
         child_command=child_command,
         training=training,
         signing_key=key,
+        metrics=metrics,
     )
     stopping = threading.Event()
 
     def reconcile_now() -> None:
-        reconcile(settings, database, objects, nudge=lambda job_id: enqueue_job(app, job_id))
+        reconcile(
+            settings,
+            database,
+            objects,
+            nudge=lambda job_id: enqueue_job(app, job_id),
+            expired=metrics.lease_expired,
+        )
         runner.fill()
+        deliverer.offer()
 
     def reconcile_forever() -> None:
         while not stopping.is_set():
@@ -82,6 +106,7 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
     def begin_to_stop(**_: Any) -> None:
         stopping.set()
         runner.stop()
+        deliverer.stop()
         # Whatever then hangs (a silent database, a silent queue), the process ends; the
         # kernel kills the children, and the leases hand the jobs to other workers.
         last_resort = threading.Timer(_STOP_SECONDS, os._exit, args=(1,))
@@ -90,12 +115,16 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
 
     # It warns root against pickled messages; ours are JSON, and name a job at most.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    add_tasks(app, runner, reconcile_now)
+    add_tasks(app, runner, reconcile_now, deliverer)
     signals.worker_shutting_down.connect(begin_to_stop, weak=False)
     signals.setup_logging.connect(_keep_our_logging)
     reconciler = threading.Thread(target=reconcile_forever, name="reconciler", daemon=True)
+    metrics_server = MetricsServer(
+        metrics.registry, host=settings.metrics_host, port=settings.worker_metrics_port
+    )
     try:
         reconciler.start()
+        deliverer.start()
         log.info("worker started", worker=worker, slots=settings.worker_slots)
         # Tasks only hand a job to the runner's own threads, so two are plenty.
         celery_worker = _CeleryWorker(
@@ -117,6 +146,9 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
         if not stopping.is_set():
             begin_to_stop()
         runner.join(_STOP_SECONDS)
+        metrics_server.close()
+        teller.close()
+        deliverer.join(1.0)
         database.close()
         log.info("worker stopped", worker=worker)
     return status

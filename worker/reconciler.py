@@ -8,7 +8,7 @@ import structlog
 
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import KEPT
-from jobs import store
+from jobs import store, webhooks
 from jobs.artifacts import ObjectStore, run_prefix
 from jobs.db import Database
 from jobs.settings import Settings
@@ -24,17 +24,19 @@ def reconcile(
     objects: ObjectStore,
     *,
     nudge: Callable[[str], object],
+    expired: Callable[[], object] = lambda: None,
 ) -> None:
     """One pass. A step that fails is logged and does not keep the others from being done.
 
-    `nudge` is called with the id of each queued job.
+    `nudge` is called with the id of each queued job, `expired` for each lease that had run out.
     """
     steps: tuple[Callable[[], None], ...] = (
-        lambda: _settle_expired(settings, database),
+        lambda: _settle_expired(settings, database, expired),
         lambda: _nudge_queued(database, nudge),
         lambda: _delete_orphans(settings, database, objects),
         lambda: _delete_spent_checkpoints(settings, database, objects),
         lambda: _clean_work_dir(settings),
+        lambda: _forget_deliveries(settings, database),
     )
     for step in steps:
         try:
@@ -43,13 +45,14 @@ def reconcile(
             log.exception("a step of the reconciliation failed")
 
 
-def _settle_expired(settings: Settings, database: Database) -> None:
+def _settle_expired(settings: Settings, database: Database, expired: Callable[[], object]) -> None:
     with database.reading() as session:
-        expired = store.expired_jobs(session)
-    for job_id in expired:
+        found = store.expired_jobs(session)
+    for job_id in found:
         with database.transaction() as session:
             state = store.settle_expired(session, job_id, max_runs=settings.max_runs)
         if state is not None:
+            expired()
             log.warning("a run's lease expired", job=job_id, now=state.value)
 
 
@@ -94,3 +97,12 @@ def _delete_spent_checkpoints(settings: Settings, database: Database, objects: O
 def _clean_work_dir(settings: Settings) -> None:
     for run_id in remove_leftovers(settings.work_dir):
         log.info("a dead run's folder removed", run=run_id)
+
+
+def _forget_deliveries(settings: Settings, database: Database) -> None:
+    with database.transaction() as session:
+        gone = webhooks.delete_old_deliveries(
+            session, older_than_seconds=settings.webhook_log_seconds
+        )
+    if gone:
+        log.info("old deliveries of webhooks forgotten", deliveries=gone)

@@ -52,7 +52,7 @@ def test_many_upgrade_at_once(empty_url: str, tmp_path: Path) -> None:
     database = Database(empty_url)
     upgrade(database)  # and once more
     with database.reading() as session:
-        assert session.scalars(text("SELECT version_num FROM alembic_version")).all() == ["0003"]
+        assert session.scalars(text("SELECT version_num FROM alembic_version")).all() == ["0004"]
         assert [project.id for project in session.query(Project)] == [DEFAULT_PROJECT]
     database.close()
 

@@ -37,6 +37,11 @@ class Worker:
             "WIDTHWISE_STOP_GRACE_SECONDS": str(settings.stop_grace_seconds),
             "WIDTHWISE_CHECKPOINT_SECONDS": str(settings.checkpoint_seconds),
             "WIDTHWISE_MAX_RUNS": str(settings.max_runs),
+            "WIDTHWISE_WEBHOOK_ALLOWED_NETWORKS": ",".join(
+                str(network) for network in settings.webhook_allowed_networks
+            ),
+            "WIDTHWISE_WORKER_METRICS_PORT": str(settings.worker_metrics_port),
+            "WIDTHWISE_LOG_FORMAT": settings.log_format,
             "WIDTHWISE_MEASURE_TRAINING": str(settings.measure_training),
         }
         with self.log.open("wb") as log:
