@@ -49,6 +49,7 @@ _JOBS_A_PASS = 100
 _IDS_A_QUERY = 500
 _REDIS_RETRY_SECONDS = 1.0
 _REDIS_SILENCE_SECONDS = 10.0
+_REDIS_TRUST_SECONDS = 3.0  # after its return; whoever publishes may notice that a little later
 
 log = structlog.get_logger(__name__)
 
@@ -156,6 +157,7 @@ class LiveEvents:
                 settings.redis_url, socket_connect_timeout=3, retry=Retry(NoBackoff(), 0)
             )
         self.redis_answers = False
+        self._redis_trusted_at = 0.0
         self.streams: Counter[str] = Counter()  # open ones by project
         self._feeds: dict[str, Feed] = {}
         self._moved: dict[str, None] = {}  # ids of jobs to be read, the oldest nudge first
@@ -343,7 +345,7 @@ class LiveEvents:
             if not self._feeds:
                 continue
             jobs = {}
-            if at >= next_jobs or not self.redis_answers:
+            if at >= next_jobs or not self.redis_answers or at < self._redis_trusted_at:
                 next_jobs = at + REDIS_POLL_SECONDS
                 jobs = {job_id: (feed.last, feed.ended) for job_id, feed in self._feeds.items()}
             keys: set[str] = set()
@@ -395,6 +397,7 @@ class LiveEvents:
                 heard = at
                 if message["type"] == "subscribe":
                     self.redis_answers = True
+                    self._redis_trusted_at = at + _REDIS_TRUST_SECONDS
                     self._mark(list(self._feeds))  # nudges before this were lost
                 elif message["type"] == "message":
                     with suppress(UnicodeDecodeError):

@@ -15,6 +15,8 @@ from sqlalchemy import event
 
 from api import live
 from api.live import CHUNK_BYTES, WINDOW_BYTES, WINDOW_EVENTS, Entry, Feed, Watcher
+from jobs import nudges, store
+from jobs.db import Database
 from jobs.roles import Role
 from jobs.states import JobState
 from tests import services
@@ -210,6 +212,8 @@ def test_redis_tells_at_once_and_its_loss_loses_nothing(
     monkeypatch.setattr(live, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(live, "REDIS_POLL_SECONDS", 3600)  # what comes then, comes by Redis
     monkeypatch.setattr(live, "_REDIS_RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(live, "_REDIS_TRUST_SECONDS", 0)
+    monkeypatch.setattr(nudges, "_REDIS_PAUSE_SECONDS", 0)
     port = services.free_port()
     first = services.redis_server(port)
     url = first.__enter__()
@@ -244,10 +248,31 @@ def test_redis_tells_at_once_and_its_loss_loses_nothing(
         assert seen == list(range(8))
 
 
+def test_a_redis_that_has_just_come_is_not_relied_on(
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker may not have noticed yet, and publish nothing."""
+    monkeypatch.setattr(live, "REDIS_POLL_SECONDS", 3600)
+    monkeypatch.setattr(live, "_REDIS_TRUST_SECONDS", 3600)
+    with serving(tmp_path / "data", broker_url=redis_url) as service:
+        claim = service.claim(service.new_job())
+        wait_for(lambda: service.services.live.redis_answers)
+        silent = Database(service.settings.database_url)
+        url = f"/v1/jobs/{claim.job_id}/events"
+        with service.client.stream("GET", url, headers=STREAM) as answer:
+            told = ids(answer)
+            assert [next(told), next(told)] == [1, 2]
+            with silent.transaction() as session:
+                store.append_events(session, claim, [progress(0)])
+            assert next(told) == 3
+        silent.close()
+
+
 def test_processes_on_one_redis_tell_each_others_watchers(
     tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live, "REDIS_POLL_SECONDS", 3600)
+    monkeypatch.setattr(live, "_REDIS_TRUST_SECONDS", 0)
     settings: dict[str, Any] = {"broker_url": redis_url, "rate_limit_per_minute": 0}
     with (
         serving(tmp_path / "data", **settings) as writer,
