@@ -42,15 +42,26 @@ def ids(answer: httpx.Response) -> Iterator[int]:
         yield from ids_in(b"\n".join(lines))
 
 
-async def watch(client: httpx.AsyncClient, job_id: str, seen: list[int]) -> list[int]:
-    """Every id that comes, until the stream ends."""
-    left = b""
-    async with client.stream("GET", f"/v1/jobs/{job_id}/events", headers=STREAM) as answer:
-        assert answer.status_code == 200, await answer.aread()
-        async for chunk in answer.aiter_bytes():
-            *lines, left = (left + chunk).split(b"\n")
-            seen += ids_in(b"\n".join(lines))
-    return seen
+async def watch(service: Service, job_id: str, seen: list[int]) -> None:
+    """Every id that comes, until the stream ends. A bare connection: hundreds cost little."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+    writer.write(request_of(service, job_id))
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    while line := await reader.readline():
+        seen += ids_in(line.rstrip())
+    writer.close()
+    await writer.wait_closed()
+
+
+def request_of(service: Service, job_id: str) -> bytes:
+    lines = (
+        f"GET /v1/jobs/{job_id}/events HTTP/1.1",
+        "Host: x",
+        "Accept: text/event-stream",
+        f"Authorization: Bearer {service.key}",
+        "Connection: close",
+    )
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 @contextmanager
@@ -69,28 +80,20 @@ def statements_of(service: Service, words: str) -> Iterator[list[str]]:
 
 def test_three_hundred_watchers_of_one_job_read_the_database_as_one(service: Service) -> None:
     claim = service.claim(service.new_job())
-    headers = {"Authorization": f"Bearer {service.key}"}
 
     async def all_of_them() -> list[list[int]]:
         seen: list[list[int]] = [[] for _ in range(WATCHERS)]
-        async with httpx.AsyncClient(
-            base_url=service.url,
-            headers=headers,
-            timeout=120,
-            limits=httpx.Limits(max_connections=None),
-            trust_env=False,
-        ) as client:
-            watchers = [asyncio.create_task(watch(client, claim.job_id, each)) for each in seen]
-            while min(len(each) for each in seen) < 2:  # what there was when they came
-                await asyncio.sleep(0.01)
-            with statements_of(service, "FROM events") as reads:
-                for step in range(5):
-                    service.add_events(claim, progress(step), progress(step))
-                    while min(len(each) for each in seen) < 4 + 2 * step:
-                        await asyncio.sleep(0.01)
-                service.finish(claim, report={"selection": None})
-                await asyncio.gather(*watchers)
-            assert len(reads) < 60  # a poll for each would be more than a thousand
+        watchers = [asyncio.create_task(watch(service, claim.job_id, each)) for each in seen]
+        while min(len(each) for each in seen) < 2:  # what there was when they came
+            await asyncio.sleep(0.01)
+        with statements_of(service, "FROM events") as reads:
+            for step in range(5):
+                service.add_events(claim, progress(step), progress(step))
+                while min(len(each) for each in seen) < 4 + 2 * step:
+                    await asyncio.sleep(0.01)
+            service.finish(claim, report={"selection": None})
+            await asyncio.gather(*watchers)
+        assert len(reads) < 60  # a poll for each would be more than a thousand
         return seen
 
     assert asyncio.run(all_of_them()) == [list(range(1, 14))] * WATCHERS
@@ -100,26 +103,22 @@ def test_three_hundred_watchers_of_one_job_read_the_database_as_one(service: Ser
 def test_who_waits_asks_nothing_of_the_database(service: Service) -> None:
     """A poll is one query for all jobs and one for all keys, however many watch."""
     jobs = [service.new_job() for _ in range(3)]
-    headers = {"Authorization": f"Bearer {service.key}"}
 
     async def wait_for_polls() -> None:
         seen: list[list[int]] = [[] for _ in range(30)]
-        async with httpx.AsyncClient(
-            base_url=service.url, headers=headers, timeout=60, trust_env=False
-        ) as client:
-            watchers = [
-                asyncio.create_task(watch(client, jobs[index % 3], each))
-                for index, each in enumerate(seen)
-            ]
-            while not all(seen):
+        watchers = [
+            asyncio.create_task(watch(service, jobs[index % 3], each))
+            for index, each in enumerate(seen)
+        ]
+        while not all(seen):
+            await asyncio.sleep(0.01)
+        with statements_of(service, "") as every:
+            while len([each for each in every if "FROM jobs" in each]) < 4:
                 await asyncio.sleep(0.01)
-            with statements_of(service, "") as every:
-                while len([each for each in every if "FROM jobs" in each]) < 4:
-                    await asyncio.sleep(0.01)
-                assert len(every) < 30  # a poll for each watcher would be 30 a look
-            for job_id in jobs:
-                service.client.post(f"/v1/jobs/{job_id}/cancel")
-            await asyncio.gather(*watchers)
+            assert len(every) < 30  # a poll for each watcher would be 30 a look
+        for job_id in jobs:
+            service.client.post(f"/v1/jobs/{job_id}/cancel")
+        await asyncio.gather(*watchers)
         assert seen == [[1, 2]] * 30
 
     asyncio.run(wait_for_polls())
@@ -127,14 +126,10 @@ def test_who_waits_asks_nothing_of_the_database(service: Service) -> None:
 
 def test_a_slow_watcher_holds_nobody_up_and_is_told_everything(service: Service) -> None:
     claim = service.claim(service.new_job())
-    request = (
-        f"GET /v1/jobs/{claim.job_id}/events HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n"
-        f"Authorization: Bearer {service.key}\r\nConnection: close\r\n\r\n"
-    )
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         slow.connect(("127.0.0.1", service.port))
-        slow.sendall(request.encode())
+        slow.sendall(request_of(service, claim.job_id))
         wait_for(lambda: claim.job_id in service.services.live._feeds)
         feed = service.services.live._feeds[claim.job_id]
         (watcher,) = feed.watchers
