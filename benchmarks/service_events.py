@@ -19,6 +19,7 @@ import argparse
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ from tests.services import new_database, postgresql_server, redis_server
 
 WATCHERS = 300
 PAUSE_SECONDS = 0.2
+_SENT = re.compile(rb'"sent": ?([0-9.]+)')
 
 
 def watch(port: int, key: str, job_id: str, watchers: int) -> None:
@@ -56,8 +58,8 @@ def watch(port: int, key: str, job_id: str, watchers: int) -> None:
                 ready.append(1)
             if line.startswith(b"event: succeeded"):
                 break
-            if b'"sent":' in line:
-                delays.append(time.time() - float(line.partition(b'"sent":')[2].split(b"}")[0]))
+            if sent := _SENT.search(line):
+                delays.append(time.time() - float(sent[1]))
         writer.close()
 
     async def all_of_them() -> list[float]:
