@@ -101,8 +101,7 @@ def fill(url: str, *, rows: int) -> None:
             ),
             {"rows": rows},
         )
-    with database.engine.connect() as connection:
-        connection.exec_driver_sql("COMMIT")
+    with database.engine.begin() as connection:
         connection.exec_driver_sql("ANALYZE")
     database.close()
 
