@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import sys
 from contextlib import suppress
@@ -23,6 +24,9 @@ STOP_SECONDS = 15  # that requests in progress have, after the first signal
 
 _log = structlog.get_logger(__name__)
 
+OPEN_FILES = 65_536
+STALL_SECONDS = 120  # after which a connection is cut whose client takes nothing of what is sent
+
 
 class Server(uvicorn.Server):
     """Ends event streams once it is told to stop; Uvicorn alone would wait for their readers."""
@@ -41,6 +45,15 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=STOP_SECONDS,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for listening in server.sockets:  # from which each connection inherits it
+                # The kernel would else wait for ever for whoever has stopped reading.
+                listening.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * STALL_SECONDS
+                )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         services: Services = self.app.state.services
@@ -73,10 +86,19 @@ def tell_confinement() -> None:
         _log.info("sandbox.confined", namespaces=True, landlock=granted.landlock)
 
 
+def allow_open_files() -> None:
+    """As many as the system lets this process have: each watcher and each upload is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def main() -> None:
     settings = get_settings()
     configure_logging(settings)
     tell_confinement()
+    allow_open_files()
     try:
         prepare(settings)
     except SchemaTooNew as error:

@@ -11,7 +11,8 @@ from api.errors import ApiError, api_problem
 from jobs.roles import Role
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
-_ADMINISTRATION = ("/v1/keys", "/v1/audit")
+# Webhooks send what happens here to elsewhere, and their URLs may themselves be secrets.
+_ADMINISTRATION = ("/v1/keys", "/v1/audit", "/v1/webhooks")
 _OPERATION = ("/v1/projects", "/v1/workers")  # which everybody may look at
 _SELECTION = re.compile(r"/v1/jobs/[^/]+/selection")
 

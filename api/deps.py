@@ -14,11 +14,14 @@ from fastapi.security import HTTPBearer
 from api.auth import Principal
 from api.gathering import Gathering
 from api.limits import Counter
+from api.live import LiveEvents
+from api.metrics import ApiMetrics
 from api.schemas import Id
 from api.spool import Spool
 from jobs.artifacts import ObjectStore
 from jobs.db import Database
 from jobs.settings import Settings
+from jobs.webhook_targets import Resolver, resolve
 
 MAX_PAGE = 200
 
@@ -27,6 +30,9 @@ MAX_PAGE = 200
 class Services:
     """`inspections` keeps uploads in inspection from taking every worker thread;
     `counter` counts the requests of each key, where they are limited;
+    `live` tells watchers what happens;
+    `metrics` counts for Prometheus;
+    `resolver` tells the addresses of webhooks' hosts;
     `stopping` is set when the server shuts down, so that endless streams end."""
 
     settings: Settings
@@ -36,8 +42,11 @@ class Services:
     gathering: Gathering
     celery: Celery
     counter: Counter | None
+    live: LiveEvents
+    metrics: ApiMetrics
+    stopping: asyncio.Event
+    resolver: Resolver = resolve
     inspections: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(4))
-    stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 def get_services(request: Request) -> Services:

@@ -31,8 +31,8 @@ measured accuracy, latency and size.
 Every request below `/v1` carries `Authorization: Bearer <API key>`; the first key lies in the
 file `api_key` of the data folder. A key belongs to a project, sees what is in it and nothing
 else, and has a role: a viewer reads, a submitter also uploads, creates and cancels jobs, an admin
-also makes and revokes keys and reads the audit log. `RateLimit` says how many requests it has
-left. Errors are problem+json (RFC 9457). Lists are
+also makes and revokes keys, sets up webhooks and reads the audit log. `RateLimit` says how many
+requests it has left. Errors are problem+json (RFC 9457). Lists are
 read with `?limit=` and `?after=`, the `next` of the page before. Every POST takes an
 `Idempotency-Key`, so that it can be sent again when its answer was lost.
 """
@@ -58,9 +58,10 @@ _PROBLEM_CASES = {
     "416": "The range lies outside the file.",
     "422": "What was sent is understood, and cannot be used.",
     "423": "Another request writes this.",
-    "429": "The key has made all requests that it may make in a minute.",
+    "429": "The key has made all requests that it may make in a minute, or the project has as much "
+    "open as it may.",
     "460": "The body is not what its checksum says.",
-    "503": "Something the service needs is not there.",
+    "503": "Something the service needs is not there, or it has as much open as it can.",
     "507": "No room left to store this.",
 }
 _UPLOAD_STATUSES = {
@@ -195,7 +196,7 @@ def _statuses(path: str, method: str, operation: Mapping[str, Any]) -> list[str]
     if any(parameter["name"] == "after" for parameter in operation.get("parameters", ())):
         statuses.add("404")  # a cursor of no page
     if path.endswith("/events"):
-        statuses.add("400")
+        statuses |= {"400", "503"}
     if path.endswith("/content"):
         statuses |= {"412", "416"}
     if "{" in path and path.startswith(("/v1/models", "/v1/datasets", "/v1/artifacts")):

@@ -31,6 +31,7 @@ from jobs.errors import (
     StoreRefused,
     UploadRejected,
 )
+from jobs.webhook_targets import TargetRefused, TargetUnknown
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:widthwise:problem:"
@@ -43,6 +44,8 @@ _DOMAIN: tuple[tuple[type[Exception], int, str], ...] = (
     (QuotaExceeded, 403, "The project has reached its quota"),
     (Conflict, 409, "The record's state does not allow this"),
     (UploadRejected, 422, "The upload cannot be used"),
+    (TargetRefused, 422, "The webhook cannot be called there"),
+    (TargetUnknown, 422, "The webhook cannot be called there"),
     (StoreFull, 507, "No room left to store this"),
     (StoreRefused, 507, "This could not be stored"),
     (CompressionError, 422, "The job cannot run as asked"),
@@ -135,6 +138,8 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 
 async def _on_domain_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, JobsError | CompressionError)
+    if isinstance(error, UploadRejected):
+        request.app.state.services.metrics.upload_refused(error.code)
     return problem(request.scope, **domain_problem(error))
 
 

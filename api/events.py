@@ -10,19 +10,20 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from fastapi.sse import KEEPALIVE_COMMENT
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from api.auth import Principal
 from api.deps import MAX_PAGE, JobId, PrincipalDep, Services, ServicesDep
 from api.errors import ApiError
+from api.live import Watcher
 from api.schemas import EventOut, EventPage
-from jobs import access, store
+from jobs import store
 from jobs.states import JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
-POLL_SECONDS = 0.5
 KEEP_ALIVE_SECONDS = 15.0
 EVENT_STREAM = "text/event-stream"
 MAX_NUMBER = 2**31 - 1
@@ -61,14 +62,8 @@ async def list_events(
                 400, "invalid-last-event-id", "Last-Event-ID is not the number of an event."
             )
         after = int(last_event_id)
-    first = await run_in_threadpool(_page, services, job_id, project_id, after, MAX_PAGE)
-    stream = _stream(services, job_id, principal, first)
-    return StreamingResponse(
-        _nothing() if getattr(request.state, "head", False) else stream,
-        media_type=EVENT_STREAM,
-        # Proxies that gather a response before they pass it on would hold the events back.
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"},
-    )
+    last = await run_in_threadpool(_last_event, services, job_id, project_id)
+    return EventStream(services, job_id, principal, after=after, last=last)
 
 
 def prefers_event_stream(accept: str) -> bool:
@@ -98,40 +93,55 @@ def _page(services: Services, job_id: str, project_id: str, after: int, limit: i
         )
 
 
+def _last_event(services: Services, job_id: str, project_id: str) -> int:
+    with services.database.reading() as session:
+        return store.get_job(session, job_id, project_id=project_id).last_event
+
+
+class EventStream(StreamingResponse):
+    """It counts as a watcher from before its first byte until it has gone, however it goes."""
+
+    media_type = EVENT_STREAM
+
+    def __init__(
+        self, services: Services, job_id: str, principal: Principal, *, after: int, last: int
+    ) -> None:
+        # Proxies that gather a response before they pass it on would hold the events back.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Vary": "Accept"}
+        super().__init__(_nothing(), headers=headers)
+        self._services = services
+        self._watching = services.live.watching(job_id, principal, after=after, last=last)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("state", {}).get("head", False):
+            await super().__call__(scope, receive, send)
+            return
+        with self._watching as watcher:
+            self.body_iterator = self._events(watcher)
+            await super().__call__(scope, receive, send)
+
+    async def _events(self, watcher: Watcher) -> AsyncIterator[bytes]:
+        yield b": connected\n\n"  # so that the headers go out at once
+        quiet_since = time.monotonic()
+        while watcher.holds and not self._services.stopping.is_set():
+            moved = watcher.feed.moved
+            content = watcher.take()
+            if content is None:
+                content = await self._services.live.read_page(watcher)
+            if content:
+                yield content
+                quiet_since = time.monotonic()
+            elif watcher.is_done:
+                return
+            elif (left := quiet_since + KEEP_ALIVE_SECONDS - time.monotonic()) > 0:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await moved.wait()
+            else:
+                yield KEEPALIVE_COMMENT
+                quiet_since = time.monotonic()
+
+
 async def _nothing() -> AsyncIterator[bytes]:
     return
     yield b""
-
-
-async def _stream(
-    services: Services, job_id: str, principal: Principal, page: EventPage
-) -> AsyncIterator[bytes]:
-    """Each poll is a transaction of its own: an open stream holds no connection. A key that is
-    revoked meanwhile, or expires, sees no more."""
-    quiet_since = time.monotonic()
-    yield b": connected\n\n"  # so that the headers go out at once
-    while True:
-        for event in page.items:
-            yield format_sse_event(
-                data_str=event.model_dump_json(), event=event.kind, id=str(event.number)
-            )
-        if page.ended or services.stopping.is_set():
-            return
-        if page.items:
-            quiet_since = time.monotonic()
-        elif time.monotonic() - quiet_since >= KEEP_ALIVE_SECONDS:
-            quiet_since = time.monotonic()
-            yield KEEPALIVE_COMMENT
-        if len(page.items) < MAX_PAGE:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(services.stopping.wait(), POLL_SECONDS)
-        page = await run_in_threadpool(
-            _page, services, job_id, principal.project_id, page.next, MAX_PAGE
-        )
-        if not await run_in_threadpool(_key_holds, services, principal.key_id):
-            return  # after the page was read, so that nothing newer than the end gets out
-
-
-def _key_holds(services: Services, key_id: str) -> bool:
-    with services.database.reading() as session:
-        return access.key_holds(session, key_id)

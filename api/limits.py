@@ -101,9 +101,7 @@ def make_counter(settings: Settings) -> Counter | None:
     """None where the settings set no limit."""
     if settings.rate_limit_per_minute == 0:
         return None
-    if settings.broker_url.startswith(("redis://", "rediss://")):
-        return RedisCounter(settings.broker_url)
-    return MemoryCounter()
+    return MemoryCounter() if settings.redis_url is None else RedisCounter(settings.redis_url)
 
 
 class RateLimit:

@@ -24,6 +24,7 @@ from api import (
     quotas,
     selection,
     tus,
+    webhooks,
     workers,
 )
 from api import jobs as jobs_routes
@@ -35,6 +36,8 @@ from api.gathering import Gathering
 from api.idempotency import HEADER as IDEMPOTENCY_KEY
 from api.idempotency import REPLAYED, Idempotency
 from api.limits import RateLimit, make_counter
+from api.live import LiveEvents
+from api.metrics import ApiMetrics, Measure
 from api.middleware import (
     BodyLimit,
     BodyTimeout,
@@ -46,7 +49,9 @@ from api.middleware import (
 from api.spool import Spool
 from jobs.artifacts import open_store
 from jobs.db import Database
-from jobs.queue import make_celery
+from jobs.metrics import MetricsServer
+from jobs.nudges import EventPublisher, Notes, Teller
+from jobs.queue import enqueue_delivery, make_celery
 from jobs.settings import Settings
 
 MAX_JSON_BYTES = 1 << 20
@@ -64,6 +69,7 @@ ROUTES = (
     projects,
     quotas,
     keys,
+    webhooks,
     audit,
     health,
     docs,
@@ -126,9 +132,21 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        celery = make_celery(settings)
+        publisher = None if settings.redis_url is None else EventPublisher(settings.redis_url)
+
+        def tell_workers(notes: Notes) -> None:
+            for delivery_id in notes.deliveries:
+                enqueue_delivery(celery, delivery_id)
+
+        teller = Teller(*filter(None, [publisher]), tell_workers)
+        database = Database(settings.database_url, after_commit=teller)
+        stopping = asyncio.Event()
+        live = LiveEvents(settings, database, stopping)
+        metrics = ApiMetrics(database, live)
         services = Services(
             settings=settings,
-            database=Database(settings.database_url),
+            database=database,
             store=open_store(
                 settings.store_url,
                 patience_seconds=STORE_PATIENCE_SECONDS,
@@ -136,19 +154,31 @@ def create_app(settings: Settings) -> FastAPI:
             ),
             spool=Spool(settings.data_dir / "spool"),
             gathering=Gathering(settings.data_dir),
-            celery=make_celery(settings),
+            celery=celery,
             counter=make_counter(settings),
+            live=live,
+            metrics=metrics,
+            stopping=stopping,
         )
         app.state.services = services
+        live.start()
+        metrics_server = MetricsServer(
+            metrics.registry, host=settings.metrics_host, port=settings.api_metrics_port
+        )
         sweeping = asyncio.create_task(tus.sweep(services))
         try:
             yield
         finally:
             sweeping.cancel()
             await asyncio.wait([sweeping])
+            metrics_server.close()
+            await live.close()
             if services.counter is not None:
                 await services.counter.close()
             services.spool.close()
+            teller.close()
+            if publisher is not None:
+                publisher.close()
             services.celery.close()
             services.database.close()
 
@@ -167,6 +197,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(HeadAsGet)
     app.add_middleware(CloseUnread)
     app.add_middleware(RequestLog)
+    app.add_middleware(Measure)
     if settings.cors_origins:
         # Outside of everything else, so that a page may also read what went wrong.
         app.add_middleware(CORSMiddleware, allow_origins=settings.cors_origins, **CORS)

@@ -77,16 +77,22 @@ class RequestLog:
         started = time.perf_counter()
         status = 0  # stays 0 where the client left before an answer
         sent = 0
+        created: str | None = None
 
         async def observed_send(message: Message) -> None:
-            nonlocal status, sent
+            nonlocal status, sent, created
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                if status in (201, 202):
+                    created = headers.get("location")
+                headers["x-request-id"] = request_id
             elif message["type"] == "http.response.body":
                 sent += len(message.get("body", b""))
             await send(message)
 
+        # Every line that is written on the way, also by the libraries, says for which request.
+        structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
             await self.app(scope, receive, observed_send)
         except Exception:
@@ -103,7 +109,9 @@ class RequestLog:
                 status=status,
                 bytes=sent,
                 ms=round(1000 * (time.perf_counter() - started), 1),
+                **({} if created is None else {"created": created}),
             )
+            structlog.contextvars.unbind_contextvars("request_id")
 
 
 class HeadAsGet:
@@ -123,7 +131,11 @@ class HeadAsGet:
                 message = {**message, "body": b""}
             await send(message)
 
-        await self.app({**scope, "method": "GET"}, receive, send_headers_only)
+        asked = {**scope, "method": "GET"}
+        try:
+            await self.app(asked, receive, send_headers_only)
+        finally:
+            scope["route"] = asked.get("route")  # for those outside, who count by it
 
 
 class CloseUnread:

@@ -37,7 +37,9 @@ from jobs.devices import Device
 from jobs.quotas import MAX_BYTES, MAX_COUNT
 from jobs.roles import Role
 from jobs.schedule import Outlook
-from jobs.states import JobState
+from jobs.states import DeliveryState, JobState
+from jobs.webhook_targets import MAX_URL
+from jobs.webhooks import JOB_ENDS, WebhookEvent
 from jobs.workers import Load, WorkerState, state_of
 
 T = TypeVar("T")
@@ -556,7 +558,7 @@ class KeyIn(BaseModel):
     name: Name = Field(description="What it is for, so that it can be told from others later.")
     role: Role = Field(
         description="`viewer` reads; `submitter` also uploads, creates and cancels jobs; `admin` "
-        "also makes and revokes keys and reads the audit log."
+        "also makes and revokes keys, sets up webhooks and reads the audit log."
     )
     expires_at: Time | None = Field(
         None, description="When it ends, with its time zone; null or left out: never."
@@ -640,6 +642,93 @@ class AuditEntryOut(Out):
             details=record.details,
             request_id=record.request_id,
             client=record.client,
+        )
+
+
+class WebhookIn(BaseModel):
+    """A webhook to create. Unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    url: Annotated[str, StringConstraints(max_length=MAX_URL)] = Field(
+        description="Where to POST: https, a host whose addresses are all public, port 80, 443 or "
+        "from 1024 on, without user, password and fragment. The service's operator may allow "
+        "other networks, and plain http in them.",
+    )
+    events: Annotated[list[WebhookEvent], Field(min_length=1, max_length=len(WebhookEvent))] = (
+        Field(list(JOB_ENDS), description="What is told; by default the ends of jobs.")
+    )
+
+
+class WebhookOut(Out):
+    id: str
+    url: str
+    events: list[str]
+    created_at: datetime
+    failing_since: datetime | None = Field(
+        description="The first failure that no success has followed."
+    )
+    disabled_at: datetime | None = Field(description="From when on it is not called any more.")
+    disabled_reason: str | None
+
+    @classmethod
+    def of(cls, record: records.Webhook) -> Self:
+        return cls(**cls._fields(record))
+
+    @staticmethod
+    def _fields(record: records.Webhook) -> dict[str, Any]:
+        return {
+            "id": record.id,
+            "url": record.url,
+            "events": record.events,
+            "created_at": record.created_at,
+            "failing_since": record.failing_since,
+            "disabled_at": record.disabled_at,
+            "disabled_reason": record.disabled_reason,
+        }
+
+
+class WebhookCreated(WebhookOut):
+    secret: str = Field(
+        description="For the libraries of Standard Webhooks, which check its signatures. Shown "
+        "this once."
+    )
+
+    @classmethod
+    def shown_once(cls, record: records.Webhook) -> Self:
+        return cls(**cls._fields(record), secret=record.secret)
+
+
+class DeliveryAttemptOut(Out):
+    at: datetime
+    status: int | None = Field(description="That was answered; null where nothing was.")
+    error: str | None
+    milliseconds: int
+
+
+class DeliveryOut(Out):
+    id: str = Field(description="Also the message's `webhook-id`, the same at each attempt.")
+    event: str
+    job: str
+    event_number: int
+    state: DeliveryState
+    attempts: list[DeliveryAttemptOut] = Field(description="Oldest first; the newest 30.")
+    next_attempt_at: datetime | None
+    created_at: datetime
+    ended_at: datetime | None
+
+    @classmethod
+    def of(cls, record: records.WebhookDelivery) -> Self:
+        return cls(
+            id=record.id,
+            event=record.event,
+            job=record.job_id,
+            event_number=record.event_number,
+            state=record.state,
+            attempts=record.attempts,
+            next_attempt_at=record.next_attempt_at,
+            created_at=record.created_at,
+            ended_at=record.ended_at,
         )
 
 

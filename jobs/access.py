@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -110,6 +111,12 @@ def key_holds(session: Session, id: str) -> bool:
     """Whether a key that was let in is still to be let in."""
     query = select(ApiKey.id).where(ApiKey.id == id, *_holding(now(session)))
     return session.scalar(query) is not None
+
+
+def holding_keys(session: Session, ids: Iterable[str]) -> set[str]:
+    """Those of some hundred keys that were let in which are still to be let in."""
+    query = select(ApiKey.id).where(ApiKey.id.in_(ids), *_holding(now(session)))
+    return set(session.scalars(query))
 
 
 def _holding(at: datetime) -> tuple[Any, ...]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, create_engine, event, make_url, text
 from sqlalchemy.orm import Session
+
+from jobs.nudges import Notes, notes_of
 
 _BUSY_SECONDS = 30.0
 _READ_ONLY = "widthwise_read_only"
@@ -20,7 +23,9 @@ _READ_ONLY = "widthwise_read_only"
 class Database:
     """A pool of connections. Safe to share between threads, never between processes."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, after_commit: Callable[[Notes], None] | None = None) -> None:
+        """`after_commit` gets what a transaction noted to be told; it must not wait or fail."""
+        self._after_commit = after_commit
         parsed = make_url(url)
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
         options: dict[str, Any] = {"pool_size": 5, "max_overflow": 20}
@@ -36,6 +41,11 @@ class Database:
                 # A process that stands still in mid-transaction must not hold a row for ever.
                 "options": "-c idle_in_transaction_session_timeout=60000",
             }
+        # SQLite lets one write at a time, and has others ask again after naps of up to a tenth of a
+        # second: in no order, and some for seconds. Threads of one process wait in line here.
+        self._writing: AbstractContextManager[Any] = (
+            threading.RLock() if self.is_sqlite else nullcontext()
+        )
         self.engine = create_engine(parsed, **options)
         if self.is_sqlite:
             event.listen(self.engine, "connect", _prepare_sqlite)
@@ -49,8 +59,12 @@ class Database:
         On SQLite it holds the database's write lock from its start, so what was read in
         it still holds when it writes; on PostgreSQL `store` locks the job's row.
         """
-        with Session(self.engine, expire_on_commit=False) as session, session.begin():
-            yield session
+        with self._writing, Session(self.engine, expire_on_commit=False) as session:
+            with session.begin():
+                yield session
+            notes = notes_of(session)
+        if notes is not None and self._after_commit is not None:
+            self._after_commit(notes)
 
     @contextmanager
     def reading(self) -> Iterator[Session]:

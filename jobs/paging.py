@@ -4,14 +4,37 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from sqlalchemy import and_, or_, select
+from sqlalchemy import literal, select, tuple_
 from sqlalchemy.orm import Session
 
 from jobs.errors import NotFound
-from jobs.records import ApiKey, AuditEntry, Dataset, Job, Model, Profile, Project, Upload
+from jobs.records import (
+    ApiKey,
+    AuditEntry,
+    Dataset,
+    Job,
+    Model,
+    Profile,
+    Project,
+    Upload,
+    Webhook,
+    WebhookDelivery,
+)
 
-P = TypeVar("P", Model, Dataset, Profile, Job, ApiKey, AuditEntry, Upload)
-R = TypeVar("R", Model, Dataset, Profile, Job, ApiKey, AuditEntry, Upload, Project)
+P = TypeVar("P", Model, Dataset, Profile, Job, ApiKey, AuditEntry, Upload, Webhook, WebhookDelivery)
+R = TypeVar(
+    "R",
+    Model,
+    Dataset,
+    Profile,
+    Job,
+    ApiKey,
+    AuditEntry,
+    Upload,
+    Webhook,
+    WebhookDelivery,
+    Project,
+)
 
 
 def get_of_project(session: Session, record: type[P], kind: str, id: str, project_id: str) -> P:
@@ -42,11 +65,10 @@ def newest_first(
     """Up to `limit` records, from the one after `last` on."""
     query = select(record).where(*conditions)
     if last is not None:
-        query = query.where(
-            or_(
-                record.created_at < last.created_at,
-                and_(record.created_at == last.created_at, record.id < last.id),
-            )
+        # As one value: an index is entered there, where an OR would have it read up to there.
+        cursor = tuple_(
+            literal(last.created_at, record.created_at.type), literal(last.id, record.id.type)
         )
+        query = query.where(tuple_(record.created_at, record.id) < cursor)
     query = query.order_by(record.created_at.desc(), record.id.desc()).limit(limit)
     return list(session.scalars(query))

@@ -24,6 +24,7 @@ from jobs.settings import Settings
 
 RUN_JOB = "widthwise.run_job"
 RECONCILE = "widthwise.reconcile"
+DELIVER_WEBHOOK = "widthwise.deliver_webhook"
 QUEUE = "widthwise"  # what any worker may take; also where versions with one queue send jobs
 
 
@@ -128,9 +129,18 @@ def make_celery(settings: Settings) -> Celery:
 def enqueue_job(app: Celery, job_id: str, device: Device = Device.CPU) -> bool:
     """Nudges the workers that have the device. Call it after the commit. False if the queue cannot
     be reached now: the job waits in the database until the next reconciliation."""
+    return _send(app, RUN_JOB, job_id, queue_of(device))
+
+
+def enqueue_delivery(app: Celery, delivery_id: str) -> bool:
+    """The same for a webhook's delivery, which any worker may make."""
+    return _send(app, DELIVER_WEBHOOK, delivery_id, QUEUE)
+
+
+def _send(app: Celery, task: str, id: str, queue: str) -> bool:
     try:
-        app.send_task(RUN_JOB, args=[job_id], queue=queue_of(device))
+        app.send_task(task, args=[id], queue=queue)
     except (OperationalError, OSError) as error:
-        log.warning("the queue cannot be reached", job=job_id, error=str(error))
+        log.warning("the queue cannot be reached", task=task, id=id, error=str(error))
         return False
     return True

@@ -23,6 +23,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.engine import Dialect
@@ -31,7 +32,7 @@ from sqlalchemy.types import TypeDecorator
 
 from jobs.devices import Device
 from jobs.roles import Role
-from jobs.states import JobState, RunState
+from jobs.states import DeliveryState, JobState, RunState
 
 DEFAULT_PROJECT = "prj_default"
 ID_PREFIXES = {
@@ -47,6 +48,8 @@ ID_PREFIXES = {
     "upload": "upl_",
     "blob": "blb_",
     "worker": "wrk_",
+    "webhook": "whk_",
+    "webhook_delivery": "dlv_",
 }
 
 
@@ -316,6 +319,13 @@ class Job(Record):
         Index(None, "state", "created_at", "id"),
         Index(None, "state", "device", "precedence", "created_at", "id"),
         Index(None, "state", "device", "finished_at"),
+        Index(None, "project_id", "state", "created_at", "id"),
+        Index(
+            "ix_jobs_with_checkpoints",
+            "id",
+            postgresql_where=text("checkpoints IS NOT NULL"),
+            sqlite_where=text("checkpoints IS NOT NULL"),
+        ),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -414,3 +424,49 @@ class Artifact(Record):
     media_type: Mapped[str] = mapped_column(String(100))
     created_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None]
+
+
+class Webhook(Record):
+    """Where a project wants to be called. `events`: which, as jobs.webhooks.WebhookEvent names
+    them; `secret`: what its messages are signed with. `failing_since`: the first failure that no
+    success has followed."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index(None, "project_id", "created_at", "id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    url: Mapped[str] = mapped_column(Text)
+    events: Mapped[Any]
+    secret: Mapped[str] = mapped_column(String(100))
+    created_at: Mapped[datetime]
+    failing_since: Mapped[datetime | None]
+    disabled_at: Mapped[datetime | None]
+    disabled_reason: Mapped[str | None] = mapped_column(String(500))
+
+
+class WebhookDelivery(Record):
+    """A message to a webhook; its id is the message's. `tries` counts since it was last asked for,
+    `claimed_until` is when another worker may take it. `attempts`: `[{"at", "status", "error",
+    "milliseconds"}]`, oldest first. It outlives its job, so that it names no record of it."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        Index(None, "webhook_id", "created_at", "id"),
+        Index(None, "state", "next_attempt_at"),
+        Index(None, "ended_at"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    webhook_id: Mapped[str] = mapped_column(ForeignKey("webhooks.id"))
+    event: Mapped[str] = mapped_column(String(40))
+    job_id: Mapped[str] = mapped_column(Id)
+    event_number: Mapped[int]
+    state: Mapped[DeliveryState] = mapped_column(_named(DeliveryState))
+    tries: Mapped[int]
+    next_attempt_at: Mapped[datetime | None]
+    claimed_until: Mapped[datetime | None]
+    attempts: Mapped[Any]
+    created_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]

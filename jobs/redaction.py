@@ -1,4 +1,4 @@
-"""What must never be written down: API keys, and passwords in addresses."""
+"""What must never be written down: API keys, webhooks' secrets, and passwords in addresses."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_API_KEY = re.compile(r"wwk_[\w-]+")
+_SECRET = re.compile(r"(wwk_|whsec_)[\w+/=-]+")
 _URL_PASSWORD = re.compile(r"(://[^\s:/@]*):[^\s@]+@")
 
 
 def redact(text: str) -> str:
-    """`text` without API keys and without passwords in addresses."""
-    return _URL_PASSWORD.sub(r"\1:***@", _API_KEY.sub("wwk_***", text))
+    """`text` without API keys, webhooks' secrets and passwords in addresses."""
+    return _URL_PASSWORD.sub(r"\1:***@", _SECRET.sub(r"\1***", text))
 
 
 def redact_all(value: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from functools import cache
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote, urlsplit
@@ -203,6 +204,30 @@ class Settings(BaseSettings):
         "(/objects/), to which downloads are handed over by X-Accel-Redirect.",
     )
 
+    event_streams: int = Field(
+        1000, ge=1, le=10**6, description="Watchers of jobs' events in one process of the API."
+    )
+    event_streams_per_project: int = Field(
+        500, ge=1, le=10**6, description="Of these, watchers with keys of one project."
+    )
+
+    webhook_allowed_networks: Annotated[
+        tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_split)
+    ] = Field(
+        default_factory=tuple,
+        description="Networks (10.1.0.0/16, separated by commas) that webhooks may call although "
+        "they are not public, and with plain http.",
+    )
+    webhook_timeout_seconds: float = Field(
+        15, gt=0, le=60, description="For one attempt, from the name's resolution to the answer."
+    )
+    webhook_disable_seconds: float = Field(
+        5 * 86400, ge=0, description="A webhook to which nothing arrived for so long is disabled."
+    )
+    webhook_log_seconds: float = Field(
+        30 * 86400, gt=0, description="How long the log keeps a delivery that has ended."
+    )
+
     lease_seconds: float = Field(60, gt=0, description="A run that is silent this long is lost.")
     reconcile_seconds: float = Field(
         30, gt=0, description="How often a worker looks for jobs that nobody nudged."
@@ -266,6 +291,14 @@ class Settings(BaseSettings):
     sandbox_output_bytes: int = Field(8 * GIB, ge=1, description="What an upload may unpack to.")
     sandbox_max_files: int = Field(1000, ge=1, description="Files that an upload may unpack to.")
 
+    metrics_host: str = Field("127.0.0.1", description="Address that metrics are served on.")
+    api_metrics_port: int = Field(
+        0, ge=0, le=65535, description="Where the API serves /metrics; 0: nowhere."
+    )
+    worker_metrics_port: int = Field(
+        0, ge=0, le=65535, description="Where a worker serves /metrics; 0: nowhere."
+    )
+
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="`debug`, `info`, `warning` or `error`"
     )
@@ -303,6 +336,12 @@ class Settings(BaseSettings):
             "access_key_id": self.s3_access_key_id,
             "secret_access_key": self.s3_secret_access_key,
         }
+
+    @property
+    def redis_url(self) -> str | None:
+        """Where processes meet beside the database; None on one machine without a Redis."""
+        found = self.broker_url.startswith(("redis://", "rediss://"))
+        return self.broker_url if found else None
 
     @property
     def work_dir(self) -> Path:

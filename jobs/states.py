@@ -1,4 +1,4 @@
-"""The states of a job, and every transition there is."""
+"""The states of a job, every transition there is, and those of deliveries."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ class RunState(StrEnum):
     CANCELLED = "cancelled"
     LOST = "lost"  # its lease expired
     RELEASED = "released"  # its worker was told to stop and handed the job back
+
+
+class DeliveryState(StrEnum):
+    """Of an event to a webhook."""
+
+    PENDING = "pending"
+    DELIVERED = "delivered"
+    FAILED = "failed"
 
 
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {

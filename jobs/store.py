@@ -22,6 +22,7 @@ from jobs import quotas
 from jobs.db import now
 from jobs.devices import Device, Need, need_of
 from jobs.errors import Conflict, Gone, NotFound, StaleRun
+from jobs.nudges import note_event
 from jobs.paging import get_of_project, page_of_project
 from jobs.records import (
     Artifact,
@@ -36,6 +37,7 @@ from jobs.records import (
 )
 from jobs.redaction import redact_all
 from jobs.states import JobState, RunState, check_transition
+from jobs.webhooks import add_deliveries
 
 R = TypeVar("R", Model, Dataset, Artifact)
 
@@ -319,6 +321,11 @@ def list_events(
 ) -> list[Event]:
     """Events with a number above `after`, oldest first. NotFound for an unknown job."""
     get_job(session, job_id, project_id=project_id)
+    return events_after(session, job_id, after, limit=limit)
+
+
+def events_after(session: Session, job_id: str, after: int, *, limit: int) -> list[Event]:
+    """The same for whoever may see the job; none of an unknown one."""
     return list(
         session.scalars(
             select(Event)
@@ -327,6 +334,20 @@ def list_events(
             .limit(limit)
         )
     )
+
+
+@dataclass(frozen=True)
+class EventHead:
+    """How far a job's history has come."""
+
+    state: JobState
+    last_event: int
+
+
+def event_heads(session: Session, job_ids: Sequence[str]) -> dict[str, EventHead]:
+    """By job; some hundreds at most. Unknown ones are left out."""
+    found = session.execute(select(Job.id, Job.state, Job.last_event).where(Job.id.in_(job_ids)))
+    return {id: EventHead(JobState(state), last_event) for id, state, last_event in found}
 
 
 def list_artifacts(session: Session, job_id: str, *, project_id: str) -> list[Artifact]:
@@ -699,6 +720,41 @@ def route_job(session: Session, job_id: str) -> None:
         job.device = need_of(job.spec).device
 
 
+@dataclass(frozen=True)
+class QueueFigures:
+    """Of jobs that have not ended, by state; and for how long the oldest queued one has waited."""
+
+    counts: dict[str, int]
+    oldest_queued_seconds: float
+
+
+def queue_figures(session: Session) -> QueueFigures:
+    open_states = [state for state in JobState if not state.is_final]
+    counts = dict.fromkeys((state.value for state in open_states), 0)
+    oldest = None
+    for state, count, since in session.execute(
+        select(Job.state, func.count(), func.min(Job.created_at))
+        .where(Job.state.in_(open_states))
+        .group_by(Job.state)
+    ):
+        counts[state.value] = count
+        if state == JobState.QUEUED:
+            oldest = since
+    waited = 0.0 if oldest is None else (now(session) - oldest).total_seconds()
+    return QueueFigures(counts, max(0.0, waited))
+
+
+def seconds_in_queue(session: Session, job_id: str, fence: int) -> float:
+    """How long the job lay there before its newest run, which this transaction has just opened."""
+    since = session.scalar(
+        select(Event.created_at)
+        .where(Event.job_id == job_id, Event.fence < fence)
+        .order_by(Event.number.desc())
+        .limit(1)
+    )
+    return 0.0 if since is None else (now(session) - since).total_seconds()
+
+
 def unswept_runs(session: Session, *, grace_seconds: float, limit: int = 100) -> list[Run]:
     """Runs that ended at least `grace_seconds` ago and may have left objects without a record."""
     return list(
@@ -779,19 +835,20 @@ def _add_event(
     """Numbers the event from the job's row, which this transaction must hold locked: so
     numbers become visible in their order, and a reader's cursor never skips one."""
     job.last_event += 1
-    session.add(
-        Event(
-            job_id=job.id,
-            number=job.last_event,
-            project_id=job.project_id,
-            fence=job.fence,
-            kind=kind,
-            # What a job's process says goes to whoever reads the job.
-            data=redact_all(json_safe(data)),
-            created_at=at,
-        )
+    event = Event(
+        job_id=job.id,
+        number=job.last_event,
+        project_id=job.project_id,
+        fence=job.fence,
+        kind=kind,
+        # What a job's process says goes to whoever reads the job.
+        data=redact_all(json_safe(data)),
+        created_at=at,
     )
+    session.add(event)
     session.flush()
+    add_deliveries(session, event)
+    note_event(session, job.id)
 
 
 def _end_run(session: Session, job_id: str, state: RunState, at: datetime) -> None:

@@ -57,10 +57,12 @@ def wait_until(
 
 
 @contextmanager
-def redis_server(options: Sequence[str] = ("--save", "", "--appendonly", "no")) -> Iterator[str]:
+def redis_server(
+    options: Sequence[str] = ("--save", "", "--appendonly", "no"), *, port: int | None = None
+) -> Iterator[str]:
     """The URL of a fresh, empty Redis; `options` are its program's, and may name a folder."""
     program = find_program("redis-server", package="redis-server")
-    port = free_port()
+    port = port or free_port()
     with tempfile.TemporaryDirectory(prefix="widthwise-redis-") as folder:
         command = [program, *options, "--port", str(port), "--bind", "127.0.0.1"]
         if "--dir" not in options:
@@ -89,8 +91,9 @@ def postgresql_program(name: str) -> str:
 
 
 @contextmanager
-def postgresql_server() -> Iterator[str]:
-    """The URL of a fresh PostgreSQL, without a database's name: see `new_database`."""
+def postgresql_server(*, durable: bool = False) -> Iterator[str]:
+    """The URL of a fresh PostgreSQL, without a database's name: see `new_database`. What it has
+    committed need not outlast the machine, unless it is `durable`."""
     initdb, postgres = postgresql_program("initdb"), postgresql_program("postgres")
     # PostgreSQL refuses to run as root.
     user = "postgres" if os.getuid() == 0 else None
@@ -108,7 +111,9 @@ def postgresql_server() -> Iterator[str]:
         )
         port = free_port()
         command = [postgres, "-D", str(data), "-k", str(folder), "-p", str(port)]
-        command += ["-h", "127.0.0.1", "-c", "fsync=off", "-c", "full_page_writes=off"]
+        command += ["-h", "127.0.0.1"]
+        if not durable:
+            command += ["-c", "fsync=off", "-c", "full_page_writes=off"]
         with _running(command, folder=folder, user=user, stop=signal.SIGQUIT):
             address = f"host=127.0.0.1 port={port} user=widthwise dbname=postgres"
 

@@ -27,17 +27,22 @@ from compression.signing import read_private_key
 from jobs.artifacts import open_store
 from jobs.db import Database
 from jobs.logs import configure_logging
+from jobs.metrics import MetricsServer
 from jobs.migrate import SchemaTooNew, upgrade
+from jobs.nudges import EventPublisher, Teller
 from jobs.queue import QUEUE, enqueue_job, make_celery, queue_of
 from jobs.settings import Settings, get_settings
 from jobs.store import QueuedJob
 from worker.environment import measured
 from worker.gpus import offered_gpus
+from worker.metrics import WorkerMetrics
 from worker.presence import Presence
 from worker.reconciler import reconcile
 from worker.runner import CHILD_COMMAND, Runner
 from worker.scheduler import reconcile_forever
 from worker.tasks import add_tasks
+from worker.webhook_sender import Sender
+from worker.webhooks import Deliverer
 
 _LAST_WORDS_SECONDS = 2.0  # for the last resort, which may meet a silent database
 
@@ -63,12 +68,23 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
         )
         return 1
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
-    database = Database(settings.database_url)
+    metrics = WorkerMetrics()
+    publisher = None if settings.redis_url is None else EventPublisher(settings.redis_url)
+    teller = Teller(
+        *filter(None, [publisher]), lambda notes: deliverer.offer() if notes.deliveries else None
+    )
+    database = Database(settings.database_url, after_commit=teller)
     try:
         upgrade(database)
     except SchemaTooNew as error:
         log.error(error.message)
         return 1
+    deliverer = Deliverer(
+        settings,
+        database,
+        Sender(settings.webhook_timeout_seconds, settings.webhook_allowed_networks).send,
+        metrics,
+    )
     objects = open_store(settings.store_url, **settings.s3_credentials)
     app = make_celery(settings)
     runner = Runner(
@@ -80,6 +96,7 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
         gpus=gpus,
         training=training,
         signing_key=key,
+        metrics=metrics,
     )
     stopping = threading.Event()
 
@@ -87,8 +104,9 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
         enqueue_job(app, job.id, job.need.device)
 
     def reconcile_now() -> None:
-        reconcile(settings, database, objects, nudge=nudge)
+        reconcile(settings, database, objects, nudge=nudge, expired=metrics.lease_expired)
         runner.fill()
+        deliverer.offer()
 
     def give_up() -> None:
         log.error("not stopped in time: the jobs are handed back without their last checkpoints")
@@ -99,6 +117,7 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
     def begin_to_stop(**_: Any) -> None:
         stopping.set()
         runner.stop()
+        deliverer.stop()
         # Whatever then hangs (a child, an upload, a silent queue), the process ends; the kernel
         # kills the children. Where the database hangs too, leases hand the jobs to others.
         _after(settings.worker_stop_seconds + _LAST_WORDS_SECONDS, lambda: os._exit(1))
@@ -106,7 +125,7 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
 
     # It warns root against pickled messages; ours are JSON, and name a job at most.
     warnings.filterwarnings("ignore", category=SecurityWarning)
-    add_tasks(app, runner, reconcile_now)
+    add_tasks(app, runner, reconcile_now, deliverer)
     signals.worker_shutting_down.connect(begin_to_stop, weak=False)
     signals.setup_logging.connect(_keep_our_logging)
     presence = Presence(
@@ -122,9 +141,13 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
         name="reconciler",
         daemon=True,
     )
+    metrics_server = MetricsServer(
+        metrics.registry, host=settings.metrics_host, port=settings.worker_metrics_port
+    )
     try:
         presence.start()
         reconciler.start()
+        deliverer.start()
         log.info("worker started", worker=worker, slots=settings.worker_slots, gpus=len(gpus))
         # Tasks only hand a job to the runner's own threads, so two are plenty.
         celery_worker = _CeleryWorker(
@@ -148,6 +171,9 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
             begin_to_stop()
         runner.join(settings.worker_stop_seconds)
         presence.end()
+        metrics_server.close()
+        teller.close()
+        deliverer.join(1.0)
         database.close()
         log.info("worker stopped", worker=worker)
     return status

@@ -8,7 +8,7 @@ import structlog
 
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import KEPT
-from jobs import blobs, deletion, idempotency, resumable, store, workers
+from jobs import blobs, deletion, idempotency, resumable, store, webhooks, workers
 from jobs.artifacts import ObjectStore, run_prefix
 from jobs.db import Database
 from jobs.settings import Settings
@@ -25,13 +25,15 @@ def reconcile(
     objects: ObjectStore,
     *,
     nudge: Callable[[QueuedJob], object],
+    expired: Callable[[], object] = lambda: None,
 ) -> None:
     """One pass. A step that fails is logged and does not keep the others from being done.
 
-    `nudge` is called with each queued job that some worker could take.
+    `nudge` is called with each queued job that some worker could take, `expired` for each lease
+    that had run out.
     """
     steps: tuple[Callable[[], None], ...] = (
-        lambda: _settle_expired(settings, database),
+        lambda: _settle_expired(settings, database, expired),
         lambda: _route(database),
         lambda: _nudge_queued(database, nudge),
         lambda: _delete_orphans(settings, database, objects),
@@ -42,6 +44,7 @@ def reconcile(
         lambda: _remove_expired_uploads(settings, database),
         lambda: _end_retention(settings, database),
         lambda: _delete_unused_blobs(settings, database, objects),
+        lambda: _forget_deliveries(settings, database),
     )
     for step in steps:
         try:
@@ -50,13 +53,14 @@ def reconcile(
             log.exception("a step of the reconciliation failed")
 
 
-def _settle_expired(settings: Settings, database: Database) -> None:
+def _settle_expired(settings: Settings, database: Database, expired: Callable[[], object]) -> None:
     with database.reading() as session:
-        expired = store.expired_jobs(session)
-    for job_id in expired:
+        found = store.expired_jobs(session)
+    for job_id in found:
         with database.transaction() as session:
             state = store.settle_expired(session, job_id, max_runs=settings.max_runs)
         if state is not None:
+            expired()
             log.warning("a run's lease expired", job=job_id, now=state.value)
 
 
@@ -151,3 +155,12 @@ def _delete_unused_blobs(settings: Settings, database: Database, objects: Object
             blobs.forget(session, blob.id)
     if unused:
         log.info("unused objects deleted", objects=len(unused))
+
+
+def _forget_deliveries(settings: Settings, database: Database) -> None:
+    with database.transaction() as session:
+        gone = webhooks.delete_old_deliveries(
+            session, older_than_seconds=settings.webhook_log_seconds
+        )
+    if gone:
+        log.info("old deliveries of webhooks forgotten", deliveries=gone)

@@ -24,6 +24,7 @@ from obstore.exceptions import BaseError
 from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
+from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import resumed_variables
@@ -37,6 +38,7 @@ from jobs.states import JobState
 from jobs.store import Claim
 from worker import environment
 from worker.capacity import Capacity, Grant
+from worker.metrics import Stages, WorkerMetrics
 from worker.process import JobProcess, exit_in_words
 from worker.workspace import workspace
 
@@ -108,6 +110,7 @@ class Runner:
         gpus: Sequence[str] = (),
         training: environment.Variables | None = None,
         signing_key: str | None = None,
+        metrics: WorkerMetrics | None = None,
     ) -> None:
         """`gpus`: those that it may give to jobs, as CUDA_VISIBLE_DEVICES names them.
 
@@ -116,6 +119,8 @@ class Runner:
         `signing_key`: the PEM of the private key that bundles are signed with.
         """
         self._signing_key = signing_key
+        self._metrics = metrics or WorkerMetrics()
+        self._metrics.has_slots(settings.worker_slots)
         self._settings = settings
         self._database = database
         self._objects = objects
@@ -257,14 +262,18 @@ class Runner:
                 max_runs=self._settings.max_runs,
                 devices=self._capacity.devices,
             )
+            if claim is not None:
+                waited = store.seconds_in_queue(session, job_id, claim.fence)
         if claim is not None:
+            self._metrics.claimed(waited_seconds=waited)
             log.info("claimed", job=job_id, run=claim.run_id, fence=claim.fence)
         return claim
 
     # --- one run ------------------------------------------------------------------------
 
     def _run(self, claim: Claim, grant: Grant) -> None:
-        log_run = log.bind(job=claim.job_id, run=claim.run_id, fence=claim.fence)
+        # Every line that this thread writes, also the libraries', says for which run.
+        bind_contextvars(job=claim.job_id, run=claim.run_id, fence=claim.fence)
         seconds_left = math.inf if claim.seconds_left is None else claim.seconds_left
         deadline = time.monotonic() + seconds_left
         heartbeat = _Heartbeat(self._settings, self._database, claim)
@@ -290,26 +299,32 @@ class Runner:
                 if heartbeat.cancelled:
                     raise _Cancelled
                 last_write(lambda session: _succeed(session, claim, report, artifacts))
-                log_run.info("succeeded", artifacts=len(artifacts))
+                self._metrics.run_ended("succeeded")
+                log.info("succeeded", artifacts=len(artifacts))
             except _Cancelled:
                 last_write(lambda s: store.finish_job(s, claim, JobState.CANCELLED))
-                log_run.info("cancelled")
+                self._metrics.run_ended("cancelled")
+                log.info("cancelled")
             except _Stopping:
                 last_write(lambda s: store.release_job(s, claim, reason=_TOLD_TO_STOP))
-                log_run.info("handed back")
+                self._metrics.run_ended("released")
+                log.info("handed back")
             except (_Lost, StaleRun):
                 raise
             except Exception as failure:
                 error = _error(failure)
                 if error["code"] == "internal-error":
-                    log_run.exception("the run failed")
+                    log.exception("the run failed")
                 else:
-                    log_run.warning("failed", code=error["code"], error=error["message"])
+                    log.warning("failed", code=error["code"], error=error["message"])
                 last_write(lambda s: store.finish_job(s, claim, JobState.FAILED, error=error))
+                self._metrics.run_ended("failed")
         except (_Lost, StaleRun):
-            log_run.warning("lost to another run, or to silence: nothing more is written")
+            self._metrics.run_ended("lost")
+            log.warning("lost to another run, or to silence: nothing more is written")
         finally:
             heartbeat.stop()
+            unbind_contextvars("job", "run", "fence")
 
     def _compress(
         self, claim: Claim, grant: Grant, folder: Path, check: Callable[[], None]
@@ -339,7 +354,8 @@ class Runner:
             | self._capacity.variables(grant),
         )
         try:
-            report = self._converse(claim, process, checkpoints, check)
+            with self._metrics.stages() as stages:
+                report = self._converse(claim, process, checkpoints, check, stages)
         except _Stopping:
             self._await_last_checkpoint(claim, process, checkpoints)
             raise
@@ -358,6 +374,7 @@ class Runner:
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             self._objects.get_to_file(file["key"], path, sha256=file["sha256"])
+            self._metrics.staged("in", path.stat().st_size)
 
     def _stage_in_checkpoint(self, claim: Claim, folder: Path, check: Callable[[], None]) -> None:
         """The newest good checkpoint of the runs before, if any; an event says which."""
@@ -376,7 +393,12 @@ class Runner:
             return
 
     def _converse(
-        self, claim: Claim, process: JobProcess, checkpoints: Path, check: Callable[[], None]
+        self,
+        claim: Claim,
+        process: JobProcess,
+        checkpoints: Path,
+        check: Callable[[], None],
+        stages: Stages,
     ) -> dict[str, Any]:
         """Stores the child's progress until it is done; its report. JobFailed if it fails."""
         wanted = ProgressFilter(PROGRESS_SECONDS)
@@ -393,6 +415,7 @@ class Runner:
                     continue
             kind = message.pop("kind")
             if kind == "progress":
+                stages.progress(message)
                 if wanted(message):
                     self._append(claim, kind, message)
             elif kind == "checkpoint":
@@ -434,6 +457,7 @@ class Runner:
         try:
             size_bytes = path.stat().st_size
             self._objects.put_file(key, path)
+            self._metrics.staged("out", size_bytes)
             with self._database.transaction() as session:
                 store.add_checkpoint(
                     session,
@@ -470,6 +494,7 @@ class Runner:
             with path.open("rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             self._objects.put_file(key, path)
+            self._metrics.staged("out", path.stat().st_size)
             artifacts.append(
                 {
                     "path": name,

@@ -19,6 +19,7 @@ from jobs.artifacts import open_store
 from jobs.db import Database
 from jobs.logs import configure_logging
 from jobs.migrate import SchemaTooNew, upgrade
+from jobs.nudges import EventPublisher, Teller
 from jobs.queue import enqueue_job, make_celery
 from jobs.settings import Settings, get_settings
 from worker.reconciler import reconcile
@@ -54,7 +55,9 @@ def serve(settings: Settings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    database = Database(settings.database_url)
+    publisher = None if settings.redis_url is None else EventPublisher(settings.redis_url)
+    teller = Teller(*filter(None, [publisher]))
+    database = Database(settings.database_url, after_commit=teller)
     try:
         upgrade(database)
     except SchemaTooNew as error:
@@ -73,6 +76,7 @@ def serve(settings: Settings) -> None:
     log.info("scheduler started")
     reconcile_forever(one_pass, settings, stopping)
     app.close()
+    teller.close()
     database.close()
     log.info("scheduler stopped")
 

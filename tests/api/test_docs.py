@@ -35,6 +35,10 @@ ROUTES = {
     ("get", "/v1/projects/{project_id}"), ("get", "/v1/audit"),
     ("get", "/v1/keys"), ("post", "/v1/keys"), ("get", "/v1/keys/{key_id}"),
     ("post", "/v1/keys/{key_id}/revoke"),
+    ("get", "/v1/webhooks"), ("post", "/v1/webhooks"), ("get", "/v1/webhooks/{webhook_id}"),
+    ("delete", "/v1/webhooks/{webhook_id}"), ("post", "/v1/webhooks/{webhook_id}/enable"),
+    ("get", "/v1/webhooks/{webhook_id}/deliveries"),
+    ("post", "/v1/webhooks/{webhook_id}/deliveries/{delivery_id}/redeliver"),
     ("get", "/healthz"), ("get", "/readyz"),
 }  # fmt: skip
 
@@ -127,6 +131,7 @@ def _assert_answers_fit(
         ("/v1/keys", "/v1/keys"),
         ("/v1/audit", "/v1/audit"),
         ("/v1/workers", "/v1/workers"),
+        ("/v1/webhooks", "/v1/webhooks"),
     ):
         content = document["paths"][template]["get"]["responses"]["200"]["content"]
         schema = content["application/json"]["schema"] | {"components": document["components"]}

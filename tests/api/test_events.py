@@ -147,7 +147,6 @@ def test_head_of_a_stream_returns(service: Service) -> None:
 
 def test_a_quiet_stream_is_kept_alive(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "KEEP_ALIVE_SECONDS", 0.1)
-    monkeypatch.setattr(events, "POLL_SECONDS", 0.05)
     with stream(service, service.new_job()) as (_, told):
         quiet = [event for event in (next(told) for _ in range(4)) if "id" not in event]
     assert {"": "ping"} in quiet

@@ -13,6 +13,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from api.main import ROUTES
+from jobs import webhooks
 from jobs.access import new_key
 from jobs.roles import Role
 from jobs.states import JobState
@@ -68,6 +69,13 @@ ROLES: dict[tuple[str, str], Role] = {
     ("GET", "/v1/keys/{key_id}"): ADMIN,
     ("POST", "/v1/keys/{key_id}/revoke"): ADMIN,
     ("GET", "/v1/audit"): ADMIN,
+    ("GET", "/v1/webhooks"): ADMIN,
+    ("POST", "/v1/webhooks"): ADMIN,
+    ("GET", "/v1/webhooks/{webhook_id}"): ADMIN,
+    ("DELETE", "/v1/webhooks/{webhook_id}"): ADMIN,
+    ("POST", "/v1/webhooks/{webhook_id}/enable"): ADMIN,
+    ("GET", "/v1/webhooks/{webhook_id}/deliveries"): ADMIN,
+    ("POST", "/v1/webhooks/{webhook_id}/deliveries/{delivery_id}/redeliver"): ADMIN,
 }
 OPEN = {"/healthz", "/readyz", "/docs", "/docs/{name}", "/openapi.json"}
 # Of the installation and of no project: another project's admin is told so.
@@ -84,6 +92,7 @@ BODIES: dict[tuple[str, str], Any] = {
     ("POST", "/v1/projects"): {"name": "made by the walk"},
     ("PUT", "/v1/projects/{project_id}/quotas"): {},
     ("POST", "/v1/jobs/{job_id}/clone"): {"name": "made by the walk"},
+    ("POST", "/v1/webhooks"): {"url": "https://203.0.114.7/made-by-the-walk"},
 }
 HEADERS: dict[tuple[str, str], dict[str, str]] = {
     ("PATCH", "/v1/uploads/{upload_id}"): {
@@ -107,7 +116,9 @@ class House:
 
     def ask(self, method: str, path: str, key: str | None = None) -> httpx.Response:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        ids = self.ids | self.spare if method == "DELETE" else self.ids
+        ids = self.ids
+        if method == "DELETE":  # what the next question needs must not go
+            ids = ids | self.spare | {"webhook_id": new_webhook(self.service)}
         return httpx.request(
             method,
             self.service.url + path.format_map(ids),
@@ -118,9 +129,21 @@ class House:
         )
 
 
+def new_webhook(service: Service) -> str:
+    with service.services.database.transaction() as session:
+        return webhooks.add_webhook(
+            session,
+            project_id="prj_default",
+            url="https://203.0.114.7/",
+            events=webhooks.JOB_ENDS,
+            secret="whsec_c2VjcmV0",
+        ).id
+
+
 @pytest.fixture(scope="module")
 def house(service: Service) -> Iterator[House]:
     job_id = service.new_job()
+    webhook_id = new_webhook(service)
     claim = service.claim(job_id)
     artifact_id = service.publish(claim, "w1/onnx/model.onnx", b"bytes")
     spare = {"artifact_id": service.publish(claim, "w1/onnx/spare.onnx", b"more")}
@@ -130,6 +153,7 @@ def house(service: Service) -> Iterator[House]:
     begin = {"Tus-Resumable": "1.0.0", "Upload-Length": "9", "Upload-Metadata": described}
     uploads = [service.client.post("/v1/uploads", headers=begin) for _ in range(2)]
     upload_id, spare["upload_id"] = (each.headers["location"].split("/")[-1] for each in uploads)
+    sent = service.client.get(f"/v1/webhooks/{webhook_id}/deliveries").json()["items"]
     keys = {role.value: service.new_key(role) for role in Role}
     keys["revoked"] = service.new_key(Role.ADMIN)
     keys["expired"] = service.new_key(Role.ADMIN, seconds=-1)
@@ -151,6 +175,8 @@ def house(service: Service) -> Iterator[House]:
                 "key_id": keys["victim"].id,
                 "project_id": "prj_default",
                 "worker_id": worker_id,
+                "webhook_id": webhook_id,
+                "delivery_id": sent[0]["id"],
             },
             spare=spare,
             keys=keys,
@@ -230,6 +256,7 @@ def test_another_projects_key_finds_nothing(house: House, method: str, path: str
         ("profiles", "profile_id"),
         ("jobs", "job_id"),
         ("keys", "key_id"),
+        ("webhooks", "webhook_id"),
     ],
 )
 def test_another_projects_id_is_no_cursor(house: House, listing: str, kind: str) -> None:
@@ -364,6 +391,9 @@ def test_every_change_leaves_one_entry(service: Service) -> None:
     client.post(f"/v1/keys/{key['id']}/revoke")
     project = client.post("/v1/projects", json={"name": "p"}).json()
     profile = client.post("/v1/profiles", json=device_profile()).json()
+    webhook = client.post("/v1/webhooks", json={"url": "https://203.0.114.7/s3cret"}).json()
+    client.post(f"/v1/webhooks/{webhook['id']}/enable")  # it was not disabled
+    client.delete(f"/v1/webhooks/{webhook['id']}")
     client.post("/v1/jobs?dry_run=true", json=service.job_body())
     client.post(f"/v1/jobs/{job['id']}/selection", json={"constraints": {}})
     client.post(f"/v1/jobs/{job['id']}/clone?dry_run=true")
@@ -386,6 +416,7 @@ def test_every_change_leaves_one_entry(service: Service) -> None:
         key["id"]: ["key.revoked", "key.created"],
         project["id"]: ["project.created"],
         profile["id"]: ["profile.uploaded"],
+        webhook["id"]: ["webhook.deleted", "webhook.created"],
     }
     for target, actions in expected.items():
         entries = client.get(f"/v1/audit?target={target}").json()["items"]
@@ -394,6 +425,7 @@ def test_every_change_leaves_one_entry(service: Service) -> None:
         assert {entry["client"] for entry in entries} == {"127.0.0.1"}
     (*_, created) = client.get(f"/v1/audit?target={job['id']}").json()["items"]
     assert created["request_id"] == "r-17"
+    assert "s3cret" not in client.get("/v1/audit?limit=200").text
     paged = client.get("/v1/audit?limit=2").json()
     rest = client.get(f"/v1/audit?limit=200&after={paged['next']}").json()["items"]
     every = client.get("/v1/audit?limit=200").json()["items"]

@@ -22,7 +22,7 @@ from jobs.records import DEFAULT_PROJECT, Project, Record
 from jobs.roles import Role
 from tests.services import new_database
 
-NEWEST = "0006"
+NEWEST = "0007"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

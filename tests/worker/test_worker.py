@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -11,15 +12,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+import redis
 from sqlalchemy import text
 
 from jobs import store, workers
 from jobs.artifacts import ObjectStore
 from jobs.db import Database, now
 from jobs.devices import Device
+from jobs.nudges import EVENTS_CHANNEL
 from jobs.queue import enqueue_job, make_celery
-from jobs.records import DEFAULT_PROJECT
+from jobs.records import DEFAULT_PROJECT, Run
 from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.workers import WorkerState
@@ -356,6 +360,36 @@ def test_without_its_queue_a_worker_runs_jobs_and_can_be_stopped(
     assert worker.stop() == 0, worker.log.read_text()
     assert "hush" not in worker.log.read_text()
     database.close()
+
+
+@ON_POSTGRESQL
+def test_a_worker_tells_watchers_prometheus_and_its_log_what_it_runs(
+    settings: Settings, database: Database, objects: ObjectStore, start_worker: StartWorker
+) -> None:
+    port = free_port()
+    settings = settings.model_copy(update={"worker_metrics_port": port, "log_format": "json"})
+    with redis.Redis.from_url(settings.broker_url) as client, client.pubsub() as heard:
+        heard.subscribe(EVENTS_CHANNEL)
+        assert heard.get_message(timeout=10)["type"] == "subscribe"
+        job_id = submit(database, objects, "progress")
+        worker = start_worker(settings)
+        wait_for_state(database, job_id, "succeeded")
+        for _ in range(3):  # started, progress, succeeded
+            message = heard.get_message(timeout=10)
+            assert message is not None
+            assert message["data"].decode() == job_id
+    wait_until(lambda: worker.has_logged('"event": "succeeded"'), "the run's last line")
+    told = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+    assert 'widthwise_runs_ended_total{outcome="succeeded"} 1.0' in told
+    assert "widthwise_queue_wait_seconds_count 1.0" in told
+    assert 'widthwise_runs_in_stage{stage="load"} 0.0' in told
+    (size,) = re.findall(r'widthwise_staged_bytes_total{direction="in"} (\S+)', told)
+    assert float(size) == 4  # {} and []
+    with database.reading() as session:
+        (run,) = session.query(Run).filter(Run.job_id == job_id)
+    lines = [json.loads(line) for line in worker.log.read_text().splitlines()]
+    assert [line["event"] for line in lines if line.get("run") == run.id][-1] == "succeeded"
+    assert all(line["job"] == job_id for line in lines if "run" in line)
 
 
 def test_a_worker_whose_signing_key_is_none_says_so_and_takes_no_job(tmp_path: Path) -> None:

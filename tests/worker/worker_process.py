@@ -40,6 +40,11 @@ class Worker:
             "WIDTHWISE_WORKER_SLOTS": str(settings.worker_slots),
             "WIDTHWISE_WORKER_GPUS": str(settings.worker_gpus or 0),
             "WIDTHWISE_WORKER_STOP_SECONDS": str(settings.worker_stop_seconds),
+            "WIDTHWISE_WEBHOOK_ALLOWED_NETWORKS": ",".join(
+                str(network) for network in settings.webhook_allowed_networks
+            ),
+            "WIDTHWISE_WORKER_METRICS_PORT": str(settings.worker_metrics_port),
+            "WIDTHWISE_LOG_FORMAT": settings.log_format,
             "WIDTHWISE_MEASURE_TRAINING": str(settings.measure_training),
         }
         with self.log.open("wb") as log:
