@@ -1,7 +1,8 @@
 """A small evolutionary search over per-layer widths and depth, seeded. Paddle-free.
 
-As once-for-all's (arXiv:1908.09791) under a latency: the best quarter are parents, children are
-mutated or crossed, and what does not fit the budget is drawn again. Nothing is scored twice.
+As once-for-all's (arXiv:1908.09791) under a latency: the best are parents, children are mutated or
+crossed, or trade a width between two layers, and what does not fit the budget is drawn again.
+Nothing is scored twice.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ def evolve(
 
         def child(parents: Sequence[Scored] = parents) -> Genes:
             one, other = (parents[int(i)].genes for i in generator.integers(len(parents), size=2))
-            genes = space.crossed(one, other, generator) if generator.random() < 0.5 else one
+            kind = generator.integers(3)
+            if kind == 0:
+                return space.shifted(one, generator)
+            genes = space.crossed(one, other, generator) if kind == 1 else one
             return space.mutated(genes, generator, rate=MUTATION_RATE)
 
         if fill(child, population) == 0:

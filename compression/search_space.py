@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -80,6 +81,19 @@ class SearchSpace:
             heads=tuple(drawn(each, self.widths) for each in genes.heads),
             ffn=tuple(drawn(each, self.widths) for each in genes.ffn),
         )
+
+    def shifted(self, genes: Genes, generator: np.random.Generator) -> Genes:
+        """One layer's heads (or neurons) a width wider, another's a width narrower.
+
+        At the edge of a budget what is only wider does not fit any more.
+        """
+        kind = "heads" if generator.random() < 0.5 else "ffn"
+        widths = list(getattr(genes, kind))
+        wider, narrower = generator.choice(len(widths), 2, replace=len(widths) < 2)
+        for layer, step in ((wider, -1), (narrower, 1)):
+            place = self.widths.index(widths[layer]) + step
+            widths[layer] = self.widths[min(max(place, 0), len(self.widths) - 1)]
+        return dataclasses.replace(genes, **{kind: tuple(widths)})
 
     def crossed(self, one: Genes, other: Genes, generator: np.random.Generator) -> Genes:
         """Each gene from one or the other."""
