@@ -250,12 +250,9 @@ def test_the_report_says_what_was_searched_and_what_it_gained(finished: dict[str
     assert 0 <= model.mean_error <= model.max_error
     assert 4 <= found.scored <= 4 * 3
     assert found.gain is not None
-    (best,) = [
-        each for each in finished["report"].subnetworks if each.name == found.gain.subnetwork
-    ]
-    (uniform,) = [
-        each for each in finished["report"].subnetworks if each.name == found.gain.reference
-    ]
+    named = {each.name: each for each in finished["report"].subnetworks}
+    best, uniform = named[found.gain.subnetwork], named[found.gain.reference]
+    assert best.width_mult is None and uniform.width_mult is not None
     assert found.gain.points == pytest.approx(100 * (best.accuracy - uniform.accuracy))
     for within in found.gain.intervals:
         assert within.low <= found.gain.points <= within.high

@@ -17,14 +17,7 @@ SPACE = SearchSpace(CONFIG, WIDTHS, DEPTHS)
 
 
 def test_genes_of_layers_that_are_left_out_say_nothing() -> None:
-    widths = (
-        Fraction(1),
-        Fraction(3, 4),
-        Fraction(1, 2),
-        Fraction(1, 4),
-        Fraction(1, 2),
-        WIDTHS[0],
-    )
+    widths = (*WIDTHS, Fraction(1, 2), Fraction(1))
     genes = Genes(Fraction(2, 3), widths, widths[::-1])
     found = SPACE.subnetwork(genes, "p1")
     assert (found.name, found.width_mult, found.depth_mult) == ("p1", None, Fraction(2, 3))
@@ -75,6 +68,17 @@ def test_mutation_changes_as_many_genes_as_its_rate_says_and_children_have_their
     for child in children:
         assert {*child.heads, *child.ffn} <= {WIDTHS[0], WIDTHS[3]}
     assert any(len(set(child.heads)) == 2 for child in children)
+
+
+def test_a_shift_gives_one_layer_what_it_takes_from_another() -> None:
+    generator, half = np.random.default_rng(0), SPACE.uniform(Fraction(1, 2), DEPTHS[0])
+    for _ in range(30):
+        found = SPACE.shifted(half, generator)
+        changed = found.heads if found.heads != half.heads else found.ffn
+        assert sorted(changed) == [Fraction(1, 4), *[Fraction(1, 2)] * 4, Fraction(3, 4)]
+        assert half.heads in (found.heads, found.ffn)
+    widest = SPACE.uniform(Fraction(1), DEPTHS[0])
+    assert max(SPACE.shifted(widest, generator).heads) == 1  # nothing is wider
 
 
 def test_at_full_depth_the_layers_that_were_left_out_are_whole() -> None:
