@@ -190,7 +190,7 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> Manifest:
             flops=subnetwork.flops,
         ),
         subnetwork=ManifestSubnetwork(
-            width_mult=str(subnetwork.width_mult),
+            width_mult=str(subnetwork.width_mult) if subnetwork.width_mult else None,
             depth_mult=str(subnetwork.depth_mult),
             layers=subnetwork.layers,
             heads=subnetwork.heads,
@@ -341,6 +341,7 @@ def _steps(facts: BundleFacts) -> list[str]:
     """The job's stages as a numbered list, with the settings that shaped them."""
     spec, teacher, subnetwork = facts.spec, facts.teacher, facts.subnetwork
     layers = int(len(subnetwork.heads) / subnetwork.depth_mult)
+    is_width = subnetwork.width_mult is not None and subnetwork.depth_mult == 1
     moved = (
         f" At full width that moved no logit by more than {facts.reorder_max_abs:.1e}."
         if facts.reorder_max_abs is not None
@@ -380,7 +381,17 @@ def _steps(facts: BundleFacts) -> list[str]:
             if spec.final.when == "always"
             else []
         ),
-        f"This {'width' if subnetwork.depth_mult == 1 else 'sub-network'} was cut out: "
+        *(
+            [
+                "Sub-networks with a width for each layer were searched for: "
+                f"{spec.supernet.per_layer.finalists} at most, the most accurate on rows of train "
+                "that nothing was trained on, among those predicted to hold the budget. The "
+                "supernet had learnt random widths for each layer along with the others."
+            ]
+            if spec.supernet.per_layer is not None
+            else []
+        ),
+        f"This {'width' if is_width else 'sub-network'} was cut out: "
         f"{_kept(subnetwork)}{_each(subnetwork.heads)} heads and {_each(subnetwork.ffn)} "
         "neurons a layer. It was judged on dev, written in each format, reloaded in a fresh "
         "process and compared.",
@@ -403,6 +414,8 @@ def _training_words(facts: BundleFacts, stage: str) -> str:
 def _size(subnetwork: SubnetworkReport) -> str:
     """ "width 1/2", with the depth where that is not the full one."""
     depth = "" if subnetwork.depth_mult == 1 else f" and depth {subnetwork.depth_mult}"
+    if subnetwork.width_mult is None:
+        return f"a width for each layer{depth}"
     return f"width {subnetwork.width_mult}{depth}"
 
 

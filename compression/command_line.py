@@ -88,7 +88,7 @@ def table(report: CompressionReport) -> str:
     networks = [
         ("teacher", report.teacher),
         *(
-            (str(each.width_mult) if each.depth_mult == 1 else each.name, each)
+            (str(each.width_mult) if each.width_mult and each.depth_mult == 1 else each.name, each)
             for each in report.subnetworks
         ),
     ]

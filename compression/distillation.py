@@ -17,9 +17,9 @@ from compression.encoder import Encoder, EncoderStates
 from compression.layout import Layout, Packed, Padded
 from compression.noise import Noise
 from compression.report import TrainingReport
-from compression.sampling import Sandwich
+from compression.sampling import Sandwich, taken
 from compression.spec import DepthSpec, DistillationSpec
-from compression.supernet import Subnetwork, replaced_states, subnetwork_of
+from compression.supernet import Subnetwork, deepened, replaced_states
 from compression.tasks.base import Count, Task
 from compression.teacher_states import KeptStates
 from compression.training import Step, Surroundings, train
@@ -96,7 +96,7 @@ class SupernetLosses:
     """Every sub-network's loss against the teacher, which runs once, without gradients."""
 
     teacher: Encoder
-    subnetworks: Sequence[Subnetwork]
+    subnetworks: Sequence[Subnetwork] | Sandwich
     spec: DistillationSpec
     task: Task
     kept: KeptStates | None = None  # the teacher's answers about all rows
@@ -121,7 +121,8 @@ class SupernetLosses:
                 student, targets, share, layout, self.spec, self.task, share_of=whole
             )
 
-        yield from losses_of_each(supernet, self.subnetworks, share, layout, noise, loss)
+        chosen = taken(self.subnetworks, step)
+        yield from losses_of_each(supernet, chosen, share, layout, noise, loss)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class DepthLosses:
 
         def loss(student: EncoderStates, subnetwork: Subnetwork) -> Tensor:
             config = self.frozen.config
-            deep = subnetwork_of(config, subnetwork.width_mult)
+            deep = deepened(config, subnetwork)
             if deep not in known:
                 known.clear()  # the step's sub-networks come width by width
                 with paddle.no_grad():
@@ -203,7 +204,7 @@ def distil(
     supernet: Encoder,
     teacher: Encoder,
     data: Encoded,
-    subnetworks: Sequence[Subnetwork],
+    subnetworks: Sequence[Subnetwork] | Sandwich,
     spec: DistillationSpec,
     task: Task,
     surroundings: Surroundings = DISTILLATION,
@@ -216,7 +217,8 @@ def distil(
     """Trains the supernet in place.
 
     Each batch: the teacher once, without gradients, or what was `kept` of it; every sub-network
-    forward and backward; one optimizer step. `replicas` threads share each batch.
+    (of a sandwich those of the step) forward and backward; one optimizer step. `replicas` threads
+    share each batch.
     """
     return train(
         supernet,

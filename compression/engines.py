@@ -38,6 +38,12 @@ def check_paddleslim(spec: Spec, config: EncoderConfig) -> None:
                 "neurons to other numbers; leave it out, or use the engine widthwise",
                 pointer=f"/supernet/width_mults/{i}",
             )
+    if spec.supernet.per_layer is not None:
+        raise InvalidSpec(
+            "the engine paddleslim knows no widths that differ between layers; leave per_layer "
+            "out, or use the engine widthwise",
+            pointer="/supernet/per_layer",
+        )
     for i, depth in enumerate(spec.supernet.depth_mults):
         if depth != 1:
             raise InvalidSpec(

@@ -82,7 +82,7 @@ class ManifestMetrics(Frozen):
 class ManifestSubnetwork(Frozen):
     """Heads and FFN neurons of each layer; `layers` are the supernet's that it keeps, from 0."""
 
-    width_mult: str
+    width_mult: str | None = Field(description="null where layers have widths of their own.")
     depth_mult: str = "1"
     layers: tuple[int, ...] = ()
     heads: tuple[int, ...]

@@ -68,7 +68,15 @@ from compression.fingerprint import fingerprint
 from compression.importance import measure_importance
 from compression.int8 import Judge, Outcome, loses_at_most, pass_gate, served_predictions
 from compression.manifest import Provenance, code_digest
-from compression.plan import Plan, deadlines, make_plan, model_info, resolve_rows
+from compression.plan import (
+    AnyExamples,
+    Plan,
+    deadlines,
+    held_out_rows,
+    make_plan,
+    model_info,
+    resolve_rows,
+)
 from compression.ranks import ALONE, Group, join, started
 from compression.reference import run as reference
 from compression.reference.exchange import Orders, Request
@@ -92,6 +100,8 @@ from compression.report import (
 )
 from compression.runtime_env import core_count, replica_count
 from compression.sampling import Sandwich
+from compression.search import Found, search, space_of, with_gain
+from compression.search_space import SearchSpace
 from compression.spec import (
     INT8_FORMATS,
     SERVED_FORMATS,
@@ -100,7 +110,7 @@ from compression.spec import (
     Spec,
     fp32_format,
 )
-from compression.supernet import Subnetwork, extract_weights, subnetwork_of
+from compression.supernet import FULL, Subnetwork, extract_weights, subnetwork_of
 from compression.tables import Columns, profile, read_splits, shared_rows
 from compression.tasks import Predictions, Task, make_task
 from compression.teacher_states import KeptStates, states_bytes
@@ -123,6 +133,7 @@ REFERENCE = "reference"
 INT8 = "int8"
 RANKS = "ranks"
 TEACHER_STATES = "teacher-states"
+SEARCH = "search"
 BUNDLE = "bundle.tar.gz"
 
 Advance = Callable[..., None]
@@ -181,19 +192,23 @@ def compress(
     with started(request, spec.processes, run_dir / "work" / RANKS) as others:
         group = ALONE if others is None else join(0, others.endpoints, others.meet)
         learnt = learn(job, checkpoints, stages, group, run_dir / "work")
-    teacher, supernet, subnetworks = learnt.teacher, learnt.supernet, learnt.subnetworks
+    teacher, supernet = learnt.teacher, learnt.supernet
+    with stages("search") as advance:
+        found, search_warnings = search_widths(job, learnt, run_dir / "work", advance)
+    subnetworks = [*learnt.subnetworks, *(found.subnetworks if found else ())]
     trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
     with stages("evaluate") as advance:
         dev = job.splits["dev"]
         judged = job.task.judged(learnt.teacher_dev, dev)
         teacher_resampled = resampled_metric(job.task, job.task.outcomes(learnt.teacher_dev, dev))
         metrics, drops_within, regressions, dev_logits = [], [], [], {}
+        resampled = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
             predictions = predict(supernet, dev, subnetwork=subnetwork, threads=job.replicas)
             dev_logits[subnetwork.name] = predictions
             outcomes = job.task.outcomes(predictions, dev)
             metrics.append(job.task.metrics_of(outcomes))
-            own = resampled_metric(job.task, outcomes)
+            resampled[subnetwork.name] = own = resampled_metric(job.task, outcomes)
             drops_within.append(drop_intervals(reference=teacher_resampled, own=own))
             regressions.append(regression(job, "dev", judged, predictions))
             accuracy = metrics[-1][job.task.main_metric]
@@ -311,7 +326,7 @@ def compress(
                 label=job.plan.label,
                 cut_rows={split: rows.cut for split, rows in job.splits.items() if rows.cut},
                 shared_rows=job.shared_rows,
-                notes=(*job.plan.warnings, *cut_notes(job)),
+                notes=(*job.plan.warnings, *row_notes(job)),
             ),
             teacher=TeacherReport(
                 family=teacher.config.family,
@@ -338,6 +353,7 @@ def compress(
             reorder_max_abs=learnt.reorder_max_abs,
             subnetworks=tuple(reports),
             selection=chosen,
+            search=with_gain(found.report, spec, reports, resampled) if found else None,
             distillation_steps=trainings["distil"].steps,
             depth_steps=trainings["depth"].steps if "depth" in trainings else 0,
             final_steps=trainings["final"].steps if "final" in trainings else 0,
@@ -348,6 +364,7 @@ def compress(
             device=device,
             warnings=(
                 *export_warnings(reports, spec.export.formats, teacher_files),
+                *search_warnings,
                 *test_warnings,
                 *checkpoints.warnings,
                 *training_warnings(spec, trainings),
@@ -404,6 +421,8 @@ class Job:
     facts: Mapping[str, RowFacts]  # of dev and test
     shared_rows: Mapping[str, int]
     seq_len: int  # of the latency measurement, tokens
+    holdout: Encoded | None  # rows of train that only score the search's candidates
+    held_out: int  # how many these are in the dataset
     replicas: int  # threads that share a batch in training, and the batches elsewhere
 
 
@@ -610,6 +629,9 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
     plan = make_plan(spec, model_info(checkpoint), profile(tables))
     task = make_task(spec.task, plan.label_names)
     examples = resolve_rows(spec, plan, tables, spec.seed)
+    rows = {split: len(examples[split]) for split in examples}
+    train, held_out = without_held_out(spec, examples["train"])
+    examples["train"] = train
     splits = {
         split: task.encode(tokenizer, examples[split], spec.task.max_seq_len) for split in examples
     }
@@ -619,7 +641,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
         plan=plan,
         task=task,
         checkpoint=checkpoint,
-        rows={split: len(examples[split]) for split in examples},
+        rows=rows,
         splits=splits,
         facts={
             split: row_facts(
@@ -635,6 +657,8 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
         },
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
+        holdout=task.encode(tokenizer, held_out, spec.task.max_seq_len) if held_out else None,
+        held_out=len(held_out or ()),
         replicas=replicas or own_replicas(spec),
     )
 
@@ -654,6 +678,31 @@ def predictor_of(job: Job, profile: DeviceProfile | None) -> Predictor | None:
     predictor = job_predictor(job.spec, profile, job.checkpoint.config, seq_len=job.seq_len)
     predictor.check(job.plan.subnetworks)
     return predictor
+
+
+def without_held_out(spec: Spec, train: AnyExamples) -> tuple[AnyExamples, AnyExamples | None]:
+    """Train without the rows that score the search's candidates, and these; equal texts together.
+
+    None where there is no search.
+    """
+    count = held_out_rows(spec, len(train))
+    if count == 0:
+        return train, None
+    groups: dict[Any, list[int]] = {}
+    for row, group in enumerate(train.groups):
+        groups.setdefault(group, []).append(row)
+    texts, picked = list(groups.values()), []
+    for number in np.random.default_rng([spec.seed, 6]).permutation(len(texts)):
+        if len(picked) + len(texts[number]) <= count:
+            picked += texts[number]
+    if not picked:
+        raise InvalidSpec(
+            f"no {count} rows of train can be held out to score candidates: more than that stand "
+            "together, with equal texts or one context; leave per_layer out",
+            pointer="/supernet/per_layer/holdout_rows",
+        )
+    chosen = set(picked)
+    return train.take([i for i in range(len(train)) if i not in chosen]), train.take(sorted(picked))
 
 
 def own_replicas(spec: Spec) -> int:
@@ -778,7 +827,12 @@ def train_supernet(
     """
     rows = imitated_rows(job)
     widths = dict.fromkeys(each.width_mult for each in job.plan.subnetworks)
-    subnetworks = [subnetwork_of(supernet.config, width) for width in widths]
+    subnetworks: Sequence[Subnetwork] | Sandwich = [
+        subnetwork_of(supernet.config, width) for width in widths
+    ]
+    if (space := per_layer_space(job, supernet)) is not None:
+        at_full_depth = dataclasses.replace(space, depths=(FULL,))
+        subnetworks = Sandwich(subnetworks, job.spec.seed, at_full_depth)
 
     def on_step(step: Step) -> None:
         advance(step.done, step.total, losses=dict(step.losses))
@@ -818,6 +872,13 @@ def train_supernet(
     return finished(supernet, surroundings, train, trained_further=trained_further)
 
 
+def per_layer_space(job: Job, supernet: Encoder) -> SearchSpace | None:
+    """What random widths for each layer are drawn from, where the spec asks for such."""
+    if job.spec.supernet.per_layer is None:
+        return None
+    return space_of(job.spec, supernet.config)
+
+
 def imitated_rows(job: Job) -> Encoded:
     """The teacher's answers are all that is learnt of these, so rows without labels serve too."""
     rows = job.splits["train"]
@@ -845,7 +906,7 @@ def train_depths(
             supernet,
             frozen,
             imitated_rows(job),
-            Sandwich(subnetworks, job.spec.seed),
+            Sandwich(subnetworks, job.spec.seed, per_layer_space(job, supernet)),
             job.spec.depth,
             job.task,
             surroundings,
@@ -885,6 +946,7 @@ def fine_tune_subnetworks(
     """The optional last training, on train's labels, of all sub-networks in place."""
     if job.spec.final.when == "never":
         return None
+    space = per_layer_space(job, supernet)
     return finished(
         supernet,
         surroundings,
@@ -894,14 +956,43 @@ def fine_tune_subnetworks(
             job.spec.final,
             job.task,
             surroundings,
-            subnetworks=Sandwich(subnetworks, job.spec.seed)
-            if job.spec.supernet.has_depth
+            subnetworks=Sandwich(subnetworks, job.spec.seed, space)
+            if space is not None or job.spec.supernet.has_depth
             else subnetworks,
             seed=job.spec.seed,
             replicas=job.replicas,
             on_step=lambda step: advance(step.done, step.total, losses=dict(step.losses)),
         ),
     )
+
+
+def search_widths(
+    job: Job, learnt: Learnt, work: Path, advance: Advance
+) -> tuple[Found | None, tuple[str, ...]]:
+    """Sub-networks with a width for each layer, where the spec asks for them; and why none."""
+    asked = job.spec.supernet.per_layer
+    if asked is None or job.holdout is None:
+        return None, ()
+    folder = work / SEARCH
+    try:
+        found = search(
+            job.spec,
+            asked,
+            learnt.supernet,
+            learnt.teacher.config,
+            job.task,
+            job.holdout,
+            learnt.subnetworks,
+            seq_len=job.seq_len,
+            threads=job.replicas,
+            folder=folder,
+            on_progress=lambda done, total, what: advance(done, total, what),
+        )
+    except ExportFailed as failure:
+        return None, (f"widths for each layer were not searched for: {failure.message}",)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # exports may need the room
+    return found, ()
 
 
 def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:
@@ -1169,7 +1260,7 @@ def with_test(
     rows, task = job.splits["test"], job.task
 
     def on_test(report: SubnetworkReport) -> Predictions:
-        subnetwork = subnetwork_of(supernet.config, report.width_mult, report.depth_mult)
+        subnetwork = subnetwork_in(report)
         return predict(supernet, rows, subnetwork=subnetwork, threads=job.replicas)
 
     name, other = TEACHER, teacher_on_test
@@ -1200,13 +1291,29 @@ def with_test(
     return [judged if report is selected else report for report in reports]
 
 
-def cut_notes(job: Job) -> tuple[str, ...]:
-    return tuple(
+def subnetwork_in(report: SubnetworkReport) -> Subnetwork:
+    """The one that a report is of; those that predate depth say nothing of layers."""
+    return Subnetwork(
+        report.name,
+        report.width_mult,
+        report.depth_mult,
+        report.layers or tuple(range(len(report.heads))),
+        report.heads,
+        report.ffn,
+    )
+
+
+def row_notes(job: Job) -> tuple[str, ...]:
+    """Which rows were cut, and which were not trained on."""
+    cut = tuple(
         f"{rows.cut} of {job.rows[split]} rows of {split} have {job.task.too_long} "
         f"{job.spec.task.max_seq_len} tokens and were cut"
         for split, rows in job.splits.items()
         if rows.cut
     )
+    if job.holdout is None:
+        return cut
+    return (*cut, f"{job.held_out} rows of train score the search's candidates and teach nothing")
 
 
 def export_warnings(

@@ -77,6 +77,8 @@ SEQUENCE_KINDS = ("token_classification", "question_answering")
 ANSWER_OUTPUTS = ("start", "end")  # of question answering
 DEV_SHARE = 10  # one row in ten of train becomes dev where there is none
 FEW_DEV_ROWS = 100
+HOLDOUT_SHARE = 5  # one row in so many of train scores candidates, at most
+FEW_HOLDOUT_ROWS = 8
 
 # Assumptions of predicted_seconds. Effective, not peak: a distillation step of MiniLM-L6 on
 # two CPU cores is 150 GFLOP and takes 2.4 seconds.
@@ -279,6 +281,7 @@ def make_plan(
             )
         rows |= {"train": rows["train"] - dev, "dev": dev}
         rows = {split: rows[split] for split in SPLITS if split in rows}
+    _check_per_layer(spec, rows["train"])
     seq_len = spec.latency.seq_len or _tokens(spec, dataset, columns, percentile_95=True)
     subnetworks = tuple(
         PlannedSubnetwork(
@@ -290,10 +293,7 @@ def make_plan(
             ffn=config.ffn,
             parameters=cost.parameters(config),
             flops=cost.flops(config, seq_len),
-            predicted_bytes={
-                fmt: (1 if fmt in INT8_FORMATS else 4) * cost.parameters(config) + _FIXED_BYTES[fmt]
-                for fmt in spec.export.formats
-            },
+            predicted_bytes={fmt: file_bytes(fmt, config) for fmt in spec.export.formats},
         )
         for network, config in zip(networks, configs, strict=True)
     )
@@ -622,6 +622,43 @@ def _measured_settings(latency: LatencySpec) -> dict[str, list[int]]:
     }
 
 
+def file_bytes(fmt: Format, config: EncoderConfig) -> int:
+    """What a file of the format will have, about."""
+    return (1 if fmt in INT8_FORMATS else 4) * cost.parameters(config) + _FIXED_BYTES[fmt]
+
+
+def held_out_rows(spec: Spec, train: int) -> int:
+    """How many rows of train, where it has so many, only score the search's candidates."""
+    asked = spec.supernet.per_layer
+    return 0 if asked is None else min(asked.holdout_rows, train // HOLDOUT_SHARE)
+
+
+def _check_per_layer(spec: Spec, train: int) -> None:
+    pointer = "/supernet/per_layer"
+    constraints = spec.constraints
+    if spec.supernet.per_layer is None:
+        return
+    if len(spec.supernet.width_mults) < 2:
+        raise InvalidSpec(
+            "of one width alone every layer has the same: name at least two width_mults, or leave "
+            "per_layer out",
+            pointer=pointer,
+        )
+    budget = (constraints.max_latency_ms, constraints.min_speedup, constraints.max_size_mb)
+    if all(each is None for each in budget):
+        raise InvalidSpec(
+            "widths for each layer are searched for under a budget: set "
+            "constraints.max_latency_ms, min_speedup or max_size_mb, or leave per_layer out",
+            pointer=pointer,
+        )
+    if held_out_rows(spec, train) < FEW_HOLDOUT_ROWS:
+        raise InvalidSpec(
+            f"a fifth of the {train} rows of train are too few to score candidates on (at least "
+            f"{FEW_HOLDOUT_ROWS}): leave per_layer out",
+            pointer=pointer,
+        )
+
+
 def _subnetworks(spec: Spec, model: ModelInfo, encoder: EncoderConfig) -> list[Subnetwork]:
     """Every width at every depth, the largest first and the smallest last."""
     for i, width in enumerate(spec.supernet.width_mults):
@@ -697,9 +734,10 @@ def _predicted_stage_seconds(
         cost.flops(full.narrowed(width), tokens)
         for width in sorted(spec.supernet.width_mults, reverse=True)
     ]
-    has_depth = spec.supernet.has_depth
+    has_depth, per_layer = spec.supernet.has_depth, spec.supernet.per_layer is not None
     deepened = _trained_rows(spec.depth, rows["train"] + rows.get("unlabelled", 0)) * has_depth
-    sampled = _of_a_step(all_students) if has_depth else students
+    sampled = _of_a_step(all_students) if has_depth or per_layer else students
+    narrowed = _of_a_step(widths) if per_layer else sum(widths)
     fine_tuned = _trained_rows(spec.teacher, rows["train"]) if fine_tune else 0
     distilled = _trained_rows(spec.distillation, rows["train"] + rows.get("unlabelled", 0))
     tuned = _trained_rows(spec.final, rows["train"]) if spec.final.when == "always" else 0
@@ -715,10 +753,10 @@ def _predicted_stage_seconds(
         )
         for setting in spec.latency.settings(seq_len)
     )
-    flops = {
+    flops: dict[str, float] = {
         "teacher": fine_tuned * BACKWARD_AND_FORWARD * teacher,
         "importance": min(spec.importance.rows, rows["train"]) * BACKWARD_AND_FORWARD * teacher,
-        "distil": distilled * (teacher + BACKWARD_AND_FORWARD * sum(widths)),
+        "distil": distilled * (teacher + BACKWARD_AND_FORWARD * narrowed),
         # Teachers: at most, where the four sub-networks of a step are of four widths.
         "depth": deepened * (_of_a_step(widths) + BACKWARD_AND_FORWARD * sampled),
         "final": tuned * BACKWARD_AND_FORWARD * sampled,
@@ -728,6 +766,11 @@ def _predicted_stage_seconds(
     }
     # int8 answers dev in one more process a file.
     exports = len(subnetworks) * (len(spec.export.formats) + len(in_int8)) + len(baselines)
+    if (asked := spec.supernet.per_layer) is not None:
+        mean = students / len(subnetworks)
+        scored = asked.population * (asked.generations + 1) * held_out_rows(spec, rows["train"])
+        flops["finish"] += scored * mean + 2 * spec.latency.rounds * asked.latency_samples * mean
+        exports += asked.latency_samples + asked.finalists * len(spec.export.formats)
     seconds = {stage: count / FLOPS_PER_SECOND for stage, count in flops.items()}
     seconds["finish"] += exports * SECONDS_PER_EXPORT
     return seconds

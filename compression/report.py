@@ -10,7 +10,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from compression.regression import RegressionReport
-from compression.spec import DepthMult, Format, Frozen, LatencySetting, Spec, WidthMult
+from compression.spec import (
+    DepthMult,
+    Format,
+    Frozen,
+    LatencySetting,
+    Percentile,
+    Spec,
+    WidthMult,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ STAGES = (
     "distil",
     "depth",
     "final",
+    "search",
     "evaluate",
     "export",
     "verify",
@@ -239,13 +248,16 @@ class ComparisonOnTest(Frozen):
 
 
 class SubnetworkReport(Frozen):
-    """`name` is the folder-safe name, for example "w3_4" for width 3/4, "w3_4-d1_2" at half depth.
+    """`name` is the folder-safe name: "w3_4" for width 3/4, "w3_4-d1_2" for the same at half depth.
 
-    `heads` and `ffn` count per layer of the sub-network, in its order.
+    "p1", "p2", ... have a width for each layer, the best on the hold-out first. `heads` and `ffn`
+    count per layer of the sub-network, in its order.
     """
 
     name: str
-    width_mult: WidthMult
+    width_mult: WidthMult | None = Field(
+        description="null where each layer has widths of its own, as `heads` and `ffn` say."
+    )
     depth_mult: DepthMult = Fraction(1)
     layers: tuple[int, ...] = Field(
         (),
@@ -359,6 +371,60 @@ class Selection(Frozen):
     )
 
 
+class LatencyModelReport(Frozen):
+    """Milliseconds of a call as a sum over layers, fitted to sub-networks measured here."""
+
+    percentile: Percentile
+    call_ms: float
+    heads_ms: Mapping[int, float] = Field(description="Of a layer's attention, by its heads.")
+    ffn_ms: Mapping[int, float] = Field(description="Of a layer's FFN, by its neurons.")
+    fitted: int
+    held_out: int
+    mean_error: float = Field(
+        description="Mean of |predicted / measured - 1| over those that were not fitted."
+    )
+    max_error: float
+
+
+class Finalist(Frozen):
+    """One of the search's best, as it was predicted; what it came to is among the sub-networks."""
+
+    subnetwork: str
+    holdout_accuracy: float = Field(description="The main metric on rows held out of train.")
+    predicted_ms: Mapping[Percentile, float] = Field(description="By percentile, where fitted.")
+    predicted_mb: float
+
+
+class PerLayerGain(Frozen):
+    """On dev, the best finalist against the best sub-network of one width, both as measured.
+
+    Both are the best on dev of those that hold the budget: it flatters both.
+    """
+
+    subnetwork: str
+    reference: str
+    points: float = Field(description="Of the main metric; negative where the finalist is worse.")
+    intervals: Intervals = Field(description="Paired, over dev's rows.")
+
+
+class SearchReport(Frozen):
+    """What the search over per-layer widths did."""
+
+    format: Format
+    setting: LatencySetting
+    budget: tuple[str, ...] = Field(description="In words.")
+    holdout_rows: int
+    latency_models: tuple[LatencyModelReport, ...] = Field(
+        description="Of each percentile that the budget speaks of."
+    )
+    scored: int = Field(description="Candidates scored on the hold-out.")
+    finalists: tuple[Finalist, ...]
+    gain: PerLayerGain | None = Field(
+        None, description="null where no finalist, or none of one width, holds the budget."
+    )
+    note: str = ""
+
+
 class DatasetReport(Frozen):
     rows: Mapping[str, int]
     labels: tuple[str, ...] = Field(description="The dataset's values, in the outputs' order.")
@@ -403,6 +469,7 @@ class CompressionReport(Frozen):
     reorder_max_abs: float = Field(description="Largest logit change of reordering at full width.")
     subnetworks: tuple[SubnetworkReport, ...]
     selection: Selection
+    search: SearchReport | None = Field(None, description="Where the spec asks for per_layer.")
     distillation_steps: int
     depth_steps: int = Field(0, description="Steps of the depth stage.")
     final_steps: int = Field(0, description="Steps of the last fine-tuning on labels.")

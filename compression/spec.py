@@ -242,6 +242,37 @@ class ImportanceSpec(_Asked):
     batch_size: int = Field(32, ge=1, le=1024)
 
 
+class PerLayerSpec(_Asked):
+    """A width for each layer: some such sub-networks are searched for, at the depths of the spec.
+
+    The budget is the constraints' (max_latency_ms, min_speedup, max_size_mb): in it, those that
+    are most accurate on rows held out of train are looked for, by evolution. The supernet then
+    also learns random widths for each layer. Latency is predicted in the first served format of
+    the export, in fp32.
+    """
+
+    holdout_rows: int = Field(
+        512,
+        ge=8,
+        le=100_000,
+        description="Drawn from train, seeded, a fifth of it at most. Nothing is trained on them.",
+    )
+    latency_samples: int = Field(
+        24,
+        ge=12,
+        le=200,
+        description="Sub-networks that are measured for the latency model; a quarter of them are "
+        "not fitted and say how wrong it is.",
+    )
+    population: int = Field(
+        32, ge=4, le=1000, description="Candidates that a generation scores, at most."
+    )
+    generations: int = Field(8, ge=0, le=1000, description="After the first.")
+    finalists: int = Field(
+        3, ge=1, le=16, description="Exported, measured and judged on dev as any other."
+    )
+
+
 class SupernetSpec(_Asked):
     width_mults: tuple[WidthMult, ...] = Field(
         (Fraction(1), Fraction(3, 4), Fraction(1, 2), Fraction(1, 4)),
@@ -255,6 +286,9 @@ class SupernetSpec(_Asked):
         max_length=16,
         description="Each must leave whole layers. Every width is had at every depth; name 1 to "
         "keep the full depth among them.",
+    )
+    per_layer: PerLayerSpec | None = Field(
+        None, description="Also widths of their own for each layer; null: none."
     )
 
     @property

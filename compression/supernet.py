@@ -27,10 +27,11 @@ class Subnetwork:
     """Runs the supernet's `layers`, counted from 0, in this order and no other.
 
     The i-th of them keeps its first `heads[i]` heads and its first `ffn[i]` neurons.
+    `width_mult` is None where these are not one width of all layers.
     """
 
     name: str
-    width_mult: Fraction
+    width_mult: Fraction | None
     depth_mult: Fraction
     layers: tuple[int, ...]
     heads: tuple[int, ...]
@@ -89,6 +90,22 @@ def subnetwork_of(
         layers=kept,
         heads=tuple(narrow.heads[layer] for layer in kept),
         ffn=tuple(narrow.ffn[layer] for layer in kept),
+    )
+
+
+def deepened(config: EncoderConfig, subnetwork: Subnetwork) -> Subnetwork:
+    """Itself at full depth: of the same width, or where layers differ with the others whole."""
+    if subnetwork.width_mult is not None:
+        return subnetwork_of(config, subnetwork.width_mult)
+    heads, ffn = list(config.heads), list(config.ffn)
+    for i, layer in enumerate(subnetwork.layers):
+        heads[layer], ffn[layer] = subnetwork.heads[i], subnetwork.ffn[i]
+    return dataclasses.replace(
+        subnetwork,
+        depth_mult=FULL,
+        layers=tuple(range(config.layers)),
+        heads=tuple(heads),
+        ffn=tuple(ffn),
     )
 
 

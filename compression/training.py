@@ -29,7 +29,7 @@ from compression.parallel import Replicas, balanced
 from compression.precision import Kind, Precision
 from compression.ranks import ALONE, Group
 from compression.report import TrainingReport
-from compression.sampling import Sandwich
+from compression.sampling import Sandwich, taken
 from compression.supernet import Subnetwork
 from compression.tasks.base import Task
 from compression.token_rows import put_back, used_tokens, with_token_rows
@@ -601,8 +601,7 @@ def fine_tune(
     ) -> Iterator[tuple[str, Tensor]]:
         total = task.count(whole)
         layout = Packed(share.lengths, share.input_ids.shape[1])
-        chosen = subnetworks.at(step) if isinstance(subnetworks, Sandwich) else subnetworks
-        for subnetwork in chosen:
+        for subnetwork in taken(subnetworks, step):
             logits = member.encode(
                 *share.inputs, layout=layout, subnetwork=subnetwork, noise=noise
             ).logits

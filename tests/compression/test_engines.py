@@ -76,6 +76,13 @@ def test_depth_is_refused_where_it_stands() -> None:
     assert refused.value.pointer == "/supernet/depth_mults/1"
 
 
+def test_a_width_for_each_layer_is_refused() -> None:
+    document = {"engine": "paddleslim", "supernet": {"per_layer": {}}}
+    with pytest.raises(InvalidSpec, match="widths that differ between layers") as refused:
+        check_paddleslim(Spec.model_validate(document), config())
+    assert refused.value.pointer == "/supernet/per_layer"
+
+
 def test_every_half_third_and_quarter_of_usual_sizes_is_exact() -> None:
     for heads, head_dim, ffn in ((12, 64, 3072), (12, 32, 1536), (16, 64, 4096)):
         for width in (Fraction(1), Fraction(3, 4), Fraction(1, 2), Fraction(1, 4)):

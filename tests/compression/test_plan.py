@@ -179,6 +179,19 @@ def test_a_depth_without_whole_layers_is_refused(depths: list[Any], index: int) 
     assert message.endswith("this model can have the depths 1, 5/6, 2/3, 1/2, 1/3, 1/6")
 
 
+def test_a_width_for_each_layer_needs_a_budget_two_widths_and_rows() -> None:
+    searched = {"supernet": {"per_layer": {}}}
+    assert "set constraints.max_latency_ms" in refused_spec("/supernet/per_layer", searched)
+    budget = {**searched, "constraints": {"max_size_mb": 1}}
+    few = refused_spec("/supernet/per_layer", budget, train=table(["0", "1"] * 19), dev=DEV)
+    assert few.startswith("a fifth of the 38 rows of train are too few")
+    one = {**budget, "supernet": {"per_layer": {}, "width_mults": ["1/2"]}}
+    assert "at least two width_mults" in refused_spec("/supernet/per_layer", one)
+    plan, plain = plan_of(budget, train=TRAIN, dev=DEV), plan_of(train=TRAIN, dev=DEV)
+    finish = "finish"
+    assert plan.predicted_stage_seconds[finish] > plain.predicted_stage_seconds[finish] + 24 * 6
+
+
 def test_a_width_must_suit_every_layer() -> None:
     info = model(heads=(4, 2))
     message = refused_spec(

@@ -6,7 +6,9 @@ from collections import Counter
 from fractions import Fraction
 
 from compression.sampling import Sandwich
-from compression.supernet import Subnetwork
+from compression.search_space import SearchSpace
+from compression.supernet import Subnetwork, subnetwork_of
+from tests.encoders import tiny_config
 
 
 def subnetworks(count: int) -> list[Subnetwork]:
@@ -39,3 +41,20 @@ def test_a_draw_is_a_function_of_seed_and_step() -> None:
     assert steps != [names(12, step, seed=4) for step in range(1, 60)]
     drawn = Counter(name for step in steps for name in step[1:-1])
     assert set(drawn) == {str(i) for i in range(1, 11)}
+
+
+def test_with_a_space_one_of_the_two_has_a_width_for_each_layer() -> None:
+    config = tiny_config(layers=4, heads=(4,) * 4, ffn=(16,) * 4)
+    widths = (Fraction(1), Fraction(3, 4), Fraction(1, 2), Fraction(1, 4))
+    space = SearchSpace(config, widths, (Fraction(1),))
+    sandwich = Sandwich([subnetwork_of(config, width) for width in widths], 3, space)
+    steps = [sandwich.at(step) for step in range(1, 40)]
+    assert steps == [sandwich.at(step) for step in range(1, 40)]
+    for largest, named, random, smallest in steps:
+        assert (largest.name, smallest.name) == ("w1", "w1_4")
+        assert named.name in ("w3_4", "w1_2")
+        assert (random.name, random.width_mult) == ("per-layer 1", None)
+    assert len({random.heads + random.ffn for _, _, random, _ in steps}) > 20
+    assert sandwich.at(None) == sandwich.subnetworks
+    two = Sandwich([subnetwork_of(config, width) for width in widths[:2]], 3, space)
+    assert [each.name for each in two.at(1)] == ["w1", "per-layer 1", "per-layer 2", "w3_4"]

@@ -181,6 +181,8 @@ def test_unknown_fields_are_refused_everywhere(section: str | None) -> None:
         {"distillation": {"lambda_rep": 0, "lambda_logit": 0}},
         {"distillation": {"lambda_rep": -1}},
         {"depth": {"lambda_rep": 0, "lambda_logit": 0}},
+        {"supernet": {"per_layer": {"latency_samples": 3}}},
+        {"supernet": {"per_layer": True}},
         {"distillation": {"epochs": 0}},
         {"distillation": {"epochs": float("inf")}},
         {"distillation": {"learning_rate": float("nan")}},
