@@ -210,7 +210,7 @@ def test_redis_tells_at_once_and_its_loss_loses_nothing(
     monkeypatch.setattr(live, "_REDIS_TRUST_SECONDS", 0)
     monkeypatch.setattr(nudges, "_REDIS_PAUSE_SECONDS", 0)
     port = services.free_port()
-    first = services.redis_server(port)
+    first = services.redis_server(port=port)
     url = first.__enter__()
     with serving(tmp_path / "data", broker_url=url, rate_limit_per_minute=0) as service:
         events = service.services.live
@@ -233,7 +233,7 @@ def test_redis_tells_at_once_and_its_loss_loses_nothing(
             wait_for(lambda: not events.redis_answers)
             service.add_events(claim, progress(1), progress(2))
             wait_for_ids(5)
-            with services.redis_server(port):
+            with services.redis_server(port=port):
                 wait_for(lambda: events.redis_answers)
                 service.add_events(claim, progress(3))
                 wait_for_ids(6)

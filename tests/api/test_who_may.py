@@ -118,7 +118,9 @@ class House:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         ids = self.ids
         if method == "DELETE":  # what the next question needs must not go
-            ids = ids | self.spare | {"webhook_id": new_webhook(self.service)}
+            ids = ids | self.spare
+            if "{webhook_id}" in path:
+                ids["webhook_id"] = new_webhook(self.service)
         return httpx.request(
             method,
             self.service.url + path.format_map(ids),
