@@ -13,10 +13,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+import structlog
+from structlog.testing import capture_logs
 
+from api import __main__ as program
 from jobs import store
 from jobs.db import Database
 from jobs.records import DEFAULT_PROJECT
+from jobs.sandbox import Confinement
 from jobs.settings import Settings
 from tests.api.conftest import archive, wait_for
 from tests.builders import tiny_bert
@@ -91,6 +95,7 @@ def test_a_process_starts_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
     assert key not in told  # and never the key itself
     assert made not in told
     assert "Traceback" not in told
+    assert "sandbox.confined" in told or "sandbox.weakened" in told  # as this kernel has it
     assert list((data_dir / "spool").glob("*/")) == []
 
 
@@ -172,3 +177,18 @@ def a_job(data_dir: Path, model_id: str) -> str:
         )  # fmt: skip
     database.close()
     return job.id
+
+
+def test_a_kernel_that_refuses_to_confine_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    for granted, level, said in (
+        (Confinement(namespaces=True, landlock=4), "info", ""),
+        (Confinement(namespaces=False, landlock=4), "warning", "could reach the network"),
+        (Confinement(namespaces=True, landlock=0), "warning", "without Landlock"),
+    ):
+        monkeypatch.setattr(program, "confinement", lambda granted=granted: granted)
+        monkeypatch.setattr(program, "_log", structlog.get_logger())
+        with capture_logs() as lines:
+            program.tell_confinement()
+        (line,) = lines
+        assert line["log_level"] == level
+        assert said in line.get("detail", "")
