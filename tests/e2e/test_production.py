@@ -226,8 +226,8 @@ def _address(servers: dict[str, str]) -> str:
 
 
 def _run_documented(heading: str, folder: Path, servers: dict[str, str]) -> None:
-    """The first block: PostgreSQL's part. The copy of a bucket is left to its store's own tool."""
-    records, _ = commands_below("docs/operations.md", heading)
+    """PostgreSQL's part; the copy of a bucket is left to its store's own tool."""
+    (records,) = commands_below("docs/operations.md", heading)
     programs = Path(postgresql_program("pg_restore")).parent
     environment = os.environ | {
         "DATABASE": _address(servers),
