@@ -195,6 +195,8 @@ def _first_event(api: Api) -> float:
                 break
             await asyncio.sleep(0.02)
         seconds = time.monotonic() - started
+        client.close()  # the server closes one that is idle for five seconds
+        client = await Client.connect(api)
         await client.ask("POST", f"/v1/jobs/{job_id}/cancel")
         while not page["ended"]:
             await asyncio.sleep(0.2)

@@ -15,6 +15,7 @@ from prometheus_client import (
     GCCollector,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     start_http_server,
 )
 
@@ -25,6 +26,7 @@ log = structlog.get_logger(__name__)
 
 def new_registry() -> CollectorRegistry:
     """With what Python and the system know of this process."""
+    disable_created_metrics()  # a second series beside each, which nobody asks for
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
