@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
     ADDED_TOKENS_FILE,
 )
 
-_SPECIAL_TOKENS = {  # BERT's
+SPECIAL_TOKENS = {  # BERT's
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
     "cls_token": "[CLS]",
@@ -86,6 +86,11 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
             pointer=file,
         )
     return tokenizer
+
+
+def vocabulary_kind(tokenizer: Tokenizer) -> str:
+    """How it splits words: "WordPiece", "BPE", "Unigram" or "WordLevel"."""
+    return type(tokenizer.model).__name__
 
 
 def save_tokenizer(model_dir: Path, out_dir: Path) -> list[Path]:
@@ -146,7 +151,7 @@ def _wordpiece(model_dir: Path) -> Tokenizer:
     path = model_dir / VOCABULARY_FILE
     settings = _optional_json(model_dir / SETTINGS_FILE)
     vocabulary = _read_vocabulary(path)
-    special, present = _special_tokens(model_dir, settings, _SPECIAL_TOKENS, vocabulary, path)
+    special, present = _special_tokens(model_dir, settings, SPECIAL_TOKENS, vocabulary, path)
     fields = Fields(settings, file=SETTINGS_FILE)
     lowercase = True if settings.get("do_lower_case") is None else fields.flag("do_lower_case")
     accents = None if settings.get("strip_accents") is None else fields.flag("strip_accents")

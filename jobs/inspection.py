@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from tokenizers import Tokenizer
 
 from compression.examples import with_defects
 from compression.plan import ModelInfo, model_info
@@ -207,24 +208,24 @@ def _inspect_model(folder: Path, out_dir: Path) -> dict[str, Any]:
                 read_json_object(folder / name)
             shutil.copyfile(folder / name, out_dir / name)
     checkpoint = check_checkpoint(out_dir)
-    _try_tokenizer(out_dir, checkpoint.config)
+    tokenizer = load_tokenizer(out_dir)
+    _try_tokenizer(tokenizer, checkpoint.config)
     if checkpoint.ignored:
         warnings.append(
             "Left out, because no encoder needs them: "
             + ", ".join(checkpoint.ignored[:_MAX_PARAMETERS_NAMED])
             + (" and others." if len(checkpoint.ignored) > _MAX_PARAMETERS_NAMED else ".")
         )
-    info = model_info(checkpoint)
+    info = model_info(checkpoint, tokenizer)
     return {"info": info.model_dump(mode="json"), "warnings": warnings}
 
 
-def _try_tokenizer(folder: Path, config: EncoderConfig) -> None:
+def _try_tokenizer(tokenizer: Tokenizer, config: EncoderConfig) -> None:
     """A tokenizer that cannot tokenize is found here and not by a job's child.
 
     What a tokenizer.json puts around a text comes with ids of its own, beside the vocabulary:
     an id without an embedding reads past the table's end on some devices.
     """
-    tokenizer = load_tokenizer(folder)
     try:
         alone = encode(tokenizer, [_TRIAL_TEXT], None, 64)[0]
         pair = encode(tokenizer, [_TRIAL_TEXT], ["a second"], 64)[0]

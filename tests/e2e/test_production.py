@@ -25,7 +25,7 @@ SPEC = {
     "importance": {"rows": 32},
     "supernet": {"width_mults": ["1/2"]},
     "distillation": {"max_steps": 4},
-    "latency": {"rounds": 5},
+    "latency": {"rounds": 5, "baselines": []},
     "export": {"formats": ["onnx"]},
 }
 
