@@ -56,6 +56,7 @@ from compression.report import (
     SubnetworkReport,
     TeacherReport,
     TrainingReport,
+    VocabularyReport,
 )
 from compression.selection import FORMAT_NAMES
 from compression.signing import sign
@@ -67,6 +68,7 @@ from compression.spec import (
     TaskSpec,
     fp32_format,
 )
+from compression.vocabulary import MAP_FILE
 
 GZIP_LEVEL = 1  # trained weights hardly compress: 8 % here, 9 % at level 6
 KIND_NAMES = {  # what the model of a task is called
@@ -95,6 +97,7 @@ class BundleFacts:
     trainings: Mapping[str, TrainingReport] = field(default_factory=dict)
     reorder_max_abs: float | None = None
     selected_format: Format | None = None  # where this sub-network was chosen
+    vocabulary: VocabularyReport | None = None  # what was removed of it
 
 
 def input_digests(folder: Path) -> dict[str, str]:
@@ -196,6 +199,7 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> Manifest:
             heads=subnetwork.heads,
             ffn=subnetwork.ffn,
         ),
+        vocabulary=facts.vocabulary,
         provenance=ManifestProvenance(
             **dict(facts.provenance),
             rows=dataset.rows,
@@ -242,6 +246,7 @@ def model_card(facts: BundleFacts) -> str:
         ),
         _drop(subnetwork.accuracy_drop, metric),
         _test_words(subnetwork),
+        _vocabulary_words(facts.vocabulary),
         *_regression_parts(subnetwork),
         "## How fast it is, and whether the files agree",
         _table(
@@ -257,6 +262,7 @@ def model_card(facts: BundleFacts) -> str:
         ),
         _latency_words(subnetwork.formats, facts.environment),
         *_prediction_words(subnetwork.formats),
+        _baseline_words(teacher, metric),
         "The largest logit difference is between the file, reloaded in a fresh process, and the "
         "supernet it was cut from; a format above its tolerance is not in this bundle.",
         *_int8_words(subnetwork.formats, metric),
@@ -296,6 +302,21 @@ def model_card(facts: BundleFacts) -> str:
     ]
     text = "\n\n".join(part for part in parts if part)
     return re.sub(r"\n\n(?=- |[2-9]\. )", "\n", text) + "\n"
+
+
+def _vocabulary_words(vocabulary: VocabularyReport | None) -> str:
+    """What it reads of texts; empty where it has the teacher's vocabulary."""
+    if vocabulary is None:
+        return ""
+    return (
+        f"It knows {vocabulary.tokens_after:,} of the teacher's {vocabulary.tokens_before:,} "
+        "tokens: those of the texts that it learnt from, and all single characters. On "
+        f"{vocabulary.split}, {vocabulary.changed_texts:.1%} of the texts have a token that it "
+        f"lacks; a text has {vocabulary.length_after:.1f} tokens on average, for the teacher "
+        f"{vocabulary.length_before:.1f}, and {vocabulary.unk_after:.2%} of them are unknown, for "
+        f"the teacher {vocabulary.unk_before:.2%}. All figures above are of this model with this "
+        f"vocabulary. `tokenizer/{MAP_FILE}` says which token was which."
+    )
 
 
 def _regression_parts(subnetwork: SubnetworkReport) -> Iterator[str]:
@@ -393,7 +414,9 @@ def _steps(facts: BundleFacts) -> list[str]:
         ),
         f"This {'width' if is_width else 'sub-network'} was cut out: "
         f"{_kept(subnetwork)}{_each(subnetwork.heads)} heads and {_each(subnetwork.ffn)} "
-        "neurons a layer. It was judged on dev, written in each format, reloaded in a fresh "
+        "neurons a layer."
+        + (" Tokens that its data never uses were removed." if facts.vocabulary else "")
+        + " It was judged on dev, written in each format, reloaded in a fresh "
         "process and compared.",
     ]
     return [f"{number}. {step}" for number, step in enumerate(steps, start=1)]
@@ -534,6 +557,17 @@ def _prediction_words(formats: Sequence[FormatReport]) -> Iterator[str]:
                 f"profile is {_code(found.on.profile)}, SHA-256 {found.on.sha256}; its description "
                 "is in `manifest.json`."
             )
+
+
+def _baseline_words(teacher: TeacherReport, metric: str) -> str:
+    """What one would do instead: the teacher as it was measured beside, int8 with its accuracy."""
+    measured = [
+        f"{report.latency.p50_ms:.2f} ms in {FORMAT_NAMES[report.format]}"
+        + (f" ({metric} on dev {_figure(report.accuracy)})" if report.accuracy is not None else "")
+        for report in teacher.formats
+        if report.latency is not None
+    ]
+    return f"The teacher's p50, measured beside it: {'; '.join(measured)}." if measured else ""
 
 
 def _how_to_run(facts: BundleFacts) -> str:

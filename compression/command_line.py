@@ -44,6 +44,7 @@ from compression.report import (
     Selection,
     SubnetworkReport,
     TeacherReport,
+    VocabularyReport,
 )
 from compression.runtime_env import cpu_vendor, training_environment
 from compression.selection import SHOWN_CONFIDENCE, reselect
@@ -125,12 +126,12 @@ def on_dev(
 ) -> tuple[float | None, float | None]:
     """Accuracy and points lost of one file: its own where it rounds, else its network's.
 
-    None twice of the teacher in int8, which is timed and not judged.
+    None twice of the teacher in int8 in reports that predate its being judged.
     """
-    if isinstance(network, TeacherReport):
-        return (None, None) if fmt.format in INT8_FORMATS else (network.accuracy, 0.0)
     if fmt.accuracy is not None:
         return fmt.accuracy, fmt.accuracy_drop
+    if isinstance(network, TeacherReport):
+        return (None, None) if fmt.format in INT8_FORMATS else (network.accuracy, 0.0)
     return network.accuracy, network.accuracy_drop
 
 
@@ -145,6 +146,15 @@ def within(intervals: Intervals) -> str:
         f"{each.low:.2f}-{each.high:.2f}"
         for each in intervals
         if each.confidence == SHOWN_CONFIDENCE
+    )
+
+
+def vocabulary_words(vocabulary: VocabularyReport) -> str:
+    """What was removed and what that does, in one line."""
+    return (
+        f"vocabulary: {vocabulary.tokens_after:,} of {vocabulary.tokens_before:,} tokens are left; "
+        f"on {vocabulary.split} {vocabulary.changed_texts:.1%} of the texts have a removed one, "
+        f"[UNK] is {vocabulary.unk_after:.2%} of the tokens ({vocabulary.unk_before:.2%} before)"
     )
 
 
@@ -407,6 +417,8 @@ def compress_command(arguments: list[str]) -> int:
     print(table(report))
     show_predictions(report)
     show_selection(report.selection)
+    if report.vocabulary is not None:
+        print(vocabulary_words(report.vocabulary))
     for warning in (*report.dataset.notes, *report.warnings):
         print(f"warning: {warning}")
     print(f"report: {args.out / 'report.json'}")

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import ClassVar, Self
 
 from compression.report import Candidate, Interval
@@ -103,6 +104,8 @@ class DropBound(Bound):
 
     def miss(self, candidate: Candidate) -> str:
         drop = self._measured(candidate.accuracy_drop, self.value(candidate), "up to")
+        if self.limit < 0:
+            return f"loses {drop}, a gain of at least {in_points(-self.limit)} asked"
         return f"loses {drop}, at most {in_points(self.limit)} allowed"
 
     def held(self, *, plural: bool) -> str:
@@ -214,5 +217,7 @@ def in_mb(value: float) -> str:
 
 
 def in_digits(value: float) -> str:
-    """Three digits, never an exponent: 3.72, 12.1, 131, 1204."""
+    """Three digits, never an exponent: 3.72, 12.1, 131, 1204. Two of what is small: 0.0012."""
+    if 0 < value < 0.01:
+        return f"{Decimal(f'{value:.2g}'):f}"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:.0f}"

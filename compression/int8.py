@@ -103,6 +103,10 @@ class Verdict:
     accuracy_drop_intervals: Intervals
     flipped: float
 
+    def told(self, report: FormatReport) -> FormatReport:
+        """The format's report with these figures."""
+        return report.model_copy(update=vars(self))
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -114,16 +118,9 @@ class Outcome:
 
     def told(self, report: FormatReport, spec: Int8Spec) -> FormatReport:
         """The format's report with what int8 is judged by."""
-        judged = self.verdict
-        return report.model_copy(
-            update={
-                "accuracy": judged.accuracy if judged else None,
-                "accuracy_drop": judged.accuracy_drop if judged else None,
-                "accuracy_drop_intervals": judged.accuracy_drop_intervals if judged else (),
-                "flipped": judged.flipped if judged else None,
-                "max_flipped": spec.max_flipped,
-                "fp32_parts": self.fp32_parts,
-            }
+        judged = report if self.verdict is None else self.verdict.told(report)
+        return judged.model_copy(
+            update={"max_flipped": spec.max_flipped, "fp32_parts": self.fp32_parts}
         )
 
 

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from compression.report import FileReport, FormatReport
+from compression.report import FileReport, FormatReport, VocabularyReport
 from compression.spec import Format, Frozen
+from compression.vocabulary import MAP_FILE
 
 VERSION = 2
 MANIFEST = "manifest.json"
@@ -129,6 +130,11 @@ class Manifest(Frozen):
     )
     metrics: ManifestMetrics
     subnetwork: ManifestSubnetwork
+    vocabulary: VocabularyReport | None = Field(
+        None,
+        description="What was removed of the teacher's; null where it is the same. The tokenizer's "
+        f"{MAP_FILE} has the teacher's number of each token in `kept`.",
+    )
     provenance: ManifestProvenance
     spec: Mapping[str, Any] = Field(description="The job's specification, with every default.")
     files: tuple[FileReport, ...] = Field(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import paddle
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tokenizers import Tokenizer
 
 from compression import cost, latency, selection
 from compression.batches import Encoded, pad, sorted_rows
@@ -66,7 +67,14 @@ from compression.export import (
 from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.fingerprint import fingerprint
 from compression.importance import measure_importance
-from compression.int8 import Judge, Outcome, loses_at_most, pass_gate, served_predictions
+from compression.int8 import (
+    Judge,
+    Outcome,
+    Verdict,
+    loses_at_most,
+    pass_gate,
+    served_predictions,
+)
 from compression.manifest import Provenance, code_digest
 from compression.plan import (
     AnyExamples,
@@ -80,7 +88,14 @@ from compression.plan import (
 from compression.ranks import ALONE, Group, join, started
 from compression.reference import run as reference
 from compression.reference.exchange import Orders, Request
-from compression.regression import Judged, RegressionReport, RowFacts, compare, row_facts
+from compression.regression import (
+    Judged,
+    RegressionReport,
+    RowFacts,
+    compare,
+    in_common,
+    row_facts,
+)
 from compression.reorder import descending, reorder
 from compression.report import (
     STAGES,
@@ -97,6 +112,7 @@ from compression.report import (
     SubnetworkReport,
     TeacherReport,
     TrainingReport,
+    VocabularyReport,
 )
 from compression.runtime_env import core_count, replica_count
 from compression.sampling import Sandwich
@@ -118,6 +134,14 @@ from compression.teachers import Checkpoint, read_checkpoint
 from compression.teachers.config import EncoderConfig
 from compression.tokenization import load_tokenizer, save_tokenizer
 from compression.training import Step, Surroundings, fine_tune
+from compression.vocabulary import (
+    Vocabulary,
+    effect,
+    save_smaller_tokenizer,
+    smaller_vocabulary,
+    texts_of,
+    unknown_entries,
+)
 
 PARITY_ROWS = 64
 PARITY_TOLERANCE = 1e-4  # fp32
@@ -192,15 +216,18 @@ def compress(
     with started(request, spec.processes, run_dir / "work" / RANKS) as others:
         group = ALONE if others is None else join(0, others.endpoints, others.meet)
         learnt = learn(job, checkpoints, stages, group, run_dir / "work")
-    teacher, supernet = learnt.teacher, learnt.supernet
+    teacher = learnt.teacher
     with stages("search") as advance:
         found, search_warnings = search_widths(job, learnt, run_dir / "work", advance)
     subnetworks = [*learnt.subnetworks, *(found.subnetworks if found else ())]
+    supernet = job.with_own_vocabulary(learnt.supernet)
     trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
     with stages("evaluate") as advance:
-        dev = job.splits["dev"]
-        judged = job.task.judged(learnt.teacher_dev, dev)
-        teacher_resampled = resampled_metric(job.task, job.task.outcomes(learnt.teacher_dev, dev))
+        dev, teachers_dev = job.own["dev"], job.splits["dev"]
+        judged = job.task.judged(learnt.teacher_dev, teachers_dev)
+        teacher_resampled = resampled_metric(
+            job.task, job.task.outcomes(learnt.teacher_dev, teachers_dev)
+        )
         metrics, drops_within, regressions, dev_logits = [], [], [], {}
         resampled = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
@@ -219,7 +246,7 @@ def compress(
         int8 = int8_sources(job, [*names, TEACHER], run_dir / "work" / INT8)
         exported = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
-            small = extract(teacher.config, weights, subnetwork)
+            small = extract(job.own_config(teacher.config), weights, subnetwork)
             exported[subnetwork.name] = export_formats(
                 spec.export.formats,
                 small,
@@ -228,7 +255,7 @@ def compress(
                 int8=int8.get(subnetwork.name),
             )
             advance(i, len(subnetworks) + 1, subnetwork=subnetwork.name)
-        asked = {*map(fp32_format, spec.export.formats), *spec.latency.baselines}
+        asked = {*map(fp32_format, spec.export.formats), *spec.baselines}
         served = [fmt for fmt in SERVED_FORMATS if fmt in asked]
         teacher_dir = run_dir / "work" / TEACHER
         teacher_files = export_formats(
@@ -240,6 +267,14 @@ def compress(
         )
         advance(len(subnetworks) + 1, len(subnetworks) + 1, subnetwork=TEACHER)
     with stages("verify") as advance:
+        teacher_files, baselines = judge_baselines(
+            job,
+            teacher_files,
+            int8.get(TEACHER),
+            expected=learnt.teacher_dev,
+            teacher_accuracy=teacher_accuracy,
+            teacher_resampled=teacher_resampled,
+        )
         formats: dict[str, list[FormatReport]] = {}
         for i, (subnetwork, own_drops) in enumerate(
             zip(subnetworks, drops_within, strict=True), start=1
@@ -326,7 +361,7 @@ def compress(
                 label=job.plan.label,
                 cut_rows={split: rows.cut for split, rows in job.splits.items() if rows.cut},
                 shared_rows=job.shared_rows,
-                notes=(*job.plan.warnings, *row_notes(job)),
+                notes=(*job.plan.warnings, *row_notes(job), *vocabulary_notes(job)),
             ),
             teacher=TeacherReport(
                 family=teacher.config.family,
@@ -338,18 +373,11 @@ def compress(
                 encoder=teacher.config.to_dict(),
                 formats=with_latency(
                     TEACHER,
-                    [
-                        FormatReport(
-                            format=fmt,
-                            published=False,
-                            error=files.error,
-                            size_bytes=0 if files.error else served_bytes(fmt, files.folder),
-                        )
-                        for fmt, files in teacher_files.items()
-                    ],
+                    baseline_reports(teacher_files, baselines),
                     measured,
                 ),
             ),
+            vocabulary=job.vocabulary_effect,
             reorder_max_abs=learnt.reorder_max_abs,
             subnetworks=tuple(reports),
             selection=chosen,
@@ -371,7 +399,7 @@ def compress(
             ),
         )
     with stages("bundle") as advance:
-        tokenizer_files = save_tokenizer(model_dir, run_dir / "work" / "tokenizer")
+        tokenizer_files = job.save_own_tokenizer(model_dir, run_dir / "work" / "tokenizer")
         provenance = Provenance(
             model=input_digests(model_dir),
             dataset=input_digests(dataset_dir),
@@ -389,6 +417,7 @@ def compress(
                 inputs=graph_inputs(supernet.config),
                 trainings=report.trainings,
                 reorder_max_abs=report.reorder_max_abs,
+                vocabulary=report.vocabulary,
                 selected_format=chosen.format if subnetwork_report.selected else None,
             )
             if any(fmt.published for fmt in subnetwork_report.formats):
@@ -424,6 +453,30 @@ class Job:
     holdout: Encoded | None  # rows of train that only score the search's candidates
     held_out: int  # how many these are in the dataset
     replicas: int  # threads that share a batch in training, and the batches elsewhere
+    # The splits as the finished sub-networks read them: `splits`, where no vocabulary is removed.
+    own: Mapping[str, Encoded]
+    vocabulary: Vocabulary | None
+    vocabulary_effect: VocabularyReport | None
+
+    def own_config(self, config: EncoderConfig) -> EncoderConfig:
+        """A config of the model's vocabulary with that of the sub-networks."""
+        return config if self.vocabulary is None else self.vocabulary.config(config)
+
+    @property
+    def own_pad_id(self) -> int:
+        return self.own_config(self.checkpoint.config).pad_token_id
+
+    def with_own_vocabulary(self, supernet: Encoder) -> Encoder:
+        """The trained supernet without the rows of removed tokens."""
+        if self.vocabulary is None:
+            return supernet
+        weights = self.vocabulary.weights(numpy_weights(supernet))
+        return build_encoder(self.own_config(supernet.config), weights)
+
+    def save_own_tokenizer(self, model_dir: Path, out_dir: Path) -> list[Path]:
+        if self.vocabulary is None:
+            return save_tokenizer(model_dir, out_dir)
+        return save_smaller_tokenizer(self.vocabulary, model_dir, out_dir)
 
 
 @dataclass
@@ -626,7 +679,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
     checkpoint = read_checkpoint(model_dir)
     tokenizer = load_tokenizer(model_dir)
     tables = read_splits(dataset_dir)
-    plan = make_plan(spec, model_info(checkpoint), profile(tables))
+    plan = make_plan(spec, model_info(checkpoint, tokenizer), profile(tables))
     task = make_task(spec.task, plan.label_names)
     examples = resolve_rows(spec, plan, tables, spec.seed)
     rows = {split: len(examples[split]) for split in examples}
@@ -635,7 +688,12 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
     splits = {
         split: task.encode(tokenizer, examples[split], spec.task.max_seq_len) for split in examples
     }
-    dev_lengths = [len(ids) for ids in splits["dev"].input_ids]
+    own, vocabulary, vocabulary_effect = splits, None, None
+    if spec.vocabulary.remove_unused:
+        own, vocabulary, vocabulary_effect = smaller_splits(
+            spec, task, checkpoint.config, tokenizer, examples, splits
+        )
+    dev_lengths = [len(ids) for ids in own["dev"].input_ids]
     return Job(
         spec=spec,
         plan=plan,
@@ -660,6 +718,9 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
         holdout=task.encode(tokenizer, held_out, spec.task.max_seq_len) if held_out else None,
         held_out=len(held_out or ()),
         replicas=replicas or own_replicas(spec),
+        own=own,
+        vocabulary=vocabulary,
+        vocabulary_effect=vocabulary_effect,
     )
 
 
@@ -703,6 +764,28 @@ def without_held_out(spec: Spec, train: AnyExamples) -> tuple[AnyExamples, AnyEx
         )
     chosen = set(picked)
     return train.take([i for i in range(len(train)) if i not in chosen]), train.take(sorted(picked))
+
+
+def smaller_splits(
+    spec: Spec,
+    task: Task,
+    config: EncoderConfig,
+    tokenizer: Tokenizer,
+    examples: Mapping[str, AnyExamples],
+    splits: Mapping[str, Encoded],
+) -> tuple[dict[str, Encoded], Vocabulary, VocabularyReport]:
+    """The splits without the tokens that the spec has removed, what is left, and what that does."""
+    learnt = [splits[split] for split in ("train", "unlabelled") if split in splits]
+    used = (row for rows in learnt for row in rows.input_ids)
+    vocabulary = smaller_vocabulary(tokenizer, config, used, spec.vocabulary.keep)
+    own = {
+        split: dataclasses.replace(rows, input_ids=vocabulary.renumbered(rows.input_ids))
+        if split in ("train", "unlabelled")
+        else task.encode(vocabulary.tokenizer, examples[split], spec.task.max_seq_len)
+        for split, rows in splits.items()
+    }
+    split: Literal["dev", "test"] = "test" if "test" in splits else "dev"
+    return own, vocabulary, effect(tokenizer, vocabulary, texts_of(examples[split]), split)
 
 
 def own_replicas(spec: Spec) -> int:
@@ -1025,7 +1108,7 @@ def pass_parity_gate(
 
     Of int8 formats, whose own gate `in_int8` tells of, logits must only be finite and as many.
     """
-    rows = job.splits["dev"].take(range(min(PARITY_ROWS, len(job.splits["dev"]))))
+    rows = job.own["dev"].take(range(min(PARITY_ROWS, len(job.own["dev"]))))
     folder = work / "parity" / subnetwork.name
     folder.mkdir(parents=True)
     batch, reference = folder / "batch.npz", folder / "reference.npz"
@@ -1061,18 +1144,19 @@ def int8_sources(job: Job, names: Sequence[str], folder: Path) -> dict[str, Int8
 
     Empty where the spec asks for no int8.
     """
-    asked = {*job.spec.export.formats, *job.spec.latency.baselines}
+    asked = {*job.spec.export.formats, *job.spec.baselines}
     if asked.isdisjoint(INT8_FORMATS):
         return {}
-    rows = job.splits["train"]
-    sample = np.random.default_rng([job.spec.seed, 4]).permutation(len(rows))
+    sample = np.random.default_rng([job.spec.seed, 4]).permutation(len(job.splits["train"]))
     sample = sample[: job.spec.export.int8.calibration_rows]
-    folder.mkdir(parents=True)
-    calibration = folder / "calibration.npz"
-    np.savez(calibration, **pad(rows, sample, pad_id=job.checkpoint.config.pad_token_id))
     sources = {}
     for name in names:
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
+        calibration = folder / name / "calibration.npz"
+        rows, pad_id = job.own["train"], job.own_pad_id
+        if name == TEACHER:
+            rows, pad_id = job.splits["train"], job.checkpoint.config.pad_token_id
+        np.savez(calibration, **pad(rows, sample, pad_id=pad_id))
         sources[name] = Int8Source(calibration, folder / name)
     return sources
 
@@ -1093,7 +1177,7 @@ def pass_int8_gate(
     """
     if source is None:
         return {}
-    dev, constraints = job.splits["dev"], job.spec.constraints
+    dev, constraints = job.own["dev"], job.spec.constraints
     bound, confidence = constraints.max_accuracy_drop, constraints.confidence
     own_drop = 100 * (teacher_accuracy - job.task.score(expected, dev))
     judge = Judge(
@@ -1108,7 +1192,7 @@ def pass_int8_gate(
         teacher_accuracy=teacher_accuracy,
         teacher_resampled=teacher_resampled,
         batch_size=job.spec.latency.batch_size,
-        pad_token_id=job.checkpoint.config.pad_token_id,
+        pad_token_id=job.own_pad_id,
         folder=source.folder,
     )
     outcomes = {}
@@ -1121,6 +1205,61 @@ def pass_int8_gate(
                 else Outcome(None, error=files.error)
             )
     return outcomes
+
+
+def judge_baselines(
+    job: Job,
+    files: Mapping[Format, Exported],
+    source: Int8Source | None,
+    *,
+    expected: Predictions,
+    teacher_accuracy: float,
+    teacher_resampled: np.ndarray,
+) -> tuple[dict[Format, Exported], dict[Format, Verdict]]:
+    """What the teacher's int8 files answer on dev, against itself in fp32 (`expected`).
+
+    Nothing is chosen of them, so nothing is withheld; one that cannot be run gets that error.
+    """
+    found, verdicts = dict(files), {}
+    for fmt, own in files.items():
+        if fmt not in INT8_FORMATS or own.error is not None or source is None:
+            continue
+        judge = Judge(
+            task=job.task,
+            dev=job.splits["dev"],
+            expected=expected,
+            spec=job.spec.export.int8,
+            max_drop=None,
+            teacher_accuracy=teacher_accuracy,
+            teacher_resampled=teacher_resampled,
+            batch_size=job.spec.latency.batch_size,
+            pad_token_id=job.checkpoint.config.pad_token_id,
+            folder=source.folder,
+        )
+        try:
+            verdicts[fmt] = judge(own)
+        except ExportFailed as failure:
+            found[fmt] = dataclasses.replace(own, error=failure.message)
+    return found, verdicts
+
+
+def baseline_reports(
+    files: Mapping[Format, Exported], verdicts: Mapping[Format, Verdict]
+) -> list[FormatReport]:
+    """The teacher's formats: sizes, and where it rounds what that costs it on dev."""
+    reports = [
+        FormatReport(
+            format=fmt,
+            published=False,
+            error=own.error,
+            size_bytes=0 if own.error else served_bytes(fmt, own.folder),
+        )
+        for fmt, own in files.items()
+    ]
+    return [
+        verdicts[report.format].told(report) if report.format in verdicts else report
+        for report in reports
+    ]
 
 
 def measure_latency(
@@ -1149,7 +1288,8 @@ def measure_latency(
         served,
         job.spec.latency,
         seq_len=job.seq_len,
-        vocab_size=job.checkpoint.config.vocab_size,
+        # The same tokens for all: those that every network has.
+        vocab_size=job.own_config(job.checkpoint.config).vocab_size,
         references=references(served),
         on_round=lambda done, total: advance(done, total),
     )
@@ -1182,13 +1322,15 @@ def regression(
     job: Job, split: Literal["dev", "test"], teacher: Judged, logits: Predictions
 ) -> RegressionReport:
     """A sub-network's answers to a split's rows against the teacher's."""
-    rows = job.splits[split]
+    own = job.task.judged(logits, job.own[split])
+    if job.vocabulary is not None:
+        teacher, own = in_common(teacher, own)
     return compare(
         teacher=teacher,
-        subnetwork=job.task.judged(logits, rows),
+        subnetwork=own,
         split=split,
         facts=job.facts[split],
-        lengths=job.task.row_lengths(rows),
+        lengths=job.task.row_lengths(job.own[split]),
     )
 
 
@@ -1232,9 +1374,9 @@ def int8_on_test(
     return chosen.format, served_predictions(
         chosen.format,
         artifacts / chosen.subnetwork / chosen.format,
-        job.splits["test"],
+        job.own["test"],
         batch_size=job.spec.latency.batch_size,
-        pad_token_id=job.checkpoint.config.pad_token_id,
+        pad_token_id=job.own_pad_id,
         work=work,
     )
 
@@ -1257,26 +1399,26 @@ def with_test(
     selected = next((report for report in reports if report.selected), None)
     if selected is None:
         return list(reports)
-    rows, task = job.splits["test"], job.task
+    rows, task = job.own["test"], job.task
 
     def on_test(report: SubnetworkReport) -> Predictions:
         subnetwork = subnetwork_in(report)
         return predict(supernet, rows, subnetwork=subnetwork, threads=job.replicas)
 
-    name, other = TEACHER, teacher_on_test
+    name, other, other_rows = TEACHER, teacher_on_test, job.splits["test"]
     largest = (r for r in reports if r.width_mult == r.depth_mult == 1)
     full = next((r for r in largest if r is not selected), None)
     if full is not None and full.accuracy > teacher_accuracy:
-        name, other = full.name, on_test(full)
+        name, other, other_rows = full.name, on_test(full), rows
     fmt, own = in_int8 if in_int8 is not None else (None, on_test(selected))
-    reference_accuracy, accuracy = task.score(other, rows), task.score(own, rows)
+    reference_accuracy, accuracy = task.score(other, other_rows), task.score(own, rows)
     comparison = ComparisonOnTest(
         reference=name,
         reference_accuracy=reference_accuracy,
         accuracy=accuracy,
         accuracy_drop=100 * (reference_accuracy - accuracy),
         accuracy_drop_intervals=drop_intervals(
-            reference=resampled_metric(task, task.outcomes(other, rows)),
+            reference=resampled_metric(task, task.outcomes(other, other_rows)),
             own=resampled_metric(task, task.outcomes(own, rows)),
         ),
         format=fmt,
@@ -1285,7 +1427,9 @@ def with_test(
         update={
             "test_accuracy": accuracy,
             "test": comparison,
-            "test_regression": regression(job, "test", task.judged(teacher_on_test, rows), own),
+            "test_regression": regression(
+                job, "test", task.judged(teacher_on_test, job.splits["test"]), own
+            ),
         }
     )
     return [judged if report is selected else report for report in reports]
@@ -1314,6 +1458,23 @@ def row_notes(job: Job) -> tuple[str, ...]:
     if job.holdout is None:
         return cut
     return (*cut, f"{job.held_out} rows of train score the search's candidates and teach nothing")
+
+
+def vocabulary_notes(job: Job) -> Iterator[str]:
+    """What the removal of tokens does beside what its figures say."""
+    if job.vocabulary is None:
+        return
+    for split in ("dev", "test"):
+        if split in job.own and job.own[split].cut > job.splits[split].cut:
+            yield (
+                f"without the removed tokens {job.own[split].cut} rows of {split} are longer than "
+                f"{job.spec.task.max_seq_len} tokens, for the teacher {job.splits[split].cut}"
+            )
+    if unknown := unknown_entries(job.vocabulary.tokenizer, job.spec.vocabulary.keep):
+        yield (
+            f"the model's vocabulary lacks all or a part of {len(unknown)} entries of "
+            f"vocabulary.keep, {unknown[0][:40]!r} for one: they are read as an unknown token"
+        )
 
 
 def export_warnings(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
+from tokenizers import Tokenizer
 
 from compression import cost
 from compression.alignment import longest_overlap
@@ -72,6 +73,8 @@ from compression.targets import (
     refuse_unseen,
 )
 from compression.teachers import Checkpoint, EncoderConfig, legal_widths
+from compression.tokenization import vocabulary_kind
+from compression.vocabulary import check_removable
 
 SEQUENCE_KINDS = ("token_classification", "question_answering")
 ANSWER_OUTPUTS = ("start", "end")  # of question answering
@@ -119,6 +122,9 @@ class ModelInfo(Frozen):
     legal_widths: tuple[WidthMult, ...]
     layout: str
     encoder: Mapping[str, Any]
+    tokenizer: str | None = Field(
+        None, description='How it splits words ("WordPiece", "BPE"); null in older records.'
+    )
 
 
 class PlannedSubnetwork(Frozen):
@@ -208,7 +214,7 @@ class Examples:
 AnyExamples = Examples | TaggedExamples | AskedExamples
 
 
-def model_info(checkpoint: Checkpoint) -> ModelInfo:
+def model_info(checkpoint: Checkpoint, tokenizer: Tokenizer | None = None) -> ModelInfo:
     config = checkpoint.config
     return ModelInfo(
         family=config.family,
@@ -226,6 +232,7 @@ def model_info(checkpoint: Checkpoint) -> ModelInfo:
         legal_widths=legal_widths(config),
         layout=checkpoint.layout,
         encoder=config.to_dict(),
+        tokenizer=vocabulary_kind(tokenizer) if tokenizer is not None else None,
     )
 
 
@@ -258,6 +265,7 @@ def make_plan(
             pointer="/task/metric",
         )
     _check_slices(spec, dataset)
+    check_removable(spec.vocabulary, model.tokenizer)
     _check_lengths(spec, encoder, pair=columns.text_pair is not None)
     full = dataclasses.replace(encoder, num_labels=len(label_names), head=spec.task.head)
     networks = _subnetworks(spec, model, full)
@@ -743,7 +751,8 @@ def _predicted_stage_seconds(
     tuned = _trained_rows(spec.final, rows["train"]) if spec.final.when == "always" else 0
     served = set(spec.export.formats) & set(SERVED_FORMATS)
     in_int8 = served & set(INT8_FORMATS)
-    baselines = {*map(fp32_format, served), *spec.latency.baselines}
+    baselines = {*map(fp32_format, served), *spec.baselines}
+    teacher_in_int8 = baselines & set(INT8_FORMATS)
     timed = sum(  # a round in each setting, each timed call after an untimed one
         2
         * setting.batch_size
@@ -761,11 +770,13 @@ def _predicted_stage_seconds(
         "depth": deepened * (_of_a_step(widths) + BACKWARD_AND_FORWARD * sampled),
         "final": tuned * BACKWARD_AND_FORWARD * sampled,
         "finish": (rows["dev"] + rows.get("test", 0)) * (teacher + students)
-        + len(in_int8) * rows["dev"] * students  # the least: once, without parts back in fp32
+        # The least: once, without parts back in fp32.
+        + rows["dev"] * (len(in_int8) * students + len(teacher_in_int8) * teacher)
         + spec.latency.rounds * timed,
     }
     # int8 answers dev in one more process a file.
-    exports = len(subnetworks) * (len(spec.export.formats) + len(in_int8)) + len(baselines)
+    exports = len(subnetworks) * (len(spec.export.formats) + len(in_int8))
+    exports += len(baselines) + len(teacher_in_int8)
     if (asked := spec.supernet.per_layer) is not None:
         mean = students / len(subnetworks)
         scored = asked.population * (asked.generations + 1) * held_out_rows(spec, rows["train"])
@@ -852,6 +863,12 @@ def _warnings(
     if spec.device != "cpu":
         yield "the predicted time is that of two CPU cores"
         yield "latency and speed-up are measured on the worker's CPU, not on its GPU"
+    removes = spec.vocabulary.remove_unused
+    if removes:
+        yield (
+            "parameters and bytes are predicted with the whole vocabulary: the tokens that are to "
+            "be removed are counted when the job starts"
+        )
     limit = spec.constraints.max_size_mb
     sizes = [
         size
@@ -859,7 +876,7 @@ def _warnings(
         for fmt, size in subnetwork.predicted_bytes.items()
         if fmt != "safetensors"
     ]
-    if limit is not None and min(sizes) > limit * 1e6:
+    if limit is not None and min(sizes) > limit * 1e6 and not removes:
         yield (
             f"the smallest file will have about {min(sizes) / 1e6:.1f} MB: nothing will hold "
             f"max_size_mb {limit:g}, and the job will name the nearest"

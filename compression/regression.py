@@ -7,6 +7,7 @@ Letters: U units, R rows of the split.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -104,6 +105,27 @@ class Judged:
     scores: Floats | None = None
     tolerance: float = 0.0
 
+    def take(self, units: Sequence[int]) -> Judged:
+        """These units, in this order."""
+        at = np.asarray(units, np.int64)
+        return dataclasses.replace(
+            self,
+            rows=self.rows[at],
+            right=self.right[at],
+            margins=self.margins[at],
+            answers=[self.answers[i] for i in units],
+            truths=[self.truths[i] for i in units],
+            labels=[self.labels[i] for i in units],
+            words=None if self.words is None else self.words[at],
+            scores=None if self.scores is None else self.scores[at],
+        )
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """What each unit is known by: its row, and which word of it."""
+        words = self.words if self.words is not None else np.zeros_like(self.rows)
+        return list(zip(self.rows.tolist(), words.tolist(), strict=True))
+
 
 @dataclass(frozen=True)
 class RowFacts:
@@ -139,6 +161,13 @@ def row_facts(
         ]
     columns = {name: [" ".join(texts_of(row[name])) for row in rows] for name in slices}
     return RowFacts(table.file, list(lines), columns, texts, excerpt_chars)
+
+
+def in_common(one: Judged, other: Judged) -> tuple[Judged, Judged]:
+    """Both, of the units that both answered: two tokenizers may cut other words off a row."""
+    places = {key: unit for unit, key in enumerate(other.keys)}
+    pairs = [(unit, places[key]) for unit, key in enumerate(one.keys) if key in places]
+    return one.take([unit for unit, _ in pairs]), other.take([unit for _, unit in pairs])
 
 
 def compare(

@@ -194,7 +194,7 @@ class FormatReport(Frozen):
         1e-4, description="null for int8, which max_flipped bounds instead."
     )
     accuracy: float | None = Field(
-        None, description="Of int8: its own main metric on dev. null: that of the sub-network."
+        None, description="Of int8: its own main metric on dev. null: that of its network in fp32."
     )
     accuracy_drop: float | None = Field(
         None, description="Of int8: points that it loses against the teacher on dev."
@@ -202,7 +202,7 @@ class FormatReport(Frozen):
     accuracy_drop_intervals: Intervals = Field((), description="Of int8, as the sub-network's.")
     flipped: float | None = Field(
         None,
-        description="Of int8: share of dev's answers that differ from the sub-network's in fp32; "
+        description="Of int8: share of dev's answers that differ from its network's in fp32; "
         "of a regression, how much of the main metric is lost.",
     )
     max_flipped: float | None = None
@@ -443,6 +443,22 @@ class DatasetReport(Frozen):
     notes: tuple[str, ...] = ()
 
 
+class VocabularyReport(Frozen):
+    """What was removed of the vocabulary, and what texts look like without it. Shares are 0..1.
+
+    The teacher's tokens are "before", the sub-networks' "after"; of whole texts, nothing cut off.
+    """
+
+    tokens_before: int = Field(description="Rows of the teacher's word embedding.")
+    tokens_after: int = Field(description="Rows of the sub-networks'.")
+    split: Literal["dev", "test"] = Field(description="Whose texts are told of: test, if any.")
+    unk_before: float = Field(description="Share of [UNK] among the texts' tokens.")
+    unk_after: float
+    length_before: float = Field(description="Mean tokens of a text.")
+    length_after: float = Field(description="More, where a removed token falls into pieces.")
+    changed_texts: float = Field(description="Share of the texts that have a removed token.")
+
+
 class TrainingReport(Frozen):
     """How one training went; the weights are those after `best_step`."""
 
@@ -466,6 +482,9 @@ class CompressionReport(Frozen):
     )
     dataset: DatasetReport
     teacher: TeacherReport
+    vocabulary: VocabularyReport | None = Field(
+        None, description="What was removed of it; null where the spec asks for nothing."
+    )
     reorder_max_abs: float = Field(description="Largest logit change of reordering at full width.")
     subnetworks: tuple[SubnetworkReport, ...]
     selection: Selection

@@ -405,10 +405,11 @@ class LatencySpec(_Asked):
     batch_sizes: tuple[BatchSize, ...] = Field((), description="Measured beside batch_size.")
     seq_lens: tuple[SeqLen, ...] = Field((), description="Measured beside seq_len.")
     thread_counts: tuple[Threads, ...] = Field((), description="Measured beside threads.")
-    baselines: tuple[Format, ...] = Field(
-        (),
-        description="Served formats that the teacher is measured in, beside fp32 in every runtime "
-        "that the sub-networks are served in: what one would do instead of compressing.",
+    baselines: tuple[Format, ...] | None = Field(
+        None,
+        description="Served formats that the teacher is measured and judged in, beside fp32 in "
+        "every runtime that the sub-networks are served in: what one would do instead of "
+        "compressing. null: onnx-int8-dynamic where a sub-network is served as ONNX.",
     )
     rounds: int = Field(
         50, ge=5, le=10000, description="Timed calls of each candidate in each setting."
@@ -428,8 +429,8 @@ class LatencySpec(_Asked):
 
     @field_validator("baselines")
     @classmethod
-    def _served(cls, value: tuple[Format, ...]) -> tuple[Format, ...]:
-        unserved = sorted(set(value) - set(SERVED_FORMATS))
+    def _served(cls, value: tuple[Format, ...] | None) -> tuple[Format, ...] | None:
+        unserved = sorted(set(value or ()) - set(SERVED_FORMATS))
         if unserved:
             raise ValueError(f"no runtime serves {', '.join(unserved)}: nothing can be measured")
         return value
@@ -564,6 +565,33 @@ class ExportSpec(_Asked):
         return value
 
 
+MAX_KEPT_CHARACTERS = 1_000_000  # of a keep-list, which stands in every manifest
+
+
+class VocabularySpec(_Asked):
+    """Removal of tokens that a deployment does not need; the embedding is half of a small model."""
+
+    remove_unused: bool = Field(
+        False,
+        description="The sub-networks lose the tokens that no row of train and no unlabelled row "
+        "has, as they are read. Special and added tokens and all single characters stay. "
+        "WordPiece vocabularies only; the teacher keeps its own.",
+    )
+    keep: tuple[Annotated[Text, Field(min_length=1, max_length=1000)], ...] = Field(
+        (),
+        max_length=10_000,
+        description='What stays beside them: tokens ("##ing"), or texts with all of their tokens.',
+    )
+
+    @model_validator(mode="after")
+    def _keeps_from_removal(self) -> VocabularySpec:
+        if self.keep and not self.remove_unused:
+            raise ValueError("keep is for remove_unused: set it to true, or leave keep out")
+        if sum(map(len, self.keep)) > MAX_KEPT_CHARACTERS:
+            raise ValueError(f"keep may have {MAX_KEPT_CHARACTERS:,} characters in all")
+        return self
+
+
 class ReportSpec(_Asked):
     """What the regression report, a sub-network's answers against the teacher's, tells of rows.
 
@@ -611,6 +639,7 @@ class Spec(_Asked):
     latency: LatencySpec = LatencySpec()
     constraints: ConstraintSpec = ConstraintSpec()
     export: ExportSpec = ExportSpec()
+    vocabulary: VocabularySpec = VocabularySpec()
     report: ReportSpec = ReportSpec()
     device: str = Field(
         "cpu",
@@ -637,6 +666,14 @@ class Spec(_Asked):
         "evaluate, export and measure what was learnt by then.",
     )
     seed: int = Field(0, ge=0, lt=2**31)
+
+    @property
+    def baselines(self) -> tuple[Format, ...]:
+        """The latency spec's, or what its null stands for."""
+        if self.latency.baselines is not None:
+            return self.latency.baselines
+        served_as_onnx = "onnx" in map(fp32_format, self.export.formats)
+        return ("onnx-int8-dynamic",) if served_as_onnx else ()
 
     @model_validator(mode="after")
     def _trainable(self) -> Spec:

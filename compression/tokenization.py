@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
     ADDED_TOKENS_FILE,
 )
 
-_SPECIAL_TOKENS = {  # BERT's
+SPECIAL_TOKENS = {  # BERT's
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
     "cls_token": "[CLS]",
@@ -114,6 +114,11 @@ def _check_last(number: int, *, rows: int, file: str) -> None:
         )
 
 
+def vocabulary_kind(tokenizer: Tokenizer) -> str:
+    """How it splits words: "WordPiece", "BPE", "Unigram" or "WordLevel"."""
+    return type(tokenizer.model).__name__
+
+
 def save_tokenizer(model_dir: Path, out_dir: Path) -> list[Path]:
     """Writes the folder's tokenizer as tokenizer.json, with copies of its other files."""
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -179,7 +184,7 @@ def _wordpiece(model_dir: Path, rows: int) -> Tokenizer:
     settings = _optional_json(model_dir / SETTINGS_FILE)
     vocabulary = _read_vocabulary(path)
     _check_last(max(vocabulary.values()), rows=rows, file=path.name)
-    special, present = _special_tokens(model_dir, settings, _SPECIAL_TOKENS, vocabulary, path)
+    special, present = _special_tokens(model_dir, settings, SPECIAL_TOKENS, vocabulary, path)
     fields = Fields(settings, file=SETTINGS_FILE)
     lowercase = True if settings.get("do_lower_case") is None else fields.flag("do_lower_case")
     accents = None if settings.get("strip_accents") is None else fields.flag("strip_accents")

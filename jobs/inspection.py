@@ -214,14 +214,14 @@ def _inspect_model(folder: Path, out_dir: Path, limits: Limits) -> dict[str, Any
                 read_json_object(folder / name)
             _keep(folder / name, out_dir)
     checkpoint = check_checkpoint(out_dir)
-    try_tokenizer(out_dir, checkpoint.config, seconds=limits.tokenizer_seconds)
+    tokenizer = try_tokenizer(out_dir, checkpoint.config, seconds=limits.tokenizer_seconds)
     if checkpoint.ignored:
         warnings.append(
             "Left out, because no encoder needs them: "
             + ", ".join(checkpoint.ignored[:_MAX_PARAMETERS_NAMED])
             + (" and others." if len(checkpoint.ignored) > _MAX_PARAMETERS_NAMED else ".")
         )
-    info = model_info(checkpoint)
+    info = model_info(checkpoint, tokenizer)
     return {"info": info.model_dump(mode="json"), "warnings": warnings}
 
 

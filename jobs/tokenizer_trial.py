@@ -27,8 +27,8 @@ _REPEATED = ("a", "A", "0", " ", "\n", ".", "-", "'", "#", "é", "\u4e2d", "ab",
 _MAX_LETTERS = 32  # of the expressions' own, each of which makes a text
 
 
-def try_tokenizer(folder: Path, config: EncoderConfig, *, seconds: float) -> None:
-    """UploadRejected or InvalidModel where the folder's tokenizer cannot serve the model.
+def try_tokenizer(folder: Path, config: EncoderConfig, *, seconds: float) -> Tokenizer:
+    """The folder's tokenizer; UploadRejected or InvalidModel where it cannot serve the model.
 
     What a tokenizer.json puts around a text comes with ids of its own, beside the vocabulary:
     an id without an embedding reads past the table's end on some devices. What takes longer
@@ -52,6 +52,7 @@ def try_tokenizer(folder: Path, config: EncoderConfig, *, seconds: float) -> Non
                 f"The tokenizer gives the token type {max(types)}, but the model has only "
                 f"{config.type_vocab_size}."
             )
+    return tokenizer
 
 
 def _encoded(

@@ -136,8 +136,8 @@ class ProgressView:
 def table(report: dict[str, Any]) -> str:
     """The report's measurements: one line for each served format of each network.
 
-    The teacher's are the baselines; in int8 it is timed and not judged. In brackets: where the
-    figure lies with 95 % confidence.
+    The teacher's are the baselines, what one would do instead. In brackets: where the figure lies
+    with 95 % confidence.
     """
     head = (
         *("width", "format", "parameters", "MB", "dev acc", "drop", "p50 ms", "p95 ms"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from compression.command_line import on_dev
-from compression.report import FormatReport, SubnetworkReport, TeacherReport
+from compression.command_line import on_dev, vocabulary_words
+from compression.report import FormatReport, SubnetworkReport, TeacherReport, VocabularyReport
 
 
-def test_a_file_that_rounds_has_figures_of_its_own_and_an_int8_teacher_none() -> None:
+def test_a_file_that_rounds_has_figures_of_its_own_or_none() -> None:
     plain = FormatReport(format="onnx", published=True)
     rounded = FormatReport(
         format="onnx-int8-dynamic", published=True, accuracy=0.7, accuracy_drop=10.0
@@ -28,4 +28,22 @@ def test_a_file_that_rounds_has_figures_of_its_own_and_an_int8_teacher_none() ->
     teacher = TeacherReport(family="bert", fine_tuned_steps=0, parameters=1, accuracy=0.8)
     unjudged = FormatReport(format="onnx-int8-dynamic", published=False)
     assert on_dev(teacher, plain) == (0.8, 0.0)
+    assert on_dev(teacher, rounded) == (0.7, 10.0)
     assert on_dev(teacher, unjudged) == (None, None)
+
+
+def test_what_the_removal_of_tokens_does_is_a_line() -> None:
+    told = VocabularyReport(
+        tokens_before=30522,
+        tokens_after=8123,
+        split="test",
+        unk_before=0.0001,
+        unk_after=0.0012,
+        length_before=20,
+        length_after=22,
+        changed_texts=0.25,
+    )
+    assert vocabulary_words(told) == (
+        "vocabulary: 8,123 of 30,522 tokens are left; on test 25.0% of the texts have a removed "
+        "one, [UNK] is 0.12% of the tokens (0.01% before)"
+    )

@@ -20,11 +20,12 @@ from compression.int8 import Judge, Outcome, pass_gate
 from compression.pipeline import compress
 from compression.report import CompressionReport
 from compression.selection import candidates
-from compression.spec import Spec
+from compression.spec import CONFIDENCES, Format, Spec
 from compression.tokenization import encode, load_tokenizer
 from tests.builders import tiny_bert, tiny_dataset
 
-DYNAMIC, STATIC = "onnx-int8-dynamic", "onnx-int8-static"
+DYNAMIC: Format = "onnx-int8-dynamic"
+STATIC: Format = "onnx-int8-static"
 
 
 def test_a_job_publishes_the_int8_file_that_holds_and_withholds_the_one_that_flips(
@@ -84,10 +85,20 @@ def test_a_job_publishes_the_int8_file_that_holds_and_withholds_the_one_that_fli
     assert chosen_from.keys() == {"onnx", DYNAMIC}
     assert chosen_from[DYNAMIC].accuracy_drop == dynamic.accuracy_drop
     assert chosen_from["onnx"].accuracy_drop == half.accuracy_drop
-    # The speed-up is against the teacher in fp32: int8 is not measured for it.
-    assert [each.format for each in report.teacher.formats] == ["onnx"]
-    (teacher,) = report.teacher.formats
+    # The speed-up is against the teacher in fp32; in int8 it is what one would do instead.
+    assert [each.format for each in report.teacher.formats] == ["onnx", DYNAMIC]
+    teacher, baseline = report.teacher.formats
     assert teacher.latency is not None
+    assert (teacher.accuracy, teacher.flipped) == (None, None)
+    assert baseline.accuracy is not None and baseline.flipped is not None
+    assert baseline.accuracy_drop == pytest.approx(
+        100 * (report.teacher.accuracy - baseline.accuracy)
+    )
+    assert abs(baseline.accuracy - report.teacher.accuracy) <= baseline.flipped + 1e-9
+    assert len(baseline.accuracy_drop_intervals) == len(CONFIDENCES)
+    assert baseline.max_flipped is None  # it is not withheld, whatever it flips
+    assert baseline.latency is not None
+    assert baseline.speedup == pytest.approx(teacher.latency.p50_ms / baseline.latency.p50_ms)
     assert dynamic.latency is not None
     assert dynamic.speedup == pytest.approx(teacher.latency.p50_ms / dynamic.latency.p50_ms)
 
@@ -99,6 +110,7 @@ def test_a_job_publishes_the_int8_file_that_holds_and_withholds_the_one_that_fli
     assert manifest["formats"][DYNAMIC]["flipped"] == dynamic.flipped
     assert manifest["formats"][DYNAMIC]["run_with"]["precision"] == "int8"
     card = (bundle / "MODEL_CARD.md").read_text()
+    assert f"in ONNX (dynamic INT8) (accuracy on dev {baseline.accuracy:.4f})." in card
     assert f"accuracy on dev {dynamic.accuracy:.4f}, and {dynamic.flipped:.1%}" in card
     done = subprocess.run(
         [sys.executable, str(bundle / "predict.py"), "--json", "--format", DYNAMIC, "a good film"],
@@ -113,3 +125,28 @@ def test_a_job_publishes_the_int8_file_that_holds_and_withholds_the_one_that_fli
     assert list(json.loads(done.stdout)["probabilities"].values()) == pytest.approx(
         list(exponents / exponents.sum()), abs=1e-6
     )
+
+
+def test_a_teacher_in_int8_that_cannot_be_run_is_told_and_holds_nothing_back(
+    tmp_path: Path,
+) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20}, seed=1)
+    job = pipeline.load(Spec.model_validate({"task": {"max_seq_len": 32}}), model, dataset, 1)
+    formats: tuple[Format, ...] = ("onnx", DYNAMIC, STATIC)
+    files = {fmt: Exported(fmt, tmp_path / fmt, (), 0.0) for fmt in formats}
+    files[STATIC] = dataclasses.replace(files[STATIC], error="no operator")
+    found, verdicts = pipeline.judge_baselines(
+        job,
+        files,
+        Int8Source(tmp_path / "calibration.npz", tmp_path),
+        expected=np.zeros((20, 2), np.float32),
+        teacher_accuracy=0.9,
+        teacher_resampled=np.full(1000, 0.9),
+    )
+    assert verdicts == {}
+    assert found["onnx"] == files["onnx"] and found[STATIC] == files[STATIC]
+    error = found[DYNAMIC].error
+    assert error is not None and "model.onnx" in error
+    (warning,) = pipeline.export_warnings([], ["onnx"], {DYNAMIC: found[DYNAMIC]})
+    assert warning.startswith(f"the baseline in {DYNAMIC} could not be measured: ")

@@ -53,7 +53,7 @@ def small_spec(**changes: Any) -> Spec:
         "distillation": {"epochs": 1, "learning_rate": 1e-3},
         "supernet": {"width_mults": ["1", "1/2"]},
         "importance": {"rows": 64},
-        "latency": {"rounds": 5, "batch_sizes": [3]},
+        "latency": {"rounds": 5, "batch_sizes": [3], "baselines": []},
     }
     return Spec.model_validate({**values, **changes})
 

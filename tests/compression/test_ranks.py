@@ -48,7 +48,7 @@ class JobFiles:
             "final": {"when": "always", "epochs": 1},
             "supernet": {"width_mults": ["1", "1/2"]},
             "importance": {"rows": 64},
-            "latency": {"rounds": 5},
+            "latency": {"rounds": 5, "baselines": []},
             "export": {"formats": ["safetensors", "onnx"]},
             **changes,
         }

@@ -193,7 +193,7 @@ def test_a_job_with_the_engine_paddleslim_ends_like_any_other(tmp_path: Path) ->
             "importance": {"rows": 32},
             "distillation": {"max_steps": 2, "learning_rate": 1e-3},
             "supernet": {"width_mults": ["1/2", "1"]},
-            "latency": {"rounds": 5},
+            "latency": {"rounds": 5, "baselines": []},
             "export": {"formats": ["onnx"]},
         }
     )

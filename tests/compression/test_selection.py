@@ -127,6 +127,19 @@ def test_nearness_is_relative_to_each_bound() -> None:
     )
 
 
+def test_bounds_below_what_two_decimals_show_are_told_as_they_are() -> None:
+    selection = select(
+        FOUR, ConstraintSpec(max_accuracy_drop=-10.0, max_latency_ms=1e-4, max_size_mb=1.5e-6)
+    )
+    assert selection.subnetwork is None
+    (misses, *_) = [c.misses for c in selection.nearest if c.subnetwork == "w1_4"]
+    assert misses == (
+        "loses 2.5 points of accuracy, a gain of at least 10.0 points asked",
+        "takes 2.00 ms, at most 0.0001 ms allowed",
+        "has 60.0 MB, at most 0.0000015 MB allowed",
+    )
+
+
 def test_a_tie_in_speed_goes_to_the_more_accurate_in_any_order() -> None:
     tied = (
         candidate("b", drop=0.5, ms=4.0),
@@ -171,7 +184,7 @@ def test_sentences_name_the_metric() -> None:
         "above the teacher, 1.01 times as fast, 90.0 MB."
     )
     none = select(FOUR, ConstraintSpec(max_accuracy_drop=-1), main_metric="f1").nearest[0]
-    assert none.misses == ("loses -0.2 points of F1, at most -1.0 points allowed",)
+    assert none.misses == ("loses -0.2 points of F1, a gain of at least 1.0 points asked",)
 
 
 @pytest.mark.parametrize(

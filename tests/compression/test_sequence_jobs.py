@@ -29,7 +29,7 @@ def spec(**task: Any) -> Spec:
             "distillation": {"max_steps": 2},
             "supernet": {"width_mults": ["1/2"]},
             "importance": {"rows": 16},
-            "latency": {"rounds": 5},
+            "latency": {"rounds": 5, "baselines": []},
             "export": {"formats": ["onnx"]},
         }
     )

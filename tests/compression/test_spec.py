@@ -206,6 +206,9 @@ def test_unknown_fields_are_refused_everywhere(section: str | None) -> None:
         {"constraints": {"objective": "price"}},
         {"constraints": {"latency_at": {"percentile": 90}}},
         {"latency": {"baselines": ["safetensors"]}},
+        {"vocabulary": {"keep": ["##ing"]}},
+        {"vocabulary": {"remove_unused": True, "keep": [""]}},
+        {"vocabulary": {"remove_unused": True, "keep": ["x" * 1000] * 1001}},
         {"latency": {"batch_sizes": [0]}},
         {"latency": {"seq_lens": [1, 8]}},
         {"latency": {"batch_sizes": list(range(2, 34))}},
@@ -290,6 +293,23 @@ def test_every_combination_is_a_setting_once_and_the_specs_own_comes_first() -> 
     assert LatencySpec().settings(9) == ((1, 9, 1),)
     many = LatencySpec(batch_sizes=tuple(range(2, MAX_SETTINGS + 1)))
     assert len(many.settings(9)) == MAX_SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("formats", "asked", "baselines"),
+    [
+        (["paddle"], None, ()),
+        (["paddle", "onnx"], None, ("onnx-int8-dynamic",)),
+        (["onnx-int8-static"], None, ("onnx-int8-dynamic",)),
+        (["onnx"], [], ()),
+        (["onnx"], ["paddle"], ("paddle",)),
+    ],
+)
+def test_the_teacher_in_int8_is_a_baseline_unless_told_otherwise(
+    formats: list[str], asked: list[str] | None, baselines: tuple[str, ...]
+) -> None:
+    document = {"export": {"formats": formats}, "latency": {"baselines": asked}}
+    assert Spec.model_validate(document).baselines == baselines
 
 
 def test_a_job_from_before_the_new_fields_keeps_its_identity() -> None:

@@ -34,7 +34,7 @@ QUICK: dict[str, Any] = {
     "importance": {"rows": 32},
     "supernet": {"width_mults": ["1/2"]},
     "distillation": {"max_steps": 4},
-    "latency": {"rounds": 5},
+    "latency": {"rounds": 5, "baselines": []},
     "export": {"formats": ["onnx"]},
 }
 STEPS = 300

@@ -91,7 +91,7 @@ def test_a_job_interrupted_by_a_stop_is_done_after_the_next_start(tmp_path: Path
         "supernet": {"width_mults": [1, "1/2"]},
         "distillation": {"max_steps": 5},
         "importance": {"rows": 32},
-        "latency": {"rounds": 5},
+        "latency": {"rounds": 5, "baselines": []},
         "export": {"formats": ["onnx"]},
     }
     with serving(tmp_path / "data") as service:

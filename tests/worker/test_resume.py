@@ -32,7 +32,7 @@ SPEC: dict[str, Any] = {
     "importance": {"rows": 16},
     "supernet": {"width_mults": ["1/2"]},
     "distillation": {"max_steps": STEPS, "epochs": 100, "batch_size": 4, "dropout": 0.1},
-    "latency": {"rounds": 5},
+    "latency": {"rounds": 5, "baselines": []},
     "export": {"formats": ["onnx"]},
 }
 
