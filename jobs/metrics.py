@@ -26,7 +26,8 @@ log = structlog.get_logger(__name__)
 
 def new_registry() -> CollectorRegistry:
     """With what Python and the system know of this process."""
-    disable_created_metrics()  # a second series beside each, which nobody asks for  # type: ignore[no-untyped-call]
+    # A second series beside each counter, which nobody asks for.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
