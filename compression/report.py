@@ -391,7 +391,7 @@ class Finalist(Frozen):
 
     subnetwork: str
     holdout_accuracy: float = Field(description="The main metric on rows held out of train.")
-    predicted_ms: Mapping[Percentile, float] = Field(description="By percentile, where fitted.")
+    predicted_ms: Mapping[int, float] = Field(description="By percentile, where fitted.")
     predicted_mb: float
 
 
