@@ -18,6 +18,7 @@ MAKEFLAGS += --no-print-directory --silent
 API := .venv/api/bin/python
 WORKER := .venv/worker/bin/python
 PYTEST_ARGS ?=
+IN_TWO := --numprocesses 2 --dist loadfile
 
 # The Python that builds the environments: `make PYTHON=/path/to/python3.12 ...` names another.
 # A shim that finds no interpreter behind it does not answer, so each is tried.
@@ -102,22 +103,22 @@ servers:
 .PHONY: test
 test: check servers test-api test-worker
 
-# The API's tests run where paddle is absent; all others in the worker's environment. Those of
-# compression compute on one thread for the most part, so two processes share them, file by file
-# (their fixtures are a file's); those that start servers and wait for them run one by one.
+# The API's tests run where paddle is absent; all others in the worker's environment. Two processes
+# share the tests, file by file (fixtures are a file's): most compute on one thread, or wait for the
+# servers that they start, which each process has for itself.
 .PHONY: test-api
 test-api: development
 	echo "== tests of the API, paddle absent"
-	$(API) -m pytest tests/api $(PYTEST_ARGS)
+	$(API) -m pytest tests/api $(IN_TWO) $(PYTEST_ARGS)
 	echo "== hostile files"
 	$(API) -m pytest tests/hostile --numprocesses 2 $(PYTEST_ARGS)
 
 .PHONY: test-worker
 test-worker: development
 	echo "== tests of compression"
-	$(WORKER) -m pytest tests/compression --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(WORKER) -m pytest tests/compression $(IN_TWO) $(PYTEST_ARGS)
 	echo "== all other tests"
-	$(WORKER) -m pytest tests --ignore=tests/api --ignore=tests/hostile --ignore=tests/compression $(PYTEST_ARGS)
+	$(WORKER) -m pytest tests --ignore=tests/api --ignore=tests/hostile --ignore=tests/compression $(IN_TWO) $(PYTEST_ARGS)
 
 # A long walk over the OpenAPI document: ARGS="--examples 500 --seed 7". Its last line is JSON.
 .PHONY: fuzz
