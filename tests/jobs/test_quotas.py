@@ -107,7 +107,7 @@ def test_a_project_at_its_quota_waits_and_others_do_not(database: Database) -> N
     assert held is not None
     assert claim(database, mine[1]) is None
     with database.reading() as session:
-        assert store.queued_jobs(session) == [others]
+        assert [job.id for job in store.queued_jobs(session)] == [others]
     assert claim(database, others) is not None
     with database.transaction() as session:
         store.finish_job(session, held, JobState.FAILED, error={})

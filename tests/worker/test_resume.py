@@ -24,6 +24,7 @@ from tests.worker.helpers import (
     wait_for_state,
 )
 from tests.worker.worker_process import Worker
+from worker.reconciler import reconcile
 from worker.runner import Runner
 
 STEPS = 300
@@ -76,7 +77,12 @@ def test_killed_then_stopped_then_complete(
 
     # Run 2: stopped in an orderly way, once the dead worker's lease is over.
     runner = Runner(settings, database, objects, worker="second")
-    wait_until(lambda: runner.offer(job_id), "the job is to be had", seconds=30)
+
+    def offered() -> bool:
+        reconcile(settings, database, objects, nudge=lambda job: None)
+        return runner.offer(job_id)
+
+    wait_until(offered, "the job is to be had", seconds=60)
     wait_for_checkpoints(len(distillation_checkpoints()) + 2)
     runner.stop()
     assert runner.join(60)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
 
 from compression.runtime_env import core_count, cpu_vendor, training_environment
 from jobs import store, workers
@@ -112,26 +111,24 @@ def test_a_job_is_taken_that_was_offered_while_another_offer_came_to_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runner = make_runner()
-    ended = submit(database, objects, "progress")
-    cancel(database, ended)
     job_id = submit(database, objects, "progress")
-    looking = threading.Event()
+    looking, both = threading.Event(), threading.Event()
     claim_job = store.claim_job
 
     def told(*arguments: Any, **options: Any) -> store.Claim | None:
+        if looking.is_set():
+            return claim_job(*arguments, **options)
         looking.set()
-        return claim_job(*arguments, **options)
+        both.wait(START_SECONDS)
+        return None  # as if another worker had been quicker
 
     monkeypatch.setattr(store, "claim_job", told)
-    offers = [
-        threading.Thread(target=runner.offer, args=(each,), daemon=True) for each in (ended, job_id)
-    ]
-    with database.transaction() as session:
-        session.execute(text("SELECT 1"))  # holds SQLite's write lock, so the first look waits
-        offers[0].start()
-        assert looking.wait(START_SECONDS)
-        offers[1].start()
-        offers[1].join(0.5)  # time enough to be refused
+    offers = [threading.Thread(target=runner.offer, args=(job_id,), daemon=True) for _ in range(2)]
+    offers[0].start()
+    assert looking.wait(START_SECONDS)
+    offers[1].start()
+    offers[1].join(0.5)  # time enough to be refused
+    both.set()
     for offer in offers:
         offer.join(START_SECONDS)
     wait_for_state(database, job_id, "succeeded")

@@ -14,7 +14,8 @@ import pytest
 from jobs import store
 from jobs.artifacts import ObjectStore
 from jobs.db import Database
-from jobs.queue import QUEUE, make_celery
+from jobs.devices import Device
+from jobs.queue import make_celery, queue_of
 from tests.seeds import seed_job
 from tests.services import wait_until
 from tests.worker.helpers import kinds_of, settings_for, wait_for_state
@@ -34,7 +35,7 @@ def test_it_requeues_and_nudges_takes_no_job_and_shows_that_it_lives(
         wait_for_state(database, job_id, "queued")
         app = make_celery(settings)
         with app.connection_for_read() as connection:
-            queue = connection.SimpleQueue(QUEUE)
+            queue = connection.SimpleQueue(queue_of(Device.CPU))
             try:
                 message = queue.get(timeout=20)
             finally:

@@ -47,8 +47,8 @@ def upgrade() -> None:
     # Null, or with a default: a process of the version before still inserts jobs without these.
     op.add_column("jobs", sa.Column("precedence", sa.Integer(), server_default="0", nullable=False))
     op.add_column("jobs", sa.Column("device", sa.String(length=20), nullable=True))
-    op.add_column("jobs", sa.Column("predicted_seconds", sa.Float(), nullable=True))
-    op.add_column("jobs", sa.Column("time_limit_seconds", sa.Float(), nullable=True))
+    op.add_column("jobs", sa.Column("predicted_seconds", sa.Double(), nullable=True))
+    op.add_column("jobs", sa.Column("time_limit_seconds", sa.Double(), nullable=True))
     op.add_column("jobs", sa.Column("retried_at", TIME, nullable=True))
     op.create_index(
         op.f("ix_jobs_state_device_precedence_created_at_id"),
