@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import store
+from jobs import store, workers
 from jobs.artifacts import ObjectStore
 from jobs.db import Database
 from jobs.devices import Device
@@ -30,6 +30,8 @@ def test_it_requeues_and_nudges_takes_no_job_and_shows_that_it_lives(
     job_id = seed_job(database, objects)
     with database.transaction() as session:
         assert store.claim_job(session, job_id, worker="dead", lease_seconds=0.1, max_runs=3)
+        # Somebody to be nudged: jobs of a device that nobody has wait without.
+        workers.announce(session, name="there", slots=1, gpus=0, lease_seconds=600)
     scheduler = Worker(settings, tmp_path / "scheduler", program=["-m", "worker.scheduler"])
     try:
         wait_for_state(database, job_id, "queued")
