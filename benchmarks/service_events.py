@@ -168,7 +168,11 @@ def _worker(api: Api) -> Iterator[None]:
     }
     with (api.data / "worker.log").open("wb") as log:
         process = subprocess.Popen(
-            [_WORKER_PYTHON, "-m", "worker"], cwd=REPOSITORY, env=environment, stderr=log
+            [_WORKER_PYTHON, "-m", "worker"],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=log,
+            stderr=log,
         )
     try:
         while b"worker started" not in (api.data / "worker.log").read_bytes():

@@ -80,7 +80,7 @@ def fill(url: str, *, rows: int) -> None:
     )
     id = "'job_' || substr('0000000000000000000000' || (i * 7919), -22)"
     if not database.is_sqlite:
-        id = "'job_' || lpad((i * 7919)::text, 22, '0')"
+        id = "'job_' || lpad((i::bigint * 7919)::text, 22, '0')"
     with database.engine.begin() as connection:
         connection.execute(
             text(
