@@ -9,6 +9,14 @@ chooses. The last line of standard output is one JSON object with the figures of
     download_ratio_accel    the same over nginx's in front of the API, by X-Accel-Redirect (0.9)
     api_rss_growth_mb       the most that the API's memory grew meanwhile (below 150)
     meanwhile_p99_ms        of small requests that another client made all the while
+
+`submit`: benchmarks/service_submit.py, on SQLite and PostgreSQL, named in front
+    submit_p50_ms, _p99_ms  of PostgreSQL's: 50 clients at once
+    list_p99_ratio          the largest of both: listing and getting among 1,000,000 jobs over few
+
+`events`: benchmarks/service_events.py; `sse_` with Redis and PostgreSQL, `sse_embedded_` without.
+    sse_p99_ms              how late an event reaches the last of 300 watchers
+    first_event_s           from the submission to the first event of the job's process
 """
 
 from __future__ import annotations
@@ -37,6 +45,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
+from benchmarks import service_events, service_submit
 from jobs import store
 from jobs.artifacts import open_store
 from jobs.db import Database
@@ -398,7 +407,29 @@ def _percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {"transfer": transfer}
+def submit(args: argparse.Namespace) -> Figures:
+    """Of both databases; figures without a database's name are PostgreSQL's, or the worse."""
+    figures: Figures = {}
+    for database in ("sqlite", "postgresql"):
+        figures |= service_submit.measure(
+            database, jobs=args.jobs, rows=args.rows, rounds=args.questions
+        )
+    for name in ("submit_p50_ms", "submit_p99_ms"):
+        figures[name] = figures[f"postgresql_{name}"]
+    name = "list_p99_ratio"
+    figures[name] = max(figures[f"{database}_{name}"] for database in ("sqlite", "postgresql"))
+    return figures
+
+
+def events(args: argparse.Namespace) -> Figures:
+    return service_events.measure(watchers=service_events.WATCHERS, events=100, times=5)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
+    "transfer": transfer,
+    "submit": submit,
+    "events": events,
+}
 
 
 def main() -> None:
@@ -411,6 +442,11 @@ def main() -> None:
     )
     parser.add_argument("--gb", type=float, default=2.0, help="transfer: size of the model")
     parser.add_argument("--rounds", type=int, default=3, help="transfer: repetitions")
+    parser.add_argument("--jobs", type=int, default=2000, help="submit: by all clients together")
+    parser.add_argument(
+        "--rows", type=int, default=service_submit.ROWS, help="submit: jobs in the large database"
+    )
+    parser.add_argument("--questions", type=int, default=1000, help="submit: of each kind")
     args = parser.parse_args()
     figures: Figures = {}
     for name in args.only or PARTS:
