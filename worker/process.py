@@ -93,6 +93,10 @@ class JobProcess:
         """SIGTERM to the whole group: the job's process writes a checkpoint and ends."""
         self._signal(signal.SIGTERM)
 
+    def kill_rest(self) -> None:
+        """Kills what the command has left behind, once it has ended: then its messages end too."""
+        self._signal(signal.SIGKILL)
+
     def end(self, *, grace_seconds: float = 0) -> int:
         """Ends the whole group and returns the command's exit status.
 

@@ -409,10 +409,11 @@ class Runner:
             except EOFError:
                 break
             if message is None:
-                if process.has_exited() and (message := process.message(0)) is None:
-                    break  # what it started may still hold its standard output open
-                if message is None:
-                    continue
+                if process.has_exited():
+                    # Its last words may still be on their way, and whatever it has started may
+                    # hold its standard output open: without that, they come to an end.
+                    process.kill_rest()
+                continue
             kind = message.pop("kind")
             if kind == "progress":
                 stages.progress(message)

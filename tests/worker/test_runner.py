@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -31,6 +31,7 @@ from tests.worker.helpers import (
     wait_for_event,
     wait_for_state,
 )
+from worker.process import JobProcess
 from worker.reconciler import reconcile
 from worker.runner import CHILD_COMMAND as REAL_CHILD_COMMAND
 from worker.runner import ProgressFilter, Runner
@@ -182,6 +183,27 @@ def test_a_child_that_dies_fails_the_job_with_its_last_lines(
     after = submit(database, objects, "progress")  # and the worker lives on
     wait_until(lambda: runner.offer(after), "the slot is free")
     wait_for_state(database, after, "succeeded")
+
+
+@ON_SQLITE
+def test_what_a_child_said_is_heard_however_late(
+    make_runner: MakeRunner,
+    database: Database,
+    objects: ObjectStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a busy machine the reader may get its turn long after the child has ended."""
+    read_messages = JobProcess._read_messages
+
+    def late(process: JobProcess, stream: IO[bytes]) -> None:
+        time.sleep(1)
+        read_messages(process, stream)
+
+    monkeypatch.setattr(JobProcess, "_read_messages", late)
+    job_id = submit(database, objects, "progress")
+    make_runner().offer(job_id)
+    wait_for_state(database, job_id, "succeeded")
+    assert kinds_of(database, job_id) == ["queued", "started", "progress", "succeeded"]
 
 
 @ON_SQLITE
