@@ -41,7 +41,7 @@ DESCRIPTION = (
     "key, it is carried out once and gets the same answer; another body or route is 422, and 409 "
     "while the first is in progress. Requests that failed leave the key free."
 )
-METHODS = frozenset({"POST", "PUT"})  # curl -T sends an upload as PUT
+_PUTS = frozenset({"/v1/models", "/v1/datasets"})  # curl -T sends an upload as PUT
 HOLD_SECONDS = 60.0
 EXTEND_SECONDS = 15.0
 MAX_KEPT_BYTES = 4 << 20  # of an answer
@@ -55,6 +55,10 @@ _DESCRIBING = re.compile(rb"content-disposition|content-encoding|upload-.*|tus-.
 _log = structlog.get_logger(__name__)
 
 
+def _is_taken(method: str, path: str) -> bool:
+    return method == "POST" or (method == "PUT" and path.rstrip("/") in _PUTS)
+
+
 class Idempotency:
     """Stands behind authentication and roles, which each sending passes anew."""
 
@@ -64,7 +68,7 @@ class Idempotency:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         principal: Principal | None = scope.get("state", {}).get("principal")
         sent = Headers(scope=scope).getlist(HEADER) if scope["type"] == "http" else []
-        if not sent or principal is None or scope["method"] not in METHODS:
+        if not sent or principal is None or not _is_taken(scope["method"], scope["path"]):
             await self.app(scope, receive, send)
             return
         services: Services = scope["app"].state.services

@@ -497,7 +497,7 @@ _Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 class QuotasIn(BaseModel):
     """A project's quotas; null: no limit. Unknown fields are errors."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     bytes: _Bytes | None = Field(
         None, description="In models and datasets (the same bytes once), artifacts, and uploads."

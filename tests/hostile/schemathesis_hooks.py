@@ -29,3 +29,9 @@ def map_body(context: Any, body: Any) -> Any:
             if isinstance(body.get(name), str) and len(body[name]) % 2 == 0:
                 body[name] = id
     return body
+
+
+@schemathesis.serializer("application/offset+octet-stream")
+def octets(context: Any, value: Any) -> bytes:
+    """The body of a resumable upload."""
+    return value if isinstance(value, bytes) else str(value).encode()
