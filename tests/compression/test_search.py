@@ -202,7 +202,7 @@ def job_spec(**changes: Any) -> Spec:
             },
         },
         "importance": {"rows": 32},
-        "latency": {"rounds": 5},
+        "latency": {"rounds": 5, "baselines": []},
         "constraints": {"max_latency_ms": 10_000, "objective": "accuracy"},
         "export": {"formats": ["onnx", "safetensors"]},
     }  # fmt: skip
