@@ -11,9 +11,11 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from sqlalchemy import func, select
 
+from jobs.records import IdempotencyKey
 from jobs.roles import Role
-from tests.api.conftest import Service, archive, assert_problem
+from tests.api.conftest import Service, archive, assert_problem, wait_for
 from tests.builders import tiny_bert
 
 
@@ -121,6 +123,12 @@ def test_of_many_sent_at_once_one_is_carried_out(service: Service) -> None:
             assert answer.headers["retry-after"] == "1"
 
 
+def keys_held(service: Service) -> int:
+    with service.services.database.reading() as session:
+        held = IdempotencyKey.held_until.is_not(None)
+        return session.scalar(select(func.count()).select_from(IdempotencyKey).where(held)) or 0
+
+
 def test_a_streamed_upload_is_held_while_it_comes_and_compared_at_its_end(
     service: Service, upload: bytes
 ) -> None:
@@ -137,9 +145,11 @@ def test_a_streamed_upload_is_held_while_it_comes_and_compared_at_its_end(
     def send() -> None:
         answers.append(service.client.post(path, content=slowly(), headers=named(key)))
 
+    held = keys_held(service)
     thread = threading.Thread(target=send)
     thread.start()
     assert begun.wait(30)
+    wait_for(lambda: keys_held(service) == held + 1, seconds=30)  # the service has seen it
     answer = service.client.post(path, content=upload, headers=named(key))
     assert_problem(answer, 409, "request-in-progress")
     go_on.set()
