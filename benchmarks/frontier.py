@@ -1,10 +1,11 @@
 """The fastest artifact that loses at most a point: MiniLM-L6 on SST-2, several seeds, one command.
 
-A seed is a teacher (nine tenths of train; the hold-out of the rest chooses its epoch) and then one
-compression job, as the library runs it: every sub-network in fp32 and in int8, judged on dev and
-measured beside the teacher at batch 1 and 16, 64 tokens, one and two threads. The artifact is the
-one whose drop on dev is at most `--max-drop` points as a mean over seeds and whose mean latency
-(batch 1, one thread) is the smallest; only it is judged on test.
+Uniform widths at every depth; a width for each layer is not in it. A seed is a teacher (nine tenths
+of train; the hold-out of the rest chooses its epoch) and then one compression job, as the library
+runs it: every sub-network in fp32 and in int8, judged on dev and measured beside the teacher at
+batch 1 and 16, 64 tokens, one and two threads. The artifact is the one whose drop on dev is at most
+`--max-drop` points as a mean over seeds and whose mean latency (batch 1, one thread) is the
+smallest; only it is judged on test.
 
 References in the same run: the teacher in ONNX Runtime in fp32 and in its dynamic int8, which is
 what one would do instead of compressing. `speedup_*` are ratios of medians of the first seed's
@@ -66,13 +67,14 @@ def spec_of(seed: int, args: argparse.Namespace) -> Spec:
                 "max_seq_len": SEQ_LEN,
             },
             "teacher": {"when": "never"},
-            "supernet": {"width_mults": args.widths},
+            "supernet": {"width_mults": args.widths, "depth_mults": args.depths},
             "distillation": {
                 "epochs": args.distil_epochs,
                 "max_steps": args.max_steps,
                 "lambda_rep": args.lambda_rep,
                 "learning_rate": args.learning_rate,
             },
+            "depth": {"epochs": args.depth_epochs, "max_steps": args.max_steps},
             "constraints": {"max_accuracy_drop": args.max_drop, "objective": "latency"},
             "export": {"formats": [FP32, INT8]},
             "latency": {
@@ -173,7 +175,7 @@ class Point:
     @property
     def kind(self) -> str:
         precision = "int8" if self.format == INT8 else "fp32"
-        return f"uniform widths, {precision}"
+        return f"{'fewer layers' if '-d' in self.subnetwork else 'all layers'}, {precision}"
 
 
 def points(reports: Sequence[CompressionReport]) -> list[Point]:
@@ -409,6 +411,8 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=inputs.ROOT / "build" / "bench-frontier")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--widths", nargs="+", default=["1", "3/4", "1/2", "1/4"])
+    parser.add_argument("--depths", nargs="+", default=["1", "2/3", "1/2"])
+    parser.add_argument("--depth-epochs", type=float, default=3)
     parser.add_argument("--max-drop", type=float, default=1.0, help="points on dev")
     parser.add_argument("--teacher-epochs", type=int, default=6)
     parser.add_argument("--distil-epochs", type=float, default=3)
