@@ -10,7 +10,6 @@ command -v nginx > /dev/null || [ -x /usr/sbin/nginx ] || packages+=(nginx-light
 if ! command -v initdb > /dev/null && ! compgen -G '/usr/lib/postgresql/*/bin/initdb' > /dev/null; then
     packages+=(postgresql)
 fi
-[ -x /usr/sbin/nginx ] || command -v nginx > /dev/null || packages+=(nginx)
 [ "${#packages[@]}" -gt 0 ] || exit 0
 
 refuse() {
