@@ -28,7 +28,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 
 .PHONY: help
 help:
-	echo "make demo         compress MiniLM-L6 on real reviews, from upload to download (about 10 minutes)"
+	echo "make demo         compress MiniLM-L6 on real reviews, from upload to download (10 to 12 minutes)"
 	echo "make serve        start the API and a worker here; Ctrl-C stops both"
 	echo "make test         every check and every test, from a new machine"
 	echo "make check        formatting, lint, types, import contracts"
