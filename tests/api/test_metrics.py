@@ -80,7 +80,8 @@ def test_the_queue_the_streams_and_refused_uploads_are_told(tmp_path: Path) -> N
         service.client.post("/v1/models?filename=x.tar.gz", content=b"no archive")
         url = f"/v1/jobs/{claim.job_id}/events"
         with service.client.stream("GET", url, headers={"Accept": "text/event-stream"}) as answer:
-            next(answer.iter_raw())
+            incoming = answer.iter_raw()  # kept: without its iterator the connection is closed
+            next(incoming)
             found = of_service(service)
         assert value(found, "widthwise_jobs", state="queued") == 1
         assert value(found, "widthwise_jobs", state="running") == 1

@@ -369,7 +369,15 @@ def test_cut_off_at_random_bytes_it_resumes(service: Service, content: bytes, se
         assert reached >= offset
         offset = reached
     with silent:
-        last = send(client, path, offset, content[offset:])
+        for _ in range(5):
+            last = send(client, path, offset, content[offset:])
+            if last.status_code != 409:
+                break
+            # A request that the server had not begun to read when HEAD asked: what it brought
+            # counts too, so a client asks once more.
+            reached = offset_of(client, path)
+            assert reached > offset
+            offset = reached
     assert last.status_code == 204, last.text
     assert_became(client, last.headers["location"], content)
 
