@@ -22,7 +22,7 @@ from jobs import quotas
 from jobs.db import now
 from jobs.devices import Device, Need, need_of
 from jobs.errors import Conflict, Gone, NotFound, StaleRun
-from jobs.nudges import note_event
+from jobs.nudges import note_event, note_queued
 from jobs.paging import get_of_project, page_of_project
 from jobs.records import (
     Artifact,
@@ -245,8 +245,9 @@ def create_job(
     priority: int = 0,
     time_limit_seconds: float | None = None,
 ) -> Job:
-    """A queued job with its first event. Call `queue.enqueue_job` after the commit. Of two jobs
-    in one queue the one with the higher `priority` comes first, then the older one.
+    """A queued job with its first event, of which workers are to be told after the commit
+    (jobs.nudges). Of two jobs in one queue the one with the higher `priority` comes first, then the
+    older one.
     QuotaExceeded where the project may not have one more."""
     quotas.check_job(session, project_id)
     _hold_for_job(session, model_id, dataset_id)
@@ -285,6 +286,7 @@ def create_job(
     session.add(job)
     session.flush()
     _add_event(session, job, "queued", {}, at)
+    note_queued(session, job.id, need_of(spec).device)
     return job
 
 
@@ -426,6 +428,7 @@ def retry_job(session: Session, job_id: str, *, project_id: str) -> Job:
     job.retried_at = at
     job.device = need_of(job.spec).device
     _add_event(session, job, "queued", {"retry": True}, at)
+    note_queued(session, job.id, job.device)
     return job
 
 
