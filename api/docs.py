@@ -192,7 +192,7 @@ def _statuses(path: str, method: str, operation: Mapping[str, Any]) -> list[str]
         statuses.add("507")
     if method == "post" and path in _QUEUES_A_JOB:
         statuses.add("507")  # the project's quota of bytes
-    if path.startswith("/v1/uploads"):
+    if path.startswith("/v1/uploads") and (path, method) != ("/v1/uploads", "get"):
         statuses |= set(_UPLOAD_STATUSES[method])
     if any(parameter["name"] == "after" for parameter in operation.get("parameters", ())):
         statuses.add("404")  # a cursor of no page
