@@ -79,7 +79,7 @@ def create_webhook(
         )
     response.headers["Location"] = f"/v1/webhooks/{webhook.id}"
     response.headers["Cache-Control"] = "no-store"
-    return WebhookCreated.shown_once(webhook)
+    return WebhookCreated.of(webhook)
 
 
 @router.get("", summary="Webhooks, newest first")
