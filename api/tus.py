@@ -402,7 +402,7 @@ async def _finish(services: Services, actor: Actor, upload: Upload, writer: Writ
         received.mkdir()
         path = received / upload.filename
         os.link(writer.file, path, follow_symlinks=False)
-        digest = await anyio.to_thread.run_sync(_sha256, path)
+        digest = await anyio.to_thread.run_sync(_sha256, path, limiter=services.storing)
         file = UploadedFile(upload.filename, path, upload.size_bytes, digest)
         try:
             await take_in(
