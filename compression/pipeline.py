@@ -430,11 +430,18 @@ def compress(
                     signing_key=signing_key,
                 )
             advance(i, len(reports), subnetwork=subnetwork_report.name)
+    report = report.model_copy(update={"stage_seconds": stages.seconds})
+    conclude(report, run_dir)
+    return report
+
+
+def conclude(report: CompressionReport, run_dir: Path) -> None:
+    """Writes the report (atomically), and then removes what a job needs to go on."""
+    partial = run_dir / "report.json.partial"
+    partial.write_text(report.model_dump_json(indent=2))
+    partial.replace(run_dir / "report.json")
     for spent in (run_dir / "work", run_dir / CHECKPOINTS):
         shutil.rmtree(spent, ignore_errors=True)
-    report = report.model_copy(update={"stage_seconds": stages.seconds})
-    (run_dir / "report.json").write_text(report.model_dump_json(indent=2))
-    return report
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,19 @@ def test_the_report_is_the_one_on_disk(finished: dict[str, Any]) -> None:
     assert CompressionReport.model_validate_json(text) == finished["report"]
 
 
+def test_a_report_that_cannot_be_written_leaves_what_the_job_needs_to_go_on(
+    finished: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        pipeline.conclude(finished["report"], tmp_path)
+    assert (tmp_path / "checkpoints").is_dir()
+    (tmp_path / "report.json").rmdir()
+    pipeline.conclude(finished["report"], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
 def test_every_format_passed_the_parity_gate(finished: dict[str, Any]) -> None:
     report: CompressionReport = finished["report"]
     assert report.reorder_max_abs < 1e-5
