@@ -695,10 +695,11 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
     splits = {
         split: task.encode(tokenizer, examples[split], spec.task.max_seq_len) for split in examples
     }
+    holdout = task.encode(tokenizer, held_out, spec.task.max_seq_len) if held_out else None
     own, vocabulary, vocabulary_effect = splits, None, None
     if spec.vocabulary.remove_unused:
         own, vocabulary, vocabulary_effect = smaller_splits(
-            spec, task, checkpoint.config, tokenizer, examples, splits
+            spec, task, checkpoint.config, tokenizer, examples, splits, holdout
         )
     dev_lengths = [len(ids) for ids in own["dev"].input_ids]
     return Job(
@@ -722,7 +723,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
         },
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
-        holdout=task.encode(tokenizer, held_out, spec.task.max_seq_len) if held_out else None,
+        holdout=holdout,
         held_out=len(held_out or ()),
         replicas=replicas or own_replicas(spec),
         own=own,
@@ -780,10 +781,15 @@ def smaller_splits(
     tokenizer: Tokenizer,
     examples: Mapping[str, AnyExamples],
     splits: Mapping[str, Encoded],
+    holdout: Encoded | None,
 ) -> tuple[dict[str, Encoded], Vocabulary, VocabularyReport]:
-    """The splits without the tokens that the spec has removed, what is left, and what that does."""
-    learnt = [splits[split] for split in ("train", "unlabelled") if split in splits]
-    used = (row for rows in learnt for row in rows.input_ids)
+    """The splits without the tokens that the spec has removed, what is left, and what that does.
+
+    `holdout`: rows of train too, though nothing is trained on them.
+    """
+    read = [splits[split] for split in ("train", "unlabelled") if split in splits]
+    read += [holdout] if holdout is not None else []
+    used = (row for rows in read for row in rows.input_ids)
     vocabulary = smaller_vocabulary(tokenizer, config, used, spec.vocabulary.keep)
     own = {
         split: dataclasses.replace(rows, input_ids=vocabulary.renumbered(rows.input_ids))
