@@ -1075,7 +1075,7 @@ def search_widths(
             job.spec,
             asked,
             learnt.supernet,
-            learnt.teacher.config,
+            job.own_config(learnt.teacher.config),  # its megabytes are those that are exported
             job.task,
             job.holdout,
             learnt.subnetworks,

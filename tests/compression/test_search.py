@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from compression.search_space import SearchSpace
 from compression.spec import LatencySetting, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.teachers import read_checkpoint
-from tests.builders import tiny_bert, tiny_dataset
+from tests.builders import WORDS, tiny_bert, tiny_dataset
 from tests.encoders import clear, gradients, random_rows, tiny_config, tiny_encoder
 
 WIDTHS = (Fraction(1), Fraction(1, 2), Fraction(1, 4))
@@ -270,6 +271,27 @@ def test_each_step_learns_one_network_with_a_width_for_each_layer(finished: dict
     for step in losses("depth"):
         assert {"w1", "w1_2-d1_2", "per-layer 1"} < step
         assert len(step) == 4
+
+
+def test_the_sizes_that_are_searched_by_are_those_of_the_smaller_vocabulary(
+    tmp_path: Path,
+) -> None:
+    model = tiny_bert(tmp_path / "model", num_labels=2, words=(*WORDS, *map(str, range(5000))))
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 60, "dev": 20}, seed=1)
+    spec = job_spec(
+        vocabulary={"remove_unused": True},
+        constraints={"max_size_mb": 0.4, "objective": "accuracy"},
+    )
+    job = pipeline.load(spec, model, dataset, 1)
+    network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
+    learnt = pipeline.Learnt(
+        network, {}, [], network, 0.0, pipeline.planned_subnetworks(job, network), {}
+    )
+    found, warnings = pipeline.search_widths(job, learnt, tmp_path / "work", lambda *told: None)
+    assert found is not None and warnings == ()
+    assert found.subnetworks  # with all 5,000 tokens each would have 0.7 MB
+    for finalist in found.report.finalists:
+        assert finalist.predicted_mb < 0.4
 
 
 def test_nothing_is_trained_on_the_rows_that_score(finished: dict[str, Any]) -> None:
