@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +109,7 @@ from compression.report import (
     LatencyReport,
     OnProgress,
     Progress,
+    SearchReport,
     Selection,
     SubnetworkReport,
     TeacherReport,
@@ -182,9 +184,9 @@ def compress(
     `constraints.latency_on` names.
 
     Files to publish are under `run_dir/artifacts/<sub-network>/`. Checkpoints are written to
-    `run_dir/checkpoints` at the end of each stage that computes weights or scores, and in
-    trainings every `checkpoint_seconds`; where that folder holds one, the job goes on from it.
-    The stages after distillation write files and times of this host: they are done again.
+    `run_dir/checkpoints` at the end of each stage that computes weights or scores and of a search,
+    and in trainings every `checkpoint_seconds`; where that folder holds one, the job goes on from
+    it. The stages after these write files and times of this host: they are done again.
 
     Raises CompressionError where the spec, the model or the dataset cannot be used, before
     anything is trained; Interrupted once `stop` answers true, after a checkpoint.
@@ -218,7 +220,7 @@ def compress(
         learnt = learn(job, checkpoints, stages, group, run_dir / "work")
     teacher = learnt.teacher
     with stages("search") as advance:
-        found, search_warnings = search_widths(job, learnt, run_dir / "work", advance)
+        found, search_warnings = search_widths(job, learnt, checkpoints, run_dir / "work", advance)
     subnetworks = [*learnt.subnetworks, *(found.subnetworks if found else ())]
     supernet = job.with_own_vocabulary(learnt.supernet)
     trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
@@ -1063,12 +1065,18 @@ def fine_tune_subnetworks(
 
 
 def search_widths(
-    job: Job, learnt: Learnt, work: Path, advance: Advance
+    job: Job, learnt: Learnt, checkpoints: Checkpoints, work: Path, advance: Advance
 ) -> tuple[Found | None, tuple[str, ...]]:
-    """Sub-networks with a width for each layer, where the spec asks for them; and why none."""
+    """Sub-networks with a width for each layer, where the spec asks for them; and why none.
+
+    Those of a checkpoint from this kind of host; another one's latency is measured anew.
+    """
     asked = job.spec.supernet.per_layer
     if asked is None or job.holdout is None:
         return None, ()
+    state = checkpoints[SEARCH]
+    if state is not None and checkpoints.is_same_host:
+        return found_before(state.figures), ()
     folder = work / SEARCH
     try:
         found = search(
@@ -1088,7 +1096,30 @@ def search_widths(
         return None, (f"widths for each layer were not searched for: {failure.message}",)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # exports may need the room
+    figures = {
+        "report": found.report.model_dump(mode="json"),
+        "subnetworks": [
+            {**vars(each), "depth_mult": str(each.depth_mult)} for each in found.subnetworks
+        ],
+    }
+    checkpoints.save(SEARCH, StageState(found.report.scored, True, figures))
     return found, ()
+
+
+def found_before(figures: Mapping[str, Any]) -> Found:
+    """What a finished search kept in a checkpoint."""
+    subnetworks = [
+        Subnetwork(
+            name=each["name"],
+            width_mult=None,
+            depth_mult=Fraction(each["depth_mult"]),
+            layers=tuple(each["layers"]),
+            heads=tuple(each["heads"]),
+            ffn=tuple(each["ffn"]),
+        )
+        for each in figures["subnetworks"]
+    ]
+    return Found(subnetworks, SearchReport.model_validate(figures["report"]))
 
 
 def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:
