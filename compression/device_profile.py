@@ -298,6 +298,11 @@ def make_predictor(
             pointer="/constraints/confidence",
         )
     setting = LatencySetting(*(getattr(at, axis) or getattr(default, axis) for axis in AXES))
+    if setting.seq_len > teacher.max_tokens:
+        raise InvalidSpec(
+            f"{setting.seq_len} tokens are more than the model's {teacher.max_tokens} positions",
+            pointer=f"{AT}/seq_len",
+        )
     models = profile.models
     try:
         teacher_ms = models[FULL].predict(

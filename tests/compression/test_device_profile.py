@@ -115,6 +115,12 @@ def test_a_head_for_tokens_is_another_cost() -> None:
             "batch size 8 lies outside the profile, which has from 1 to 4; name another",
         ),
         ("/constraints/latency_at/threads", {"latency_at": {"threads": 2}}, {}, "1 and no other"),
+        (
+            "/constraints/latency_at/seq_len",
+            {"latency_at": {"seq_len": 129}},
+            {"seq_len": (4, 512)},
+            "129 tokens are more than the model's 128 positions",
+        ),
         ("/constraints/latency_at/percentile", {"latency_at": {"percentile": 95}}, {}, "medians"),
         ("/constraints/confidence", {"confidence": 0.95, "min_speedup": 2}, {}, "no interval"),
         ("/constraints/confidence", {"confidence": 0.95, "max_latency_ms": 2}, {}, "no interval"),

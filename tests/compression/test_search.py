@@ -17,6 +17,7 @@ from compression.checkpoint import Checkpoints, host_facts
 from compression.encoder import build_encoder, numpy_weights
 from compression.evolution import Scored
 from compression.latency_model import LatencyModel
+from compression.plan import UNFITTED_SHARE
 from compression.report import (
     CompressionReport,
     Finalist,
@@ -60,6 +61,7 @@ def test_a_network_with_a_width_for_each_layer_equals_its_slices_and_no_more() -
 
 def test_what_is_timed_has_every_size_of_a_layer() -> None:
     space = SearchSpace(tiny_config(**DEEP), WIDTHS, (Fraction(1), Fraction(1, 2)))
+    assert search.HELD_OUT_SHARE == UNFITTED_SHARE
     drawn = search.samples(space, 12, seed=0)
     assert len(drawn) == 12
     fitted = drawn[: 12 - 12 // search.HELD_OUT_SHARE]
