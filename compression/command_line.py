@@ -183,7 +183,7 @@ def read_spec(path: Path | None) -> Spec:
         return Spec()
     try:
         document = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as YAML or JSON: {error}") from None
     return Spec.model_validate({} if document is None else document)
 

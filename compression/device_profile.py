@@ -211,7 +211,8 @@ def read_profile(path: Path) -> DeviceProfile:
         return DeviceProfile.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        # A key may be anything: told in print.
+        where = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
         said = f"{where}: {first['msg']}" if where else first["msg"]
         raise InvalidSpec(f"{path.name} is no device profile: {said}", pointer=ON) from None
 

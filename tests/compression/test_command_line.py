@@ -59,6 +59,7 @@ def test_what_the_removal_of_tokens_does_is_a_line() -> None:
         (b"task: {text: \xff}", "spec.yaml cannot be read as YAML or JSON: 'utf-8' codec"),
         (b"task: {text", "spec.yaml cannot be read as YAML or JSON: while parsing"),
         (b"[" * 5000, "spec.yaml cannot be read as YAML or JSON: "),
+        (b"seed: 1" + b"0" * 5000, "spec.yaml cannot be read as YAML or JSON: Exceeds the limit"),
         (b"[]", "valid dictionary"),
         (b"supernet: {depth_mults: [one]}", "write a depth as a fraction or decimal"),
         (b"constraints: {latency_on: prf_1}", "names 'prf_1', which is no file here"),

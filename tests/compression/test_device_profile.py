@@ -225,6 +225,15 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes, message:
     assert caught.value.pointer == "/constraints/latency_on"
 
 
+def test_a_key_cannot_write_to_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({**device_profile(), "\x1b[2J\n": 1}))
+    with pytest.raises(InvalidSpec) as caught:
+        read_profile(tmp_path / "p.json")
+    assert caught.value.message == (
+        "p.json is no device profile: \\x1b[2J\\n: Extra inputs are not permitted"
+    )
+
+
 # --- the dry run ----------------------------------------------------------------------------
 
 
