@@ -387,7 +387,7 @@ def _steps(facts: BundleFacts) -> list[str]:
             [
                 f"All depths ({', '.join(map(str, spec.supernet.depth_mults))}) of all widths were "
                 f"then distilled{_training_words(facts, 'depth')} from what that made of the full "
-                f"depth, four sub-networks a step: batches of {spec.depth.batch_size} rows, "
+                f"depth, at most four a step: batches of {spec.depth.batch_size} rows, "
                 f"learning rate {spec.depth.learning_rate:g}, weights {spec.depth.lambda_rep:g} "
                 f"and {spec.depth.lambda_logit:g}."
             ]

@@ -22,11 +22,11 @@ from types import FrameType
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 from tqdm import tqdm
 
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import resumed_variables
+from compression.device_profile import ON as LATENCY_ON
 from compression.device_profile import DeviceProfile, read_profile, report_predictor
 from compression.errors import (
     CompressionError,
@@ -178,8 +178,14 @@ def told_to_stop() -> Iterator[threading.Event]:
 
 
 def read_spec(path: Path | None) -> Spec:
-    """The spec of a YAML or JSON file; the default one without a file."""
-    return Spec.model_validate(yaml.safe_load(path.read_text()) or {}) if path else Spec()
+    """The spec of a YAML or JSON file; the default one without a file. OSError, ValueError."""
+    if path is None:
+        return Spec()
+    try:
+        document = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as YAML or JSON: {error}") from None
+    return Spec.model_validate({} if document is None else document)
 
 
 def with_profile(spec: Spec, path: Path | None) -> tuple[Spec, DeviceProfile | None]:
@@ -189,6 +195,12 @@ def with_profile(spec: Spec, path: Path | None) -> tuple[Spec, DeviceProfile | N
     """
     if path is None and spec.constraints.latency_on is not None:
         path = Path(spec.constraints.latency_on)
+        if not path.is_file():
+            raise InvalidSpec(
+                f"the spec's latency_on names {str(path)!r}, which is no file here; name the "
+                "device's profile with --profile",
+                pointer=LATENCY_ON,
+            )
     if path is None:
         return spec, None
     profile = read_profile(path)
@@ -214,7 +226,7 @@ def select_command(arguments: list[str]) -> int:
         selection = reselected(report, spec.constraints, profile)
     except CompressionError as error:
         parser.error(f"{error.message} ({error.pointer})")
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     show_selection(selection)
     return 0 if selection.subnetwork is not None else 1
@@ -371,7 +383,7 @@ def compress_command(arguments: list[str]) -> int:
         parser.error(f"--out: {args.out} exists and is not an empty folder; see --resume")
     try:
         spec = read_spec(args.spec)
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         parser.error(f"--spec: {error}")
     try:
         spec, profile = with_profile(spec, args.profile)

@@ -20,7 +20,16 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from compression.errors import InvalidSpec
-from compression.prediction import AXES, LatencyModel, OutsideProfile
+from compression.prediction import (
+    AXES,
+    MAX_COUNT,
+    MAX_COUNTS,
+    MAX_LAYERS,
+    MAX_NETWORKS,
+    MAX_TABLES,
+    LatencyModel,
+    OutsideProfile,
+)
 from compression.report import (
     DeviceFingerprint,
     FormatReport,
@@ -46,15 +55,11 @@ from compression.teachers.config import EncoderConfig
 FULL: Format = "onnx"  # in fp32: what every profile has, and what speed-ups are against
 PredictedFormat = Literal["onnx", "onnx-int8-dynamic"]
 MAX_BYTES = 1 << 20  # of a file; a body of the API may have as many
-MAX_TABLES = 128
-MAX_COUNTS = 64  # of heads, and of neurons
-MAX_NETWORKS = 256
-MAX_LAYERS = 64
 MAX_DEVICE_CHARACTERS = 4096
 ON = "/constraints/latency_on"
 AT = "/constraints/latency_at"
 
-Count = Annotated[int, Field(ge=1, le=1 << 20)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Ms = Annotated[float, Field(ge=0, le=1e9)]
 Taken = Annotated[float, Field(ge=1e-6, le=1e9)]  # no ratio of two runs out of the numbers
 Costs = Annotated[dict[Count, Ms], Field(min_length=1, max_length=MAX_COUNTS)]
@@ -206,7 +211,8 @@ def read_profile(path: Path) -> DeviceProfile:
         return DeviceProfile.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        # A key may be anything: told in print.
+        where = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
         said = f"{where}: {first['msg']}" if where else first["msg"]
         raise InvalidSpec(f"{path.name} is no device profile: {said}", pointer=ON) from None
 
@@ -298,6 +304,11 @@ def make_predictor(
             pointer="/constraints/confidence",
         )
     setting = LatencySetting(*(getattr(at, axis) or getattr(default, axis) for axis in AXES))
+    if setting.seq_len > teacher.max_tokens:
+        raise InvalidSpec(
+            f"{setting.seq_len} tokens are more than the model's {teacher.max_tokens} positions",
+            pointer=f"{AT}/seq_len",
+        )
     models = profile.models
     try:
         teacher_ms = models[FULL].predict(

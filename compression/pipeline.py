@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +109,7 @@ from compression.report import (
     LatencyReport,
     OnProgress,
     Progress,
+    SearchReport,
     Selection,
     SubnetworkReport,
     TeacherReport,
@@ -182,9 +184,9 @@ def compress(
     `constraints.latency_on` names.
 
     Files to publish are under `run_dir/artifacts/<sub-network>/`. Checkpoints are written to
-    `run_dir/checkpoints` at the end of each stage that computes weights or scores, and in
-    trainings every `checkpoint_seconds`; where that folder holds one, the job goes on from it.
-    The stages after distillation write files and times of this host: they are done again.
+    `run_dir/checkpoints` at the end of each stage that computes weights or scores and of a search,
+    and in trainings every `checkpoint_seconds`; where that folder holds one, the job goes on from
+    it. The stages after these write files and times of this host: they are done again.
 
     Raises CompressionError where the spec, the model or the dataset cannot be used, before
     anything is trained; Interrupted once `stop` answers true, after a checkpoint.
@@ -218,7 +220,7 @@ def compress(
         learnt = learn(job, checkpoints, stages, group, run_dir / "work")
     teacher = learnt.teacher
     with stages("search") as advance:
-        found, search_warnings = search_widths(job, learnt, run_dir / "work", advance)
+        found, search_warnings = search_widths(job, learnt, checkpoints, run_dir / "work", advance)
     subnetworks = [*learnt.subnetworks, *(found.subnetworks if found else ())]
     supernet = job.with_own_vocabulary(learnt.supernet)
     trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
@@ -430,11 +432,18 @@ def compress(
                     signing_key=signing_key,
                 )
             advance(i, len(reports), subnetwork=subnetwork_report.name)
+    report = report.model_copy(update={"stage_seconds": stages.seconds})
+    conclude(report, run_dir)
+    return report
+
+
+def conclude(report: CompressionReport, run_dir: Path) -> None:
+    """Writes the report (atomically), and then removes what a job needs to go on."""
+    partial = run_dir / "report.json.partial"
+    partial.write_text(report.model_dump_json(indent=2))
+    partial.replace(run_dir / "report.json")
     for spent in (run_dir / "work", run_dir / CHECKPOINTS):
         shutil.rmtree(spent, ignore_errors=True)
-    report = report.model_copy(update={"stage_seconds": stages.seconds})
-    (run_dir / "report.json").write_text(report.model_dump_json(indent=2))
-    return report
 
 
 @dataclass(frozen=True)
@@ -688,10 +697,11 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
     splits = {
         split: task.encode(tokenizer, examples[split], spec.task.max_seq_len) for split in examples
     }
+    holdout = task.encode(tokenizer, held_out, spec.task.max_seq_len) if held_out else None
     own, vocabulary, vocabulary_effect = splits, None, None
     if spec.vocabulary.remove_unused:
         own, vocabulary, vocabulary_effect = smaller_splits(
-            spec, task, checkpoint.config, tokenizer, examples, splits
+            spec, task, checkpoint.config, tokenizer, examples, splits, holdout
         )
     dev_lengths = [len(ids) for ids in own["dev"].input_ids]
     return Job(
@@ -715,7 +725,7 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
         },
         shared_rows=shared_rows(tables, Columns(plan.text, plan.text_pair, plan.label)),
         seq_len=spec.latency.seq_len or latency.p95_length(dev_lengths),
-        holdout=task.encode(tokenizer, held_out, spec.task.max_seq_len) if held_out else None,
+        holdout=holdout,
         held_out=len(held_out or ()),
         replicas=replicas or own_replicas(spec),
         own=own,
@@ -773,10 +783,15 @@ def smaller_splits(
     tokenizer: Tokenizer,
     examples: Mapping[str, AnyExamples],
     splits: Mapping[str, Encoded],
+    holdout: Encoded | None,
 ) -> tuple[dict[str, Encoded], Vocabulary, VocabularyReport]:
-    """The splits without the tokens that the spec has removed, what is left, and what that does."""
-    learnt = [splits[split] for split in ("train", "unlabelled") if split in splits]
-    used = (row for rows in learnt for row in rows.input_ids)
+    """The splits without the tokens that the spec has removed, what is left, and what that does.
+
+    `holdout`: rows of train too, though nothing is trained on them.
+    """
+    read = [splits[split] for split in ("train", "unlabelled") if split in splits]
+    read += [holdout] if holdout is not None else []
+    used = (row for rows in read for row in rows.input_ids)
     vocabulary = smaller_vocabulary(tokenizer, config, used, spec.vocabulary.keep)
     own = {
         split: dataclasses.replace(rows, input_ids=vocabulary.renumbered(rows.input_ids))
@@ -1050,19 +1065,25 @@ def fine_tune_subnetworks(
 
 
 def search_widths(
-    job: Job, learnt: Learnt, work: Path, advance: Advance
+    job: Job, learnt: Learnt, checkpoints: Checkpoints, work: Path, advance: Advance
 ) -> tuple[Found | None, tuple[str, ...]]:
-    """Sub-networks with a width for each layer, where the spec asks for them; and why none."""
+    """Sub-networks with a width for each layer, where the spec asks for them; and why none.
+
+    Those of a checkpoint from this kind of host; another one's latency is measured anew.
+    """
     asked = job.spec.supernet.per_layer
     if asked is None or job.holdout is None:
         return None, ()
+    state = checkpoints[SEARCH]
+    if state is not None and checkpoints.is_same_host:
+        return found_before(state.figures), ()
     folder = work / SEARCH
     try:
         found = search(
             job.spec,
             asked,
             learnt.supernet,
-            learnt.teacher.config,
+            job.own_config(learnt.teacher.config),  # its megabytes are those that are exported
             job.task,
             job.holdout,
             learnt.subnetworks,
@@ -1075,7 +1096,30 @@ def search_widths(
         return None, (f"widths for each layer were not searched for: {failure.message}",)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # exports may need the room
+    figures = {
+        "report": found.report.model_dump(mode="json"),
+        "subnetworks": [
+            {**vars(each), "depth_mult": str(each.depth_mult)} for each in found.subnetworks
+        ],
+    }
+    checkpoints.save(SEARCH, StageState(found.report.scored, True, figures))
     return found, ()
+
+
+def found_before(figures: Mapping[str, Any]) -> Found:
+    """What a finished search kept in a checkpoint."""
+    subnetworks = [
+        Subnetwork(
+            name=each["name"],
+            width_mult=None,
+            depth_mult=Fraction(each["depth_mult"]),
+            layers=tuple(each["layers"]),
+            heads=tuple(each["heads"]),
+            ffn=tuple(each["ffn"]),
+        )
+        for each in figures["subnetworks"]
+    ]
+    return Found(subnetworks, SearchReport.model_validate(figures["report"]))
 
 
 def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:

@@ -82,6 +82,7 @@ DEV_SHARE = 10  # one row in ten of train becomes dev where there is none
 FEW_DEV_ROWS = 100
 HOLDOUT_SHARE = 5  # one row in so many of train scores candidates, at most
 FEW_HOLDOUT_ROWS = 8
+UNFITTED_SHARE = 4  # of the timed sub-networks, one in so many: what search.py leaves out
 
 # Assumptions of predicted_seconds. Effective, not peak: a distillation step of MiniLM-L6 on
 # two CPU cores is 150 GFLOP and takes 2.4 seconds.
@@ -658,6 +659,21 @@ def _check_per_layer(spec: Spec, train: int) -> None:
             "widths for each layer are searched for under a budget: set "
             "constraints.max_latency_ms, min_speedup or max_size_mb, or leave per_layer out",
             pointer=pointer,
+        )
+    if constraints.latency_on is not None and budget[:2] != (None, None):
+        raise InvalidSpec(
+            "widths for each layer are searched for by latency as this worker measures it, and "
+            "latency_on means another device's: leave per_layer out, or bound max_size_mb alone, "
+            "and ask the finished job for a latency",
+            pointer=pointer,
+        )
+    asked, widths = spec.supernet.per_layer.latency_samples, len(spec.supernet.width_mults)
+    if asked - asked // UNFITTED_SHARE < widths:
+        raise InvalidSpec(
+            f"of {asked} sub-networks that are timed a quarter is not fitted, and the rest is "
+            f"fewer than the {widths} widths that the latency model is to know: set it to at "
+            f"least {widths + (widths - 1) // (UNFITTED_SHARE - 1)}",
+            pointer=f"{pointer}/latency_samples",
         )
     if held_out_rows(spec, train) < FEW_HOLDOUT_ROWS:
         raise InvalidSpec(

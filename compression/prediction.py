@@ -18,6 +18,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 AXES = ("batch_size", "seq_len", "threads")
+LIMITS = {"batch_size": (1, 256), "seq_len": (2, 512), "threads": (1, 256)}  # those of a spec
+# What a profile may hold: it may come from anywhere.
+MAX_TABLES = 128
+MAX_COUNTS = 64  # of heads, and of neurons
+MAX_COUNT = 1 << 20  # one of them, or a size of the shape
+MAX_NETWORKS = 256
+MAX_LAYERS = 64
 HEADS = {"sequence": "pooled_head", "token": "token_head"}  # a table's entry by kind of head
 Table = Mapping[str, Any]
 """One setting's milliseconds: AXES, "call", "embeddings", those of HEADS, and by count

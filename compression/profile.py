@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -31,7 +32,18 @@ import numpy as np
 
 from compression import blocks
 from compression.blocks import ACTIVATIONS, MASK, TYPES, Shape
-from compression.prediction import AXES, LatencyModel, OutsideProfile, Table
+from compression.prediction import (
+    AXES,
+    LIMITS,
+    MAX_COUNT,
+    MAX_COUNTS,
+    MAX_LAYERS,
+    MAX_NETWORKS,
+    MAX_TABLES,
+    LatencyModel,
+    OutsideProfile,
+    Table,
+)
 from compression.runtime_env import core_count, cpu_name, instruction_sets, memory_bytes
 
 VERSION = 2
@@ -148,6 +160,12 @@ def whole_networks(space: Space, seed: int) -> list[Network]:
     return [Network(heads, ffn, fmt) for fmt in space.formats for heads, ffn in layered]
 
 
+def settings_of(values: Mapping[str, Sequence[int]]) -> list[Setting]:
+    """Every combination, once."""
+    each_axis = (dict.fromkeys(values[axis]) for axis in AXES)
+    return [dict(zip(AXES, each, strict=True)) for each in itertools.product(*each_axis)]
+
+
 def settings_between(values: Mapping[str, Sequence[int]]) -> Iterator[Setting]:
     """The middle of each two neighbours on each axis, the others at their first value."""
     first = {axis: values[axis][0] for axis in AXES}
@@ -169,11 +187,7 @@ def measure(
 
     Whole networks are also timed in settings between, where predictions are interpolated.
     """
-    settings = [
-        dict(zip(AXES, each, strict=True))
-        for each in itertools.product(*(dict.fromkeys(values[axis]) for axis in AXES))
-    ]
-    between = list(settings_between(values))
+    settings, between = settings_of(values), list(settings_between(values))
     total = len(settings) + len(between)
     tables: list[Table] = []
     found: list[dict[str, Any]] = []
@@ -227,28 +241,33 @@ def models_of(tables: Sequence[Table]) -> dict[str, LatencyModel]:
     }
 
 
-def measured_by_a_job(
-    networks: Iterable[Mapping[str, Any]], models: Mapping[str, LatencyModel]
+def files_of_a_job(
+    networks: Iterable[Mapping[str, Any]], formats: Container[str]
 ) -> list[dict[str, Any]]:
-    """The files of a job's report, in each of its settings that lies within the profile."""
-    found = []
-    for network in networks:
-        for fmt in network["formats"]:
-            for latency in fmt.get("latencies", ()) if _is_predicted(fmt, models) else ():
-                entry = {
-                    **{axis: latency[axis] for axis in AXES},
-                    "format": fmt["format"],
-                    "heads": list(network["heads"]),
-                    "ffn": list(network["ffn"]),
-                    "measured_ms": latency["p50_ms"],
-                    "served": True,
-                }
-                try:
-                    models[fmt["format"]].predict(entry, heads=entry["heads"], ffn=entry["ffn"])
-                except OutsideProfile:
-                    continue
-                found.append(entry)
-    return found
+    """Whole networks of a profile: the files of a job's report, in each of its settings."""
+    return [
+        {
+            **{axis: int(latency[axis]) for axis in AXES},
+            "format": fmt["format"],
+            "heads": [int(count) for count in network["heads"]],
+            "ffn": [int(count) for count in network["ffn"]],
+            "measured_ms": float(latency["p50_ms"]),
+            "served": True,
+        }
+        for network in networks
+        for fmt in network["formats"]
+        if _is_predicted(fmt, formats)
+        for latency in fmt.get("latencies", ())
+    ]
+
+
+def is_within(network: Mapping[str, Any], models: Mapping[str, LatencyModel]) -> bool:
+    """Whether the profile says anything of it."""
+    try:
+        models[network["format"]].predict(network, heads=network["heads"], ffn=network["ffn"])
+    except OutsideProfile:
+        return False
+    return True
 
 
 def _is_predicted(fmt: Mapping[str, Any], formats: Container[str]) -> bool:
@@ -342,23 +361,54 @@ def _loaded(model: Model, shape: Shape, setting: Setting) -> Callable[[], Any]:
     return run
 
 
-def _bundle(folder: Path) -> tuple[dict[str, Any], list[Network]]:
-    """What the manifest of an unpacked bundle says of its network, and its files."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    own = manifest["subnetwork"]
-    facts = {
-        "heads": own["heads"],
-        "ffn": own["ffn"],
-        "flops": manifest["metrics"]["flops"],
-        "formats": list(manifest["formats"].values()),
-    }
-    return facts, [
-        Network(tuple(own["heads"]), tuple(own["ffn"]), fmt["format"], folder / file["path"])
-        for fmt in facts["formats"]
-        if _is_predicted(fmt, FORMATS)
-        for file in fmt["files"]
-        if file["path"].endswith(".onnx")
-    ]
+class _Unusable(Exception):
+    """A file that predictions were to be held against is not what it should be."""
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[Any]:
+    """The file's JSON; _Unusable where there is none, or what is looked for is not in it."""
+    try:
+        yield json.loads(path.read_text("utf-8"))
+    except KeyError as error:
+        raise _Unusable(f"{path} is no {what}: it lacks {error}") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _Unusable(f"{path} is no {what}: {error}") from None
+
+
+def read_bundle(folder: Path, space: Space) -> list[Network]:
+    """The files of an unpacked bundle, by what its manifest says of them."""
+    with _reading(folder / "manifest.json", "bundle's manifest") as manifest:
+        own, formats = manifest["subnetwork"], list(manifest["formats"].values())
+        facts = {
+            "heads": own["heads"],
+            "ffn": own["ffn"],
+            "flops": manifest["metrics"]["flops"],
+            "formats": formats,
+        }
+        why = misfit(facts, space)
+        networks = [
+            Network(tuple(own["heads"]), tuple(own["ffn"]), fmt["format"], folder / file["path"])
+            for fmt in formats
+            if _is_predicted(fmt, space.formats)
+            for file in fmt["files"]
+            if file["path"].endswith(".onnx")
+        ]
+    if why is not None:
+        raise _Unusable(f"{folder} cannot be predicted: {why}")
+    for file in (network.file for network in networks if network.file is not None):
+        if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
+            raise _Unusable(f"{folder} has no file {os.path.relpath(file, folder)}")
+    return networks
+
+
+def read_report(path: Path, space: Space) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Whole networks of a job's report; of those that do not fit the space, name and why."""
+    with _reading(path, "job's report") as report:
+        reasons = [(network, misfit(network, space)) for network in report["subnetworks"]]
+        fitting = [network for network, why in reasons if why is None]
+        left_out = [(str(network["name"]), why) for network, why in reasons if why is not None]
+        return files_of_a_job(fitting, space.formats), left_out
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -393,8 +443,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, help="the report.json of a job on this device")
     options = parser.parse_args(arguments)
     # Now, and not when all is measured.
+    _check_limits(parser, options)
     if not options.out.absolute().parent.is_dir():
         parser.error(f"--out: there is no folder {options.out.absolute().parent}")
+    if options.out.is_dir() or not os.access(options.out.absolute().parent, os.W_OK):
+        parser.error(f"--out: {options.out} cannot be written")
     if options.report is not None and not options.report.is_file():
         parser.error(f"--report: there is no file {options.report}")
     for folder in options.bundle:
@@ -403,10 +456,37 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _check_limits(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends where the service would not read what is measured."""
+    for axis, (lowest, highest) in LIMITS.items():
+        for value in getattr(options, axis):
+            if not lowest <= value <= highest:
+                parser.error(f"--{axis.replace('_', '-')}: {value} is not {lowest} to {highest}")
+    if options.layers > MAX_LAYERS:
+        parser.error(f"--layers: {options.layers} is more than {MAX_LAYERS}")
+    for name in ("heads", "ffn"):
+        if len(getattr(options, name)) > MAX_COUNTS:
+            parser.error(f"--{name}: more than {MAX_COUNTS} counts")
+    values = {axis: getattr(options, axis) for axis in AXES}
+    settings, formats = settings_of(values), len({"onnx", *options.formats})
+    tables = formats * len(settings)
+    # Four of each format at most, beside the bundles' files.
+    networks = (4 * formats + len(FORMATS) * len(options.bundle)) * (
+        len(settings) + len(list(settings_between(values)))
+    )
+    if tables > MAX_TABLES or networks > MAX_NETWORKS:
+        parser.error(
+            f"these are {len(settings)} combinations of --batch-size, --seq-len and --threads, "
+            f"{tables} tables and up to {networks} whole networks, and a profile has at most "
+            f"{MAX_TABLES} and {MAX_NETWORKS}: name fewer, or fewer --formats"
+        )
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    if not text.isascii() or not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 1 to {MAX_COUNT}")
+    if not 1 <= (value := int(text)) <= MAX_COUNT:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 to {MAX_COUNT}")
     return value
 
 
@@ -423,11 +503,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     formats = tuple(fmt for fmt in FORMATS if fmt in {"onnx", *options.formats})
     space = Space(shape, tuple(options.heads), tuple(options.ffn), options.layers, formats)
     values = {axis: getattr(options, axis) for axis in AXES}
-    bundles = [_bundle(folder) for folder in options.bundle]
-    for (facts, _), folder in zip(bundles, options.bundle, strict=True):
-        if (why := misfit(facts, space)) is not None:
-            print(f"--bundle: {folder} cannot be predicted: {why}", file=sys.stderr)
-            return 2
+    try:
+        exported = [each for folder in options.bundle for each in read_bundle(folder, space)]
+        by_a_job, left_out = read_report(options.report, space) if options.report else ([], [])
+    except _Unusable as error:
+        print(error, file=sys.stderr)
+        return 2
 
     def tell(done: int, total: int) -> None:
         print(f"measuring setting {done + 1} of {total}", file=sys.stderr)
@@ -436,7 +517,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         space,
         values,
         rounds=options.rounds,
-        exported=[each for _, own in bundles for each in own if each.format in formats],
+        exported=exported,
         on_setting=tell,
     )
     profile = {
@@ -448,19 +529,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "tables": tables,
         "networks": networks,
     }
-    # Before the report is read: whatever that holds, the measurement is kept.
-    options.out.write_text(json.dumps(profile, indent=2) + "\n")
     models = models_of(tables)
-    if options.report is not None:
-        fitting = []
-        for network in json.loads(options.report.read_text())["subnetworks"]:
-            why = misfit(network, space)
-            if why is None:
-                fitting.append(network)
-            else:
-                print(f"{network['name']:>6} is left out: {why}")
-        networks += measured_by_a_job(fitting, models)
-        options.out.write_text(json.dumps(profile, indent=2) + "\n")
+    for name, why in left_out:
+        print(f"{name:>6} is left out: {why}")
+    within = [network for network in by_a_job if is_within(network, models)]
+    room = MAX_NETWORKS - len(networks)
+    if len(within) > room:
+        print(f"of the report's {len(within)} timed files {room} are taken: a profile has no more")
+    networks += within[:room]
+    options.out.write_text(json.dumps(profile, indent=2) + "\n")
     for fmt, model in models.items():
         own = [each for each in networks if each["format"] == fmt]
         _show(fmt, own, model.errors(own))

@@ -566,6 +566,8 @@ class ExportSpec(_Asked):
 
 
 MAX_KEPT_CHARACTERS = 1_000_000  # of a keep-list, which stands in every manifest
+# In this order: behind the validator of Text, lengths would be told as those of a list.
+KeptText = Annotated[str, Field(min_length=1, max_length=1000), AfterValidator(_unicode)]
 
 
 class VocabularySpec(_Asked):
@@ -577,7 +579,7 @@ class VocabularySpec(_Asked):
         "has, as they are read. Special and added tokens and all single characters stay. "
         "WordPiece vocabularies only; the teacher keeps its own.",
     )
-    keep: tuple[Annotated[Text, Field(min_length=1, max_length=1000)], ...] = Field(
+    keep: tuple[KeptText, ...] = Field(
         (),
         max_length=10_000,
         description='What stays beside them: tokens ("##ing"), or texts with all of their tokens.',

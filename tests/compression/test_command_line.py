@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from pathlib import Path
 
+import pytest
+
+from compression.__main__ import main
 from compression.command_line import on_dev, vocabulary_words
 from compression.report import FormatReport, SubnetworkReport, TeacherReport, VocabularyReport
 
@@ -47,3 +51,30 @@ def test_what_the_removal_of_tokens_does_is_a_line() -> None:
         "vocabulary: 8,123 of 30,522 tokens are left; on test 25.0% of the texts have a removed "
         "one, [UNK] is 0.12% of the tokens (0.01% before)"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"task: {text: \xff}", "spec.yaml cannot be read as YAML or JSON: 'utf-8' codec"),
+        (b"task: {text", "spec.yaml cannot be read as YAML or JSON: while parsing"),
+        (b"[" * 5000, "spec.yaml cannot be read as YAML or JSON: "),
+        (b"seed: 1" + b"0" * 5000, "spec.yaml cannot be read as YAML or JSON: Exceeds the limit"),
+        (b"[]", "valid dictionary"),
+        (b"supernet: {depth_mults: [one]}", "write a depth as a fraction or decimal"),
+        (b"constraints: {latency_on: prf_1}", "names 'prf_1', which is no file here"),
+    ],
+)
+def test_a_spec_that_cannot_be_used_is_told_in_a_sentence(
+    tmp_path: Path, content: bytes, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_bytes(content)
+    folders = [part for name in ("--model", "--dataset") for part in (name, str(tmp_path))]
+    for command in (
+        [*folders, "--out", str(tmp_path / "out"), "--spec", str(spec)],
+        ["select", str(tmp_path / "report.json"), "--spec", str(spec)],
+    ):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert told in capsys.readouterr().err

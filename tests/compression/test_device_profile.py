@@ -115,6 +115,12 @@ def test_a_head_for_tokens_is_another_cost() -> None:
             "batch size 8 lies outside the profile, which has from 1 to 4; name another",
         ),
         ("/constraints/latency_at/threads", {"latency_at": {"threads": 2}}, {}, "1 and no other"),
+        (
+            "/constraints/latency_at/seq_len",
+            {"latency_at": {"seq_len": 129}},
+            {"seq_len": (4, 512)},
+            "129 tokens are more than the model's 128 positions",
+        ),
         ("/constraints/latency_at/percentile", {"latency_at": {"percentile": 95}}, {}, "medians"),
         ("/constraints/confidence", {"confidence": 0.95, "min_speedup": 2}, {}, "no interval"),
         ("/constraints/confidence", {"confidence": 0.95, "max_latency_ms": 2}, {}, "no interval"),
@@ -217,6 +223,15 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, content: bytes, message:
     with pytest.raises(InvalidSpec, match=message) as caught:
         read_profile(tmp_path / "p.json")
     assert caught.value.pointer == "/constraints/latency_on"
+
+
+def test_a_key_cannot_write_to_a_terminal(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps({**device_profile(), "\x1b[2J\n": 1}))
+    with pytest.raises(InvalidSpec) as caught:
+        read_profile(tmp_path / "p.json")
+    assert caught.value.message == (
+        "p.json is no device profile: \\x1b[2J\\n: Extra inputs are not permitted"
+    )
 
 
 # --- the dry run ----------------------------------------------------------------------------

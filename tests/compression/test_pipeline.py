@@ -84,6 +84,19 @@ def test_the_report_is_the_one_on_disk(finished: dict[str, Any]) -> None:
     assert CompressionReport.model_validate_json(text) == finished["report"]
 
 
+def test_a_report_that_cannot_be_written_leaves_what_the_job_needs_to_go_on(
+    finished: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "report.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        pipeline.conclude(finished["report"], tmp_path)
+    assert (tmp_path / "checkpoints").is_dir()
+    (tmp_path / "report.json").rmdir()
+    pipeline.conclude(finished["report"], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
 def test_every_format_passed_the_parity_gate(finished: dict[str, Any]) -> None:
     report: CompressionReport = finished["report"]
     assert report.reorder_max_abs < 1e-5
@@ -706,7 +719,12 @@ def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: P
     dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 80, "dev": 40, "test": 20}, seed=1)
     spec = small_spec(
         distillation={"epochs": 2, "learning_rate": 1e-3, "dropout": None},
-        supernet={"width_mults": ["1", "3/4", "1/2"], "depth_mults": ["1", "1/2"]},
+        supernet={
+            "width_mults": ["1", "3/4", "1/2"],
+            "depth_mults": ["1", "1/2"],
+            "per_layer": {"holdout_rows": 8, "population": 4, "generations": 1},
+        },
+        constraints={"max_size_mb": 10},
         depth={"epochs": 1, "learning_rate": 1e-3},
         final={"when": "always", "epochs": 1},
     )
@@ -720,13 +738,13 @@ def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: P
     run_until("export", 0, tmp_path / "whole")
     _, whole, _ = newest_snapshot(tmp_path / "whole" / "checkpoints")
     assert whole is not None
-    assert list(whole.stages) == ["teacher", "importance", "distil", "depth", "final"]
+    assert list(whole.stages) == ["teacher", "importance", "distil", "depth", "final", "search"]
 
     out = tmp_path / "parts"
     went_on = []
     for stage, step in (
         ("load", 1), ("teacher", 2), ("importance", 0), ("reorder", 0), ("distil", 3), ("depth", 2),
-        ("final", 2), ("export", 0),
+        ("final", 2), ("search", 1), ("export", 0), ("evaluate", 0),
     ):  # fmt: skip
         seen = run_until(stage, step, out)
         went_on.append(next(p.message for p in seen if p.stage == "load" and p.step == 1))
@@ -739,12 +757,15 @@ def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: P
         "goes on from step 3 of distil",
         "goes on from step 2 of depth",
         "goes on from step 2 of final",
+        "goes on from the end of final",
+        "goes on from the end of search",
     ]
     _, parts, _ = newest_snapshot(out / "checkpoints")
     assert parts is not None
     for stage, state in whole.stages.items():
         found = parts.stages[stage]
         assert (found.step, found.done) == (state.step, True)
+        assert stage != "search" or found.figures == state.figures
         assert found.tensors.keys() == state.tensors.keys()
         for name, array in state.tensors.items():
             np.testing.assert_array_equal(found.tensors[name], array, err_msg=f"{stage}/{name}")

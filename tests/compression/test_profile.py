@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import paddle
 import pytest
+from pydantic import ValidationError
 
 from compression import blocks, cost
 from compression.__main__ import main
@@ -23,9 +24,9 @@ from compression.device_profile import read_profile
 from compression.elastic import ACTIVATIONS
 from compression.encoder import build_encoder
 from compression.export import Int8Source, export_formats
-from compression.prediction import LatencyModel
+from compression.prediction import LIMITS, LatencyModel
 from compression.profile import Space, measure_setting, settings_between, whole_networks
-from compression.spec import Format
+from compression.spec import Format, LatencyAt
 from tests.encoders import random_weights, tiny_config
 
 SHAPE = Shape(hidden=8, head_dim=4, vocab_size=30, labels=3)
@@ -154,7 +155,7 @@ def test_int8_blocks_have_the_operators_of_the_files_that_jobs_write(tmp_path: P
     assert operators(own) == operators(served)
 
 
-def test_sub_networks_of_another_shape_are_left_out_and_the_measurement_is_kept(
+def test_sub_networks_of_another_shape_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     latency = {"batch_size": 1, "seq_len": 8, "threads": 1, "p50_ms": 1.0}
@@ -187,12 +188,6 @@ def test_sub_networks_of_another_shape_are_left_out_and_the_measurement_is_kept(
     assert "wide is left out: heads 3 lies outside the profile, which has from 1 to 2" in told
     assert "other is left out: its FLOPs are not those of the profile's hidden size, 64" in told
     assert "2 layers, heads 2, neurons 4, exported: predicted" in told
-
-    out.unlink()
-    report.write_text("{}")
-    with pytest.raises(KeyError):
-        main(command)
-    assert json.loads(out.read_text())["tables"]
 
 
 def test_a_table_has_every_count_in_milliseconds_of_one_layer() -> None:
@@ -300,13 +295,68 @@ def test_a_path_that_leads_nowhere_is_told_before_anything_is_measured(
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--heads", "--threads", "--rounds"])
-def test_a_count_below_one_is_refused(
-    tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+OUTSIDE = {
+    "subnetwork": {"heads": [3], "ffn": [384]},
+    "metrics": {"flops": 1},
+    "formats": {"onnx": {"format": "onnx", "files": [{"path": "../model.onnx"}]}},
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "told"),
+    [
+        ("--report", '{"subnetworks": [', "report.json is no job's report: Expecting value"),
+        ("--report", "{}", "report.json is no job's report: it lacks 'subnetworks'"),
+        ("--report", "[1]", "is no job's report: list indices must be integers"),
+        ("--report", '{"subnetworks": [{"heads": [3], "ffn": 4}]}', "no job's report"),
+        ("--report", "[" * 100_000, "report.json is no job's report: "),
+        ("--bundle", "{", "manifest.json is no bundle's manifest: Expecting property name"),
+        ("--bundle", '{"subnetwork": {}, "formats": {}}', "is no bundle's manifest: it lacks"),
+        ("--bundle", json.dumps(OUTSIDE), "has no file ../model.onnx"),
+    ],
+)
+def test_a_file_to_hold_predictions_against_is_read_before_anything_is_measured(
+    tmp_path: Path, option: str, content: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"")
+    folder, out = tmp_path / "w1", tmp_path / "p.json"
+    folder.mkdir()
+    (folder / ("manifest.json" if option == "--bundle" else "report.json")).write_text(content)
+    path = folder if option == "--bundle" else folder / "report.json"
+    assert main(["profile", "--out", str(out), option, str(path)]) == 2
+    assert told in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--heads 0", "0 is not 1 to 1048576"),
+        ("--threads x", "'x' is no whole number from 1 to 1048576"),
+        ("--rounds 99999999999", "'99999999999' is no whole number"),
+        ("--seq-len 16 513", "--seq-len: 513 is not 2 to 512"),
+        ("--batch-size 257", "--batch-size: 257 is not 1 to 256"),
+        ("--threads 257", "--threads: 257 is not 1 to 256"),
+        ("--layers 65", "--layers: 65 is more than 64"),
+        (f"--heads {'1 ' * 65}", "--heads: more than 64 counts"),
+        ("--batch-size 1 2 4 8 --seq-len 16 32 64 128 --threads 1 2", "name fewer"),
+    ],
+)
+def test_what_the_service_would_not_read_is_not_measured(
+    tmp_path: Path, options: str, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main(["profile", "--out", str(tmp_path / "p.json"), option, "0"])
-    assert "0 is less than 1" in capsys.readouterr().err
+        main(["profile", "--out", str(tmp_path / "p.json"), *options.split()])
+    assert told in capsys.readouterr().err
+
+
+def test_the_limits_of_a_profile_are_those_of_a_spec() -> None:
+    for axis, (lowest, highest) in LIMITS.items():
+        LatencyAt.model_validate({axis: lowest})
+        LatencyAt.model_validate({axis: highest})
+        for beyond in (lowest - 1, highest + 1):
+            with pytest.raises(ValidationError):
+                LatencyAt.model_validate({axis: beyond})
 
 
 def test_a_device_needs_onnxruntime_and_numpy_alone(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,11 @@ import pytest
 
 from compression import pipeline, search
 from compression.batches import make_batch
+from compression.checkpoint import Checkpoints, host_facts
 from compression.encoder import build_encoder, numpy_weights
 from compression.evolution import Scored
 from compression.latency_model import LatencyModel
+from compression.plan import UNFITTED_SHARE
 from compression.report import (
     CompressionReport,
     Finalist,
@@ -28,7 +32,7 @@ from compression.search_space import SearchSpace
 from compression.spec import LatencySetting, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.teachers import read_checkpoint
-from tests.builders import tiny_bert, tiny_dataset
+from tests.builders import WORDS, tiny_bert, tiny_dataset
 from tests.encoders import clear, gradients, random_rows, tiny_config, tiny_encoder
 
 WIDTHS = (Fraction(1), Fraction(1, 2), Fraction(1, 4))
@@ -57,6 +61,7 @@ def test_a_network_with_a_width_for_each_layer_equals_its_slices_and_no_more() -
 
 def test_what_is_timed_has_every_size_of_a_layer() -> None:
     space = SearchSpace(tiny_config(**DEEP), WIDTHS, (Fraction(1), Fraction(1, 2)))
+    assert search.HELD_OUT_SHARE == UNFITTED_SHARE
     drawn = search.samples(space, 12, seed=0)
     assert len(drawn) == 12
     fitted = drawn[: 12 - 12 // search.HELD_OUT_SHARE]
@@ -270,6 +275,63 @@ def test_each_step_learns_one_network_with_a_width_for_each_layer(finished: dict
     for step in losses("depth"):
         assert {"w1", "w1_2-d1_2", "per-layer 1"} < step
         assert len(step) == 4
+
+
+def trained_job(root: Path, **changes: Any) -> tuple[pipeline.Job, pipeline.Learnt]:
+    """A job whose trainings have learnt nothing, before its search."""
+    model = tiny_bert(root / "model", num_labels=2, words=(*WORDS, *map(str, range(5000))))
+    dataset = tiny_dataset(root / "dataset", rows={"train": 60, "dev": 20}, seed=1)
+    job = pipeline.load(job_spec(**changes), model, dataset, 1)
+    network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
+    subnetworks = pipeline.planned_subnetworks(job, network)
+    return job, pipeline.Learnt(network, {}, [], network, 0.0, subnetworks, {})
+
+
+def searched(job: pipeline.Job, learnt: pipeline.Learnt, root: Path, cpu: str) -> search.Found:
+    checkpoints = Checkpoints(
+        root / "checkpoints",
+        identity={},
+        host={**host_facts({}), "cpu": cpu},
+        every_seconds=math.inf,
+    )
+    found, warnings = pipeline.search_widths(
+        job, learnt, checkpoints, root / "work", lambda *told: None
+    )
+    assert found is not None and warnings == ()
+    return found
+
+
+def test_sizes_are_searched_by_as_they_are_exported_with_the_smaller_vocabulary(
+    tmp_path: Path,
+) -> None:
+    job, learnt = trained_job(
+        tmp_path,
+        vocabulary={"remove_unused": True},
+        constraints={"max_size_mb": 0.4, "objective": "accuracy"},
+    )
+    found = searched(job, learnt, tmp_path, "this one")
+    assert found.subnetworks  # with all 5,000 tokens each would have 0.7 MB
+    for finalist in found.report.finalists:
+        assert finalist.predicted_mb < 0.4
+
+
+def test_a_job_that_goes_on_has_the_finalists_that_it_had_on_the_same_kind_of_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, learnt = trained_job(tmp_path)
+    found = searched(job, learnt, tmp_path, "this one")
+    assert found.subnetworks and found.report.latency_models
+    anew = []
+
+    def search_anew(*args: Any, **options: Any) -> search.Found:
+        anew.append(args)
+        return found
+
+    monkeypatch.setattr(pipeline, "search", search_anew)
+    assert searched(job, learnt, tmp_path, "this one") == found
+    assert not anew
+    searched(job, learnt, tmp_path, "another one")
+    assert len(anew) == 1
 
 
 def test_nothing_is_trained_on_the_rows_that_score(finished: dict[str, Any]) -> None:

@@ -412,6 +412,28 @@ def test_what_the_training_learnt_does_not_depend_on_the_removal(
     )
 
 
+def test_rows_of_train_that_score_the_search_keep_their_tokens(tmp_path: Path) -> None:
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    for split, words in (("train", [*WORDS, *WORDS[:20]]), ("dev", WORDS[:20])):
+        rows = [f"{word}\t{number % 2}" for number, word in enumerate(words)]
+        (dataset / f"{split}.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    spec = Spec.model_validate(
+        {
+            "task": {"max_seq_len": 16},
+            "supernet": {"per_layer": {"holdout_rows": 8}},
+            "constraints": {"max_size_mb": 10},
+            "vocabulary": {"remove_unused": True},
+        }
+    )
+    job = load(spec, model_of(tmp_path / "model", num_labels=2), dataset, 1)
+    assert job.holdout is not None and job.vocabulary is not None
+    held_out = {token for row in job.holdout.input_ids for token in row}
+    learnt = {token for row in job.splits["train"].input_ids for token in row}
+    assert held_out - learnt  # words that stand in none of the rows that are trained on
+    assert held_out <= set(job.vocabulary.kept.tolist())
+
+
 def test_words_that_two_tokenizers_cut_off_are_compared_where_both_answer(tmp_path: Path) -> None:
     dataset = tiny_tags(tmp_path / "dataset", rows={"train": 100, "dev": 4})
     row = {"tokens": [*["marvel"] * 3, "good"], "tags": ["O"] * 4}
