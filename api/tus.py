@@ -90,15 +90,19 @@ class Protocol:
         meant = Headers(scope=scope).get("x-http-method-override", "").upper()
         gathering = scope["app"].state.services.gathering
         scope.setdefault("state", {})["arrival"] = gathering.arrive()
+        asked = scope
         if scope["method"] == "POST" and meant in ("PATCH", "DELETE"):
-            scope = {**scope, "method": meant}
+            asked = {**scope, "method": meant}
 
         async def telling_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["Tus-Resumable"] = VERSION
             await send(message)
 
-        await self.app(scope, receive, telling_send)
+        try:
+            await self.app(asked, receive, telling_send)
+        finally:
+            scope["route"] = asked.get("route")  # for those outside, who count by it
 
 
 def _body_openapi(*, required: bool) -> dict[str, Any]:
@@ -282,11 +286,10 @@ async def sweep(services: Services) -> None:
     while True:
         try:
             await _finish_left(services, tried)
-            removed = await anyio.to_thread.run_sync(
+            await anyio.to_thread.run_sync(
                 resumable.remove_expired, services.database, services.settings.data_dir
             )
-            for upload_id in removed:
-                services.gathering.forget(upload_id)
+            services.gathering.forget_gone()
         except Exception:
             _log.exception("upload.sweep_failed")
         await anyio.sleep(services.settings.reconcile_seconds)
@@ -298,6 +301,7 @@ async def _finish_left(services: Services, tried: set[str]) -> None:
     left = await anyio.to_thread.run_sync(
         resumable.unfinished_here, services.database, services.settings.data_dir
     )
+    tried &= {upload.id for upload in left}
     for upload in left:
         if upload.id in tried:
             continue
