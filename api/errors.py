@@ -281,6 +281,18 @@ def fault(scope: Scope) -> JSONResponse:
     )
 
 
+def without_database(scope: Scope) -> JSONResponse:
+    """The answer while the database is away, which is nobody's fault and may be over soon."""
+    return problem(
+        scope,
+        503,
+        "database-unreachable",
+        "The service has no database",
+        "The service cannot reach its database, or that takes nothing just now; ask again.",
+        headers={"Retry-After": "5"},
+    )
+
+
 def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(JobsError, _on_domain_error)

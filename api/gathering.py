@@ -77,6 +77,12 @@ class Gathering:
         """Nothing more is to come."""
         self._latest.pop(upload_id, None)
 
+    def forget_gone(self) -> None:
+        """The same of all uploads whose file is gone, whichever process has removed it."""
+        for upload_id in list(self._latest):
+            if upload_id not in self._writers and not self.file(upload_id).exists():
+                self.forget(upload_id)
+
     def _is_late(self, upload_id: str, arrival: int) -> bool:
         latest = self._latest[upload_id] = max(arrival, self._latest.get(upload_id, 0))
         return arrival < latest

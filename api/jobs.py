@@ -291,7 +291,7 @@ def _require_worker(services: Services, spec: dict[str, Any]) -> None:
 def _queued(services: Services, job: records.Job) -> JobOut:
     """A job that was queued just now, of which the commit had its workers told."""
     with services.database.reading() as session:
-        return JobOut.with_queue(job, outlook(session, job))
+        return JobOut.of(job, outlook(session, job))
 
 
 def _referenced(get: Any, session: Any, id: str, project_id: str, pointer: str) -> Any:
@@ -355,7 +355,8 @@ def list_jobs(
         found = store.list_jobs(
             session, project_id=principal.project_id, after=after, limit=limit + 1, state=state
         )
-    return Page[JobSummary].of(found, limit, JobSummary.of)
+        chosen = store.selections(session, [job.id for job in found])
+    return Page[JobSummary].of(found, limit, lambda job: JobSummary.listed(job, chosen.get(job.id)))
 
 
 def _get(services: Services, job_id: str, project_id: str) -> records.Job:
@@ -367,7 +368,7 @@ def _get(services: Services, job_id: str, project_id: str) -> records.Job:
 def get_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> JobOut:
     with services.database.reading() as session:
         job = store.get_job(session, job_id, project_id=principal.project_id)
-        return JobOut.with_queue(job, outlook(session, job))
+        return JobOut.of(job, outlook(session, job))
 
 
 @router.post(

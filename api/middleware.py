@@ -13,7 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import fault
+from api.errors import fault, without_database
+from jobs.db import is_away
 
 _log = structlog.get_logger("api.request")
 DISCARD_BYTES = 1 << 16  # of a body that nobody wants; cheaper than a new connection
@@ -95,11 +96,15 @@ class RequestLog:
         structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
             await self.app(scope, receive, observed_send)
-        except Exception:
-            log.exception("request.fault")
+        except Exception as error:
+            away = is_away(error)
+            if away:
+                log.warning("request.without_database", error=str(getattr(error, "orig", error)))
+            else:
+                log.exception("request.fault")
             if status:
                 raise  # too late for an answer; the server cuts the connection, as it must
-            answer = fault(scope)
+            answer = without_database(scope) if away else fault(scope)
             await answer(scope, receive, observed_send)
         finally:
             principal = scope["state"].get("principal")  # absent where no key opened anything

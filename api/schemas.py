@@ -313,11 +313,12 @@ class JobSummary(Out):
     selection: StoredSelection | None = Field(description="What was chosen; null until then.")
 
     @classmethod
-    def of(cls, record: records.Job) -> Self:
-        return cls(**cls._fields(record))
+    def listed(cls, record: records.Job, selection: Document | None) -> Self:
+        """Of a record without its documents (store.list_jobs)."""
+        return cls(**cls._summary(record), selection=selection)
 
-    @classmethod
-    def _fields(cls, record: records.Job) -> dict[str, Any]:
+    @staticmethod
+    def _summary(record: records.Job) -> dict[str, Any]:
         return {
             "id": record.id,
             "name": record.name,
@@ -331,7 +332,6 @@ class JobSummary(Out):
             "started_at": record.started_at,
             "finished_at": record.finished_at,
             "error": record.error,
-            "selection": (record.report or {}).get("selection"),
         }
 
 
@@ -343,20 +343,17 @@ class JobOut(JobSummary):
     queue: QueueOut | None = Field(None, description="Of a job that is queued.")
 
     @classmethod
-    def with_queue(cls, record: records.Job, outlook: Outlook | None) -> Self:
-        return cls(**cls._fields(record), queue=None if outlook is None else QueueOut.of(outlook))
-
-    @classmethod
-    def _fields(cls, record: records.Job) -> dict[str, Any]:
-        return {
-            **super()._fields(record),
-            "spec": record.spec,
-            "plan": record.plan,
-            "report": record.report,
-            "time_limit_minutes": None
-            if record.time_limit_seconds is None
-            else record.time_limit_seconds / 60,
-        }
+    def of(cls, record: records.Job, outlook: Outlook | None = None) -> Self:
+        limit = record.time_limit_seconds
+        return cls(
+            **cls._summary(record),
+            selection=(record.report or {}).get("selection"),
+            spec=record.spec,
+            plan=record.plan,
+            report=record.report,
+            time_limit_minutes=None if limit is None else limit / 60,
+            queue=None if outlook is None else QueueOut.of(outlook),
+        )
 
 
 class PlanOut(Out):

@@ -7,6 +7,7 @@ one is, and becomes a model or dataset. The answer to that last PATCH has its `L
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC
 from email.utils import format_datetime
 from typing import Annotated, Any
@@ -22,6 +24,7 @@ import anyio
 import structlog
 from fastapi import APIRouter, Header, Path, Request
 from fastapi.responses import JSONResponse, Response
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -87,15 +90,19 @@ class Protocol:
         meant = Headers(scope=scope).get("x-http-method-override", "").upper()
         gathering = scope["app"].state.services.gathering
         scope.setdefault("state", {})["arrival"] = gathering.arrive()
+        asked = scope
         if scope["method"] == "POST" and meant in ("PATCH", "DELETE"):
-            scope = {**scope, "method": meant}
+            asked = {**scope, "method": meant}
 
         async def telling_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["Tus-Resumable"] = VERSION
             await send(message)
 
-        await self.app(scope, receive, telling_send)
+        try:
+            await self.app(asked, receive, telling_send)
+        finally:
+            scope["route"] = asked.get("route")  # for those outside, who count by it
 
 
 def _body_openapi(*, required: bool) -> dict[str, Any]:
@@ -279,11 +286,10 @@ async def sweep(services: Services) -> None:
     while True:
         try:
             await _finish_left(services, tried)
-            removed = await anyio.to_thread.run_sync(
+            await anyio.to_thread.run_sync(
                 resumable.remove_expired, services.database, services.settings.data_dir
             )
-            for upload_id in removed:
-                services.gathering.forget(upload_id)
+            services.gathering.forget_gone()
         except Exception:
             _log.exception("upload.sweep_failed")
         await anyio.sleep(services.settings.reconcile_seconds)
@@ -295,6 +301,7 @@ async def _finish_left(services: Services, tried: set[str]) -> None:
     left = await anyio.to_thread.run_sync(
         resumable.unfinished_here, services.database, services.settings.data_dir
     )
+    tried &= {upload.id for upload in left}
     for upload in left:
         if upload.id in tried:
             continue
@@ -344,25 +351,26 @@ async def _receive(
             raise refusal
         await run_in_threadpool(_prolong, services, upload.id)
         body = bounded_body(request, max_bytes=left, declared=declared, refusal=refusal)
-        try:
-            with full_disk_told():
-                if expected is None:
-                    await writer.append(body)
-                else:
-                    await _append_checked(writer, body, *expected)
-            if writer.superseded:
-                raise cut_short("A newer request goes on with this upload.")
-        except ApiError:
-            if writer.offset < upload.size_bytes:
-                raise
-            # All of it is here. HEAD will say so, and nobody would come to have it inspected.
-        at = writer.offset
-        upload = await run_in_threadpool(_prolong, services, upload.id)
-        if at == upload.size_bytes:
-            writer.is_complete = True
-            upload = await _finish(services, actor, upload, writer)
-            services.gathering.forget(upload.id)
-            return _done(upload)
+        async with _prolonging(services, upload.id):
+            try:
+                with full_disk_told():
+                    if expected is None:
+                        await writer.append(body)
+                    else:
+                        await _append_checked(writer, body, *expected)
+                if writer.superseded:
+                    raise cut_short("A newer request goes on with this upload.")
+            except ApiError:
+                if writer.offset < upload.size_bytes:
+                    raise
+                # All of it is here. HEAD will say so, and nobody would come to have it inspected.
+            at = writer.offset
+            upload = await run_in_threadpool(_prolong, services, upload.id)
+            if at == upload.size_bytes:
+                writer.is_complete = True
+                upload = await _finish(services, actor, upload, writer)
+                services.gathering.forget(upload.id)
+                return _done(upload)
     return {"Upload-Offset": str(at), "Upload-Expires": _expires(upload)}
 
 
@@ -487,6 +495,27 @@ def _prolong(services: Services, upload_id: str) -> Upload:
         return resumable.prolong(
             session, upload_id, lasts_seconds=services.settings.upload_expires_seconds
         )
+
+
+@asynccontextmanager
+async def _prolonging(services: Services, upload_id: str) -> AsyncIterator[None]:
+    """While bytes come or are inspected, of which no other host knows."""
+
+    async def keep_on() -> None:
+        while True:
+            await asyncio.sleep(services.settings.upload_expires_seconds / 4)
+            try:
+                await run_in_threadpool(_prolong, services, upload_id)
+            except NotFound:
+                return  # deleted meanwhile, as its end will be told
+            except SQLAlchemyError as error:
+                _log.warning("upload.not_prolonged", upload=upload_id, error=str(error))
+
+    task = asyncio.create_task(keep_on())
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 def _refuse(services: Services, upload_id: str, error: JobsError | CompressionError) -> None:

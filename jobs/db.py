@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, create_engine, event, make_url, text
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from jobs.nudges import Notes, notes_of
@@ -74,6 +76,15 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether the database cannot be reached, or takes nothing just now: no fault of a query."""
+    if isinstance(error, InterfaceError | PoolTimeout):
+        return True
+    # SQLite's driver says so of a query that it does not understand as well.
+    code = getattr(getattr(error, "orig", None), "sqlite_errorname", None)
+    return isinstance(error, OperationalError) and code != "SQLITE_ERROR"
 
 
 def now(session: Session) -> datetime:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from sqlalchemy import literal, select, tuple_
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from jobs.errors import NotFound
 from jobs.records import (
@@ -53,17 +54,26 @@ def page_of_project(
     after: str | None,
     limit: int,
     *conditions: Any,
+    without: Sequence[Any] = (),
 ) -> list[P]:
-    """Newest first; `after` is the id of the last one seen. NotFound if it does not exist."""
+    """Newest first; `after` is the id of the last one seen. NotFound if it does not exist.
+    `without`: columns that are not read, nor may be afterwards."""
     last = None if after is None else get_of_project(session, record, kind, after, project_id)
-    return newest_first(session, record, last, limit, record.project_id == project_id, *conditions)
+    mine = record.project_id == project_id
+    return newest_first(session, record, last, limit, mine, *conditions, without=without)
 
 
 def newest_first(
-    session: Session, record: type[R], last: R | None, limit: int, *conditions: Any
+    session: Session,
+    record: type[R],
+    last: R | None,
+    limit: int,
+    *conditions: Any,
+    without: Sequence[Any] = (),
 ) -> list[R]:
     """Up to `limit` records, from the one after `last` on."""
-    query = select(record).where(*conditions)
+    unread = [defer(column, raiseload=True) for column in without]
+    query = select(record).where(*conditions).options(*unread)
     if last is not None:
         # As one value: an index is entered there, where an OR would have it read up to there.
         cursor = tuple_(

@@ -127,7 +127,7 @@ class Project(Record):
 
 class ApiKey(Record):
     """`hash` is the hex SHA-256 of the whole key; the key itself is kept nowhere.
-    `last_used_at` is written at most once a minute: see access.find_api_key."""
+    `last_used_at` is written at most once a minute: see access.use_is_unrecorded."""
 
     __tablename__ = "api_keys"
 
@@ -309,7 +309,7 @@ class Job(Record):
 
     `precedence` is the priority with its sign changed, so that the queue's order (precedence, then
     age) is an ascending index. `device`: whose queue it waits in (jobs.devices), null where a
-    process of a version that had one queue stored it: see store.route_jobs. `predicted_seconds`
+    process of a version that had one queue stored it: see store.route_job. `predicted_seconds`
     is the plan's. `time_limit_seconds` counts over the runs since `retried_at`.
     """
 

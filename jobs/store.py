@@ -313,9 +313,21 @@ def list_jobs(
     limit: int = 50,
     state: JobState | None = None,
 ) -> list[Job]:
-    """Newest first; `after` is the id of the last one seen. NotFound if it does not exist."""
+    """Newest first, without their documents, which may be long; `after` is the id of the last one
+    seen. NotFound if it does not exist."""
     conditions = [] if state is None else [Job.state == state]
-    return page_of_project(session, Job, "job", project_id, after, limit, *conditions)
+    documents = (Job.spec, Job.plan, Job.report, Job.checkpoints)
+    return page_of_project(
+        session, Job, "job", project_id, after, limit, *conditions, without=documents
+    )
+
+
+def selections(session: Session, job_ids: Sequence[str]) -> dict[str, Any]:
+    """What was chosen, of those of some hundred jobs that have come to that."""
+    found = session.execute(
+        select(Job.id, Job.report["selection"]).where(Job.id.in_(job_ids), Job.report.is_not(None))
+    )
+    return {id: selection for id, selection in found if selection is not None}
 
 
 def list_events(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import structlog
+from sqlalchemy.orm import Session
 
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import KEPT
@@ -112,10 +114,20 @@ def _delete_spent_checkpoints(settings: Settings, database: Database, objects: O
         log.info("spent checkpoints deleted", job=job_id, objects=len(keys))
 
 
+def _in_portions(database: Database, delete: Callable[[Session], int]) -> int:
+    """How many went. More may expire between two passes than one transaction should delete."""
+    gone = 0
+    while True:
+        with database.transaction() as session:
+            portion = delete(session)
+        if portion == 0:
+            return gone
+        gone += portion
+
+
 def _forget_idempotency_keys(database: Database) -> None:
-    with database.transaction() as session:
-        if forgotten := idempotency.delete_expired(session):
-            log.info("idempotency keys forgotten", keys=forgotten)
+    if forgotten := _in_portions(database, idempotency.delete_expired):
+        log.info("idempotency keys forgotten", keys=forgotten)
 
 
 def _forget_lost_workers(database: Database) -> None:
@@ -158,9 +170,8 @@ def _delete_unused_blobs(settings: Settings, database: Database, objects: Object
 
 
 def _forget_deliveries(settings: Settings, database: Database) -> None:
-    with database.transaction() as session:
-        gone = webhooks.delete_old_deliveries(
-            session, older_than_seconds=settings.webhook_log_seconds
-        )
-    if gone:
+    older_than = settings.webhook_log_seconds
+    if gone := _in_portions(
+        database, partial(webhooks.delete_old_deliveries, older_than_seconds=older_than)
+    ):
         log.info("old deliveries of webhooks forgotten", deliveries=gone)

@@ -128,6 +128,33 @@ def test_a_fault_is_told_in_the_log_and_not_in_the_answer(service: Service) -> N
     assert [fault["request_id"] for fault in faults] == ["abc-1"]
 
 
+def test_a_database_that_is_away_is_told_as_such(tmp_path: Path) -> None:
+    with serving(tmp_path / "data") as service:
+        file = service.settings.data_dir / "widthwise.db"
+        service.services.database.close()  # its connections; new ones find no database
+        files = [path for path in file.parent.iterdir() if path.name.startswith(file.name)]
+        away = tmp_path / "away"
+        away.mkdir()
+        for path in files:
+            path.rename(away / path.name)
+        file.mkdir()
+        with structlog.testing.capture_logs() as log:
+            answers = [
+                service.client.get("/v1/jobs"),
+                service.client.post("/v1/jobs", json={}, headers={"Idempotency-Key": "k"}),
+            ]
+        for answer in answers:
+            problem = assert_problem(answer, 503, "database-unreachable")
+            assert problem["request_id"] == answer.headers["x-request-id"]
+            assert answer.headers["retry-after"] == "5"
+        told = [line["event"] for line in log if line["event"].startswith("request.")]
+        assert told == 2 * ["request.without_database"]
+        file.rmdir()
+        for path in away.iterdir():
+            path.rename(file.parent / path.name)
+        assert service.client.get("/v1/jobs").status_code == 200
+
+
 def test_requests_are_logged_without_keys(service: Service) -> None:
     with structlog.testing.capture_logs() as log:
         service.client.get(f"/v1/jobs?key={service.key}", headers={"X-Api-Key": service.key})

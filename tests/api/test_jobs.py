@@ -337,7 +337,11 @@ def test_sub_networks_are_empty_until_the_job_has_succeeded(service: Service) ->
     measured = service.client.get(path).json()
     assert measured["items"] == report["subnetworks"]
     assert measured["selection"] == report["selection"]
-    assert service.client.get(f"/v1/jobs/{claim.job_id}").json()["report"] == report
+    job = service.client.get(f"/v1/jobs/{claim.job_id}").json()
+    assert job["report"] == report
+    (listed,) = service.client.get("/v1/jobs?state=succeeded&limit=1").json()["items"]
+    assert listed == {name: job[name] for name in listed}
+    assert listed["selection"] == report["selection"]
 
 
 def test_uploads_are_listed_and_found(service: Service, client: httpx.Client) -> None:

@@ -54,11 +54,15 @@ def test_requests_are_counted_by_route_and_not_by_path(tmp_path: Path) -> None:
             service.client.get(f"/nothing/{number}")
             service.client.request(f"METHOD{number}", "/v1/jobs")
         httpx.get(f"{service.url}/v1/jobs", trust_env=False)
+        meant = {"X-HTTP-Method-Override": "DELETE"}
+        assert service.client.post("/v1/uploads/upl_absent", headers=meant).status_code == 404
         found = of_service(service)
         count, route = "widthwise_http_requests_total", "/v1/jobs/{job_id}"
         assert value(found, count, method="GET", route=route, status="200") == 1
         assert value(found, count, method="GET", route=route, status="404") == 2
         assert value(found, count, method="HEAD", route=route, status="200") == 1
+        upload = "/v1/uploads/{upload_id}"
+        assert value(found, count, method="POST", route=upload, status="404") == 1
         assert value(found, count, method="GET", route="none", status="404") == 3
         assert value(found, count, method="GET", route="none", status="401") == 1
         assert {dict(labels)["method"] for name, labels in found if name == count} <= {

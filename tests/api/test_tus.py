@@ -8,6 +8,7 @@ import io
 import random
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from email.utils import parsedate_to_datetime
@@ -318,6 +319,42 @@ def test_expired_uploads_are_gone_and_swept(service: Service, content: bytes) ->
     assert id not in gathering(service)
     assert_problem(service.client.get(path), 404, "not-found")
     assert offset_of(service.client, living) == 10
+
+
+def test_nothing_is_remembered_of_what_another_process_removed(
+    tmp_path: Path, content: bytes
+) -> None:
+    """As a worker on this host does."""
+    with serving(tmp_path / "data", reconcile_seconds=0.2) as service:
+        path = begin(service.client, len(content))
+        id = path.rpartition("/")[2]
+        assert send(service.client, path, 0, content[:10]).status_code == 204
+        remembered = service.services.gathering._latest
+        assert id in remembered
+        with service.services.database.transaction() as session:
+            session.execute(update(Upload).where(Upload.id == id).values(expires_at=now(session)))
+        resumable.remove_expired(service.services.database, service.settings.data_dir)
+        wait_for(lambda: id not in remembered)
+
+
+def test_an_upload_does_not_expire_while_bytes_come(tmp_path: Path, content: bytes) -> None:
+    """Another host has none of them, and removes what has expired as every one does."""
+    other = tmp_path / "other host"
+    other.mkdir()
+    with serving(tmp_path / "data", upload_expires_seconds=2) as service:
+        path = begin(service.client, len(content))
+
+        def slowly() -> Iterator[bytes]:
+            for n in range(10):
+                yield content[n * 100 : (n + 1) * 100]
+                time.sleep(0.3)
+                assert resumable.remove_expired(service.services.database, other) == []
+            yield content[1000:]
+
+        headers = {**BODY, "Upload-Offset": "0"}
+        last = service.client.patch(path, content=slowly(), headers=headers)
+        assert last.status_code == 204, last.text
+        assert_became(service.client, last.headers["location"], content)
 
 
 def test_uploads_that_may_go_on_are_listed(service: Service, content: bytes) -> None:

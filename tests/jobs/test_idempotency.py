@@ -5,16 +5,22 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from jobs import access, idempotency
 from jobs.access import Actor
+from jobs.artifacts import ObjectStore
 from jobs.db import Database
 from jobs.errors import Conflict, KeyReused
 from jobs.idempotency import Done, Hold
-from jobs.records import DEFAULT_PROJECT, AuditEntry
+from jobs.records import DEFAULT_PROJECT, AuditEntry, IdempotencyKey
+from jobs.settings import Settings
+from worker.reconciler import reconcile
 
 
 @dataclass(frozen=True)
@@ -169,3 +175,20 @@ def test_keys_have_a_time_and_are_then_forgotten(database: Database) -> None:
     time.sleep(0.06)
     with database.transaction() as session:
         assert idempotency.delete_expired(session) == 0  # in progress
+
+
+def test_a_pass_forgets_all_that_have_expired(
+    database: Database, objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In as many transactions as it takes: keys may come faster than one of them a pass deletes."""
+    for number in range(5):
+        hold = take(database, key=f"key {number}", kept_seconds=0.01)
+        assert isinstance(hold, Hold)
+        keep(database, hold)
+    time.sleep(0.05)
+    delete = partial(idempotency.delete_expired, limit=2)
+    monkeypatch.setattr(idempotency, "delete_expired", delete)
+    settings = Settings(data_dir=tmp_path / "data")
+    reconcile(settings, database, objects, nudge=lambda job: None)
+    with database.reading() as session:
+        assert session.scalars(select(IdempotencyKey)).all() == []

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import update
+from sqlalchemy.exc import InvalidRequestError
 
 from jobs import access, store
 from jobs.db import Database, now
@@ -359,6 +360,25 @@ def test_pages_hold_every_job_once_newest_first(database: Database) -> None:
     assert times == sorted(times, reverse=True)
     assert [job.id for job in running] == [run.job_id]
     assert [job.id for job in queued] == [id for id in reversed(pages) if id != made[3]]
+
+
+def test_a_listing_reads_what_was_chosen_and_no_documents(database: Database) -> None:
+    chosen: dict[str, Any] = {}
+    for selection in ({"subnetwork": "w1_2"}, {"subnetwork": None}, None):
+        run = claimed(database, seed_job(database, plan={"rows": {}}))
+        with database.transaction() as session:
+            report = {"selection": selection, "subnetworks": []}
+            store.finish_job(session, run, JobState.SUCCEEDED, report=report)
+        chosen[run.job_id] = selection
+    waiting = seed_job(database)
+    with database.reading() as session:
+        listed = store.list_jobs(session, project_id=DEFAULT_PROJECT)
+        found = store.selections(session, [job.id for job in listed])
+        for document in ("spec", "plan", "report", "checkpoints"):
+            with pytest.raises(InvalidRequestError):
+                getattr(listed[0], document)
+    assert {job.id for job in listed} == {*chosen, waiting}
+    assert found == {id: selection for id, selection in chosen.items() if selection is not None}
 
 
 def queued_ids(database: Database, *devices: Device) -> list[str]:
