@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from compression.checkpoint import FOLDER as CHECKPOINTS
@@ -34,6 +35,7 @@ from compression.errors import (
     InvalidDataset,
     InvalidSpec,
     SigningKeyRefused,
+    without_consequences,
 )
 from compression.manifest import schema_bytes
 from compression.report import (
@@ -185,7 +187,14 @@ def read_spec(path: Path | None) -> Spec:
         document = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as YAML or JSON: {error}") from None
-    return Spec.model_validate({} if document is None else document)
+    try:
+        return Spec.model_validate({} if document is None else document)
+    except ValidationError as error:
+        told = (
+            f"/{'/'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in without_consequences(error.errors())
+        )
+        raise ValueError(f"{path}: {'; '.join(told)}") from None
 
 
 def with_profile(spec: Spec, path: Path | None) -> tuple[Spec, DeviceProfile | None]:

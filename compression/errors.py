@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+Fault = TypeVar("Fault", bound=Mapping[str, object])
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,22 @@ class CompressionError(Exception):
         self.pointer = pointer
         if code is not None:
             self.code = code
+
+
+def without_consequences(faults: Sequence[Fault]) -> list[Fault]:
+    """Those of pydantic's `ValidationError.errors()` that say what to mend.
+
+    A list that lost its broken items is "too short" only because of them.
+    """
+
+    def is_consequence(fault: Fault) -> bool:
+        own = tuple(fault["loc"])  # type: ignore[arg-type]
+        return fault["type"] == "too_short" and any(
+            own != (loc := tuple(other["loc"])) and loc[: len(own)] == own  # type: ignore[arg-type]
+            for other in faults
+        )
+
+    return [fault for fault in faults if not is_consequence(fault)]
 
 
 class Interrupted(Exception):
