@@ -250,8 +250,8 @@ class PerLayerSpec(_Asked):
 
     The budget is the constraints' (max_latency_ms, min_speedup, max_size_mb): in it, those that
     are most accurate on rows held out of train are looked for, by evolution. The supernet then
-    also learns random widths for each layer. Latency is predicted in the first served format of
-    the export, in fp32.
+    also learns random widths for each layer. Latency is this worker's, no profile's, and predicted
+    in the first served format of the export, in fp32.
     """
 
     holdout_rows: int = Field(
