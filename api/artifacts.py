@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Annotated
 from urllib.parse import quote
 
+from anyio import to_thread
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
@@ -72,13 +73,16 @@ async def get_artifact_content(
     request: Request, artifact_id: ArtifactId, services: ServicesDep, principal: PrincipalDep
 ) -> Response:
     artifact = await run_in_threadpool(_find, services, artifact_id, principal.project_id)
+    await to_thread.run_sync(_check_stored, services, artifact, limiter=services.storing)
     headers = _headers_of(artifact)
     if (unchanged := _unchanged(request, headers)) is not None:
         return unchanged
     if getattr(request.state, "head", False):  # for which no Range is defined
         headers["Content-Length"] = str(artifact.size_bytes)
         return Response(headers=headers, media_type=artifact.media_type)
-    elsewhere = await run_in_threadpool(_handed_over, services, artifact, headers)
+    elsewhere = await to_thread.run_sync(
+        _handed_over, services, artifact, headers, limiter=services.storing
+    )
     if elsewhere is not None:
         return elsewhere
     span = None
@@ -149,12 +153,14 @@ def _handed_over(
 
 def _find(services: Services, artifact_id: str, project_id: str) -> records.Artifact:
     with services.database.reading() as session:
-        artifact = store.get_artifact(session, artifact_id, project_id=project_id)
+        return store.get_artifact(session, artifact_id, project_id=project_id)
+
+
+def _check_stored(services: Services, artifact: records.Artifact) -> None:
     stored = services.store.size(artifact.key)
     if stored != artifact.size_bytes:
         # Before the first byte goes out: afterwards the answer could no longer say so.
         raise ObjectMissing(f"{artifact.id} has {artifact.size_bytes} bytes, stored are {stored}.")
-    return artifact
 
 
 async def _nothing() -> AsyncIterator[Block]:

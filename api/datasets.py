@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Response
 from sqlalchemy.orm import Session
 
 from api.deps import After, Limit, PrincipalDep, ServicesDep
-from api.intake import Intake, Kind, upload
+from api.intake import Intake, Kind
 from api.schemas import DatasetOut, Id, Page
-from api.uploads import FilenameQuery, NameQuery, upload_openapi
+from api.upload_routes import add_upload_routes
 from jobs import deletion, records, store
 from jobs.inspection import DatasetInspection, inspect_dataset_upload
 
@@ -34,32 +34,15 @@ def _add(session: Session, intake: Intake[DatasetInspection]) -> records.Dataset
 
 DATASET = Kind("dataset", "/v1/datasets", inspect_dataset_upload, _add)
 
-
-_UPLOAD: dict[str, Any] = {
-    "status_code": 201,
-    "summary": "Upload a dataset",
-    "description": "Files named train, dev, test or unlabelled, each .csv, .tsv, .jsonl or "
+add_upload_routes(
+    router,
+    DATASET,
+    DatasetOut,
+    description="Files named train, dev, test or unlabelled, each .csv, .tsv, .jsonl or "
     ".parquet, in an archive or single; train is needed. The first line of a .csv or .tsv names "
     "its columns. Broken rows are refused at once, in `rows`, with their line numbers.",
-    "openapi_extra": upload_openapi("dataset.zip"),
-}
-
-
-@router.put("", **_UPLOAD)  # which `curl -T` sends
-@router.post("", **_UPLOAD)
-async def upload_dataset(
-    request: Request,
-    response: Response,
-    services: ServicesDep,
-    principal: PrincipalDep,
-    filename: FilenameQuery = None,
-    name: NameQuery = None,
-) -> DatasetOut:
-    dataset = await upload(
-        request, services, principal.actor, DATASET, filename=filename, name=name
-    )
-    response.headers["Location"] = f"/v1/datasets/{dataset.id}"
-    return DatasetOut.of(dataset)
+    example="dataset.zip",
+)
 
 
 @router.get("", summary="Datasets, newest first")

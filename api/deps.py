@@ -28,7 +28,8 @@ MAX_PAGE = 200
 
 @dataclass(frozen=True)
 class Services:
-    """`inspections` keeps uploads in inspection from taking every worker thread;
+    """`inspections` keeps uploads in inspection from taking every worker thread, `storing` keeps
+    those from it who wait for the object store, `lookups` those who wait for a name's addresses;
     `counter` counts the requests of each key, where they are limited;
     `live` tells watchers what happens;
     `metrics` counts for Prometheus;
@@ -47,6 +48,8 @@ class Services:
     stopping: asyncio.Event
     resolver: Resolver = resolve
     inspections: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(4))
+    storing: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(16))
+    lookups: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(8))
 
 
 def get_services(request: Request) -> Services:

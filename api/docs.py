@@ -72,6 +72,7 @@ _UPLOAD_STATUSES = {
     "delete": ["410", "412", "423"],
 }
 
+_QUEUES_A_JOB = ("/v1/jobs", "/v1/jobs/{job_id}/clone", "/v1/jobs/{job_id}/retry")
 _IDEMPOTENCY_KEY = {
     "name": IDEMPOTENCY_KEY,
     "in": "header",
@@ -189,9 +190,9 @@ def _statuses(path: str, method: str, operation: Mapping[str, Any]) -> list[str]
         statuses |= {"400", "409"}  # of the Idempotency-Key
     if path in ("/v1/models", "/v1/datasets") and method != "get":
         statuses.add("507")
-    if path == "/v1/jobs" and method == "post":
+    if method == "post" and path in _QUEUES_A_JOB:
         statuses.add("507")  # the project's quota of bytes
-    if path.startswith("/v1/uploads"):
+    if path.startswith("/v1/uploads") and (path, method) != ("/v1/uploads", "get"):
         statuses |= set(_UPLOAD_STATUSES[method])
     if any(parameter["name"] == "after" for parameter in operation.get("parameters", ())):
         statuses.add("404")  # a cursor of no page

@@ -15,6 +15,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import anyio
@@ -130,18 +131,19 @@ class BodyDigest:
         self._form: MultipartParser | None = None
         if media_type == b"multipart/form-data" and (boundary := options.get(b"boundary")):
             self._part = hashlib.sha256()
-            self._form = MultipartParser(
-                boundary,
-                {
-                    "on_part_begin": self._begin_part,
-                    "on_header_begin": lambda: self._part.update(b"\0"),
-                    "on_header_field": self._add_header,
-                    "on_header_value": self._add_header,
-                    "on_headers_finished": lambda: self._part.update(b"\0\0"),
-                    "on_part_data": lambda data, a, b: self._part.update(data[a:b]),
-                    "on_part_end": lambda: self._hash.update(self._part.digest()),
-                },
-            )
+            with suppress(FormParserError):  # a boundary that the handler refuses as well
+                self._form = MultipartParser(
+                    boundary,
+                    {
+                        "on_part_begin": self._begin_part,
+                        "on_header_begin": lambda: self._part.update(b"\0"),
+                        "on_header_field": self._add_header,
+                        "on_header_value": self._add_header,
+                        "on_headers_finished": lambda: self._part.update(b"\0\0"),
+                        "on_part_data": lambda data, a, b: self._part.update(data[a:b]),
+                        "on_part_end": lambda: self._hash.update(self._part.digest()),
+                    },
+                )
 
     def add(self, data: bytes) -> None:
         self.size_bytes += len(data)

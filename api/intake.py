@@ -139,7 +139,8 @@ async def take_in(
         files=[],
     )
     return await anyio.to_thread.run_sync(
-        partial(_store, services, actor, kind, intake, clean, also=also)
+        partial(_store, services, actor, kind, intake, clean, also=also),
+        limiter=services.storing,
     )
 
 

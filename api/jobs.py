@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, Body, Query, Response
+from fastapi import APIRouter, Body, Query, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
@@ -31,7 +31,6 @@ from compression.tables import DatasetProfile
 from jobs import access, records, store, workers
 from jobs.devices import need_of
 from jobs.errors import Conflict, NotFound
-from jobs.queue import enqueue_job
 from jobs.schedule import outlook
 from jobs.states import JobState
 
@@ -153,16 +152,13 @@ def create_job(
     principal: PrincipalDep,
     body: Annotated[JobIn, Body(openapi_examples=EXAMPLES)],
     response: Response,
-    background: BackgroundTasks,
     dry_run: DryRun = False,
     require_worker: RequireWorker = False,
 ) -> Any:
     plan, name = _planned(services, principal, body)
     if dry_run:
         return JSONResponse({"plan": plan.model_dump(mode="json")})
-    return _create(
-        services, principal, body, plan, name, response, background, require_worker=require_worker
-    )
+    return _create(services, principal, body, plan, name, response, require_worker=require_worker)
 
 
 @router.post(
@@ -181,7 +177,6 @@ def clone_job(
     services: ServicesDep,
     principal: PrincipalDep,
     response: Response,
-    background: BackgroundTasks,
     body: Annotated[ClonePatch | None, Body(openapi_examples=CLONE_EXAMPLES)] = None,
     dry_run: DryRun = False,
     require_worker: RequireWorker = False,
@@ -198,7 +193,6 @@ def clone_job(
         plan,
         name,
         response,
-        background,
         require_worker=require_worker,
         cloned_from=job_id,
     )
@@ -258,12 +252,11 @@ def _create(
     plan: Plan,
     name: str,
     response: Response,
-    background: BackgroundTasks,
     *,
     require_worker: bool,
     **details: str,
 ) -> JobOut:
-    """Stores the job, and has its workers told. `details` are for the audit log."""
+    """Stores the job. `details` are for the audit log."""
     spec = body.spec.model_dump(mode="json")
     minutes = body.time_limit_minutes or services.settings.job_time_limit_minutes
     if require_worker:
@@ -285,7 +278,7 @@ def _create(
             session, principal.actor, "job.created", job.id, name=job.name, **details
         )
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return _queued(services, job, background)
+    return _queued(services, job)
 
 
 def _require_worker(services: Services, spec: dict[str, Any]) -> None:
@@ -295,11 +288,8 @@ def _require_worker(services: Services, spec: dict[str, Any]) -> None:
         raise ApiError(409, "no-worker", missing, title="No worker could run the job")
 
 
-def _queued(services: Services, job: records.Job, background: BackgroundTasks) -> JobOut:
-    """A job that was queued just now. The workers are told after the commit, and after the
-    answer: a broker that is down keeps nobody waiting, and the job, which is stored as queued,
-    waits for the reconciler."""
-    background.add_task(enqueue_job, services.celery, job.id, need_of(job.spec).device)
+def _queued(services: Services, job: records.Job) -> JobOut:
+    """A job that was queued just now, of which the commit had its workers told."""
     with services.database.reading() as session:
         return JobOut.with_queue(job, outlook(session, job))
 
@@ -400,15 +390,13 @@ def cancel_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) ->
     summary="Run a job again that failed or was cancelled",
     description="The same job is queued again, with all its runs and its whole time before it, and "
     "goes on from its last checkpoint, which is kept for an hour unless the installation says "
-    "otherwise. 409 if it succeeded (clone it) or has not ended.",
+    "otherwise. 409 if it succeeded (clone it), has not ended, or its model or dataset is deleted.",
 )
-def retry_job(
-    job_id: JobId, services: ServicesDep, principal: PrincipalDep, background: BackgroundTasks
-) -> JobOut:
+def retry_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> JobOut:
     with services.database.transaction() as session:
         job = store.retry_job(session, job_id, project_id=principal.project_id)
         access.record_action(session, principal.actor, "job.retried", job.id)
-    return _queued(services, job, background)
+    return _queued(services, job)
 
 
 @router.get(

@@ -51,7 +51,7 @@ from jobs.artifacts import open_store
 from jobs.db import Database
 from jobs.metrics import MetricsServer
 from jobs.nudges import EventPublisher, Notes, Teller
-from jobs.queue import enqueue_delivery, make_celery
+from jobs.queue import enqueue_delivery, enqueue_job, make_celery
 from jobs.settings import Settings
 
 MAX_JSON_BYTES = 1 << 20
@@ -136,6 +136,8 @@ def create_app(settings: Settings) -> FastAPI:
         publisher = None if settings.redis_url is None else EventPublisher(settings.redis_url)
 
         def tell_workers(notes: Notes) -> None:
+            for job_id, device in notes.queued:
+                enqueue_job(celery, job_id, device)
             for delivery_id in notes.deliveries:
                 enqueue_delivery(celery, delivery_id)
 

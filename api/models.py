@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Response
 from sqlalchemy.orm import Session
 
 from api.deps import After, Limit, PrincipalDep, ServicesDep
-from api.intake import Intake, Kind, upload
+from api.intake import Intake, Kind
 from api.schemas import Id, ModelOut, Page
-from api.uploads import FilenameQuery, NameQuery, upload_openapi
+from api.upload_routes import add_upload_routes
 from jobs import deletion, records, store
 from jobs.inspection import ModelInspection, inspect_model_upload
 
@@ -34,32 +34,17 @@ def _add(session: Session, intake: Intake[ModelInspection]) -> records.Model:
 
 MODEL = Kind("model", "/v1/models", inspect_model_upload, _add)
 
-
-_UPLOAD: dict[str, Any] = {
-    "status_code": 201,
-    "summary": "Upload a model",
-    "description": "A folder as .tar.gz, .tgz, .tar or .zip, or its single files. Hugging Face "
+add_upload_routes(
+    router,
+    MODEL,
+    ModelOut,
+    description="A folder as .tar.gz, .tgz, .tar or .zip, or its single files. Hugging Face "
     "(config.json, model.safetensors or pytorch_model.bin, vocab.txt or tokenizer.json) and "
     "PaddleNLP (config.json or model_config.json, model_state.pdparams or model.safetensors) "
     "layouts are read. The answer comes after the inspection: family, layers, heads, the widths "
     "that leave whole heads and neurons, labels.",
-    "openapi_extra": upload_openapi("model.tar.gz"),
-}
-
-
-@router.put("", **_UPLOAD)  # which `curl -T` sends
-@router.post("", **_UPLOAD)
-async def upload_model(
-    request: Request,
-    response: Response,
-    services: ServicesDep,
-    principal: PrincipalDep,
-    filename: FilenameQuery = None,
-    name: NameQuery = None,
-) -> ModelOut:
-    model = await upload(request, services, principal.actor, MODEL, filename=filename, name=name)
-    response.headers["Location"] = f"/v1/models/{model.id}"
-    return ModelOut.of(model)
+    example="model.tar.gz",
+)
 
 
 @router.get("", summary="Models, newest first")

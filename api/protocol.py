@@ -1,7 +1,8 @@
-"""Uvicorn's protocol, with a bound on what comes before a request's body.
+"""Uvicorn's protocol, with a bound on what comes between the bodies of requests.
 
-Its parser takes headers without an end, before anybody has shown a key. How slowly they
-may come is the proxy's to say (docker/nginx.conf).
+Its parser takes headers without an end, before anybody has shown a key, and what a chunked body has
+beside its bytes: extensions of its chunks, and trailers. How slowly they may come is the
+proxy's to say (docker/nginx.conf).
 """
 
 from __future__ import annotations
@@ -18,28 +19,31 @@ _REFUSAL = (
 
 
 class BoundedHeadProtocol(HttpToolsProtocol):
-    """431, and the end of the connection, once a head that has not ended is too long."""
+    """431 where nothing is being answered, and the end of the connection, once more has come than a
+    head may have without its end or a piece of a body."""
 
-    _head_bytes = 0
-    _in_head = True
+    _unread_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._in_head, self._head_bytes = True, 0
+        self._unread_bytes = 0
 
     def data_received(self, data: bytes) -> None:
+        self._unread_bytes += len(data)
         super().data_received(data)
-        if not self._in_head:
-            return
-        self._head_bytes += len(data)
-        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.transport.write(_REFUSAL)
+        if self._unread_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.write(_REFUSAL)
             self.transport.close()
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
-
     def on_headers_complete(self) -> None:
-        self._in_head = False
+        self._unread_bytes = 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unread_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unread_bytes = 0
+        super().on_message_complete()

@@ -94,6 +94,16 @@ class Out(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
 
+class Shown(Out):
+    """A record as it is: fields are its attributes, or name the one that they show."""
+
+    model_config = ConfigDict(from_attributes=True, protected_namespaces=())
+
+    @classmethod
+    def of(cls, record: object) -> Self:
+        return cls.model_validate(record)
+
+
 class Page(Out, Generic[T]):
     items: list[T]
     next: str | None = Field(description="Cursor of the next page; null on the last.")
@@ -264,7 +274,7 @@ class ClonePatch(RootModel[dict[str, Any]]):
     its default."""
 
 
-class QueueOut(Out):
+class QueueOut(Shown):
     """Where a job waits. Unknown figures are null."""
 
     device: Device
@@ -276,15 +286,6 @@ class QueueOut(Out):
         "device took; null until some have been measured."
     )
     warning: str | None = Field(description="Why it would wait without an end, as things are.")
-
-    @classmethod
-    def of(cls, outlook: Outlook) -> Self:
-        return cls(
-            device=outlook.device,
-            position=outlook.position,
-            estimated_start=outlook.estimated_start,
-            warning=outlook.warning,
-        )
 
 
 class JobErrorOut(Out):
@@ -480,14 +481,10 @@ class ProjectIn(BaseModel):
     name: Name
 
 
-class ProjectOut(Out):
+class ProjectOut(Shown):
     id: str
     name: str
     created_at: datetime
-
-    @classmethod
-    def of(cls, record: records.Project) -> Self:
-        return cls(id=record.id, name=record.name, created_at=record.created_at)
 
 
 _Bytes = Annotated[int, Field(ge=0, le=MAX_BYTES)]
@@ -521,7 +518,7 @@ class QuotasOut(Out):
     used: QuotasUsed
 
 
-class PastRetention(Out):
+class PastRetention(Shown):
     kind: str = Field(description="`artifact`, `model` or `dataset`.")
     id: str
     name: str
@@ -535,19 +532,7 @@ class RetentionOut(Out):
 
     @classmethod
     def of(cls, found: Sequence[Expired], *, days: float | None) -> Self:
-        return cls(
-            days=days,
-            items=[
-                PastRetention(
-                    kind=each.kind,
-                    id=each.id,
-                    name=each.name,
-                    size_bytes=each.size_bytes,
-                    since=each.since,
-                )
-                for each in found
-            ],
-        )
+        return cls(days=days, items=[PastRetention.of(each) for each in found])
 
 
 class KeyIn(BaseModel):
@@ -565,7 +550,7 @@ class KeyIn(BaseModel):
     )
 
 
-class KeyOut(Out):
+class KeyOut(Shown):
     """An API key's record; the key itself is kept nowhere."""
 
     id: str
@@ -576,29 +561,13 @@ class KeyOut(Out):
     last_used_at: datetime | None = Field(description="To the minute.")
     revoked_at: datetime | None
 
-    @classmethod
-    def of(cls, record: records.ApiKey) -> Self:
-        return cls(**cls._fields(record))
-
-    @staticmethod
-    def _fields(record: records.ApiKey) -> dict[str, Any]:
-        return {
-            "id": record.id,
-            "name": record.name,
-            "role": record.role,
-            "created_at": record.created_at,
-            "expires_at": record.expires_at,
-            "last_used_at": record.last_used_at,
-            "revoked_at": record.revoked_at,
-        }
-
 
 class KeyCreated(KeyOut):
     key: str = Field(description="Shown this once.")
 
     @classmethod
     def shown_once(cls, record: records.ApiKey, key: str) -> Self:
-        return cls(**cls._fields(record), key=key)
+        return cls(**KeyOut.of(record).model_dump(), key=key)
 
 
 class ProjectCreated(ProjectOut):
@@ -618,31 +587,19 @@ class MeOut(Out):
     is_operator: bool = Field(description="Whether this key may create projects.")
 
 
-class AuditEntryOut(Out):
+class AuditEntryOut(Shown):
     id: str
-    at: datetime
+    at: datetime = Field(validation_alias="created_at")
     key: str | None = Field(
+        validation_alias="key_id",
         description="Id of the key that did it; null for the service's host: its start or its "
-        "command line."
+        "command line.",
     )
     action: str = Field(examples=["job.created"])
     target: str = Field(description="Id of the record that it was done to.")
     details: Document
     request_id: str | None = Field(description="By which the request's log line is found.")
     client: str | None = Field(description="Address that the request came from.")
-
-    @classmethod
-    def of(cls, record: records.AuditEntry) -> Self:
-        return cls(
-            id=record.id,
-            at=record.created_at,
-            key=record.key_id,
-            action=record.action,
-            target=record.target,
-            details=record.details,
-            request_id=record.request_id,
-            client=record.client,
-        )
 
 
 class WebhookIn(BaseModel):
@@ -660,7 +617,7 @@ class WebhookIn(BaseModel):
     )
 
 
-class WebhookOut(Out):
+class WebhookOut(Shown):
     id: str
     url: str
     events: list[str]
@@ -671,32 +628,12 @@ class WebhookOut(Out):
     disabled_at: datetime | None = Field(description="From when on it is not called any more.")
     disabled_reason: str | None
 
-    @classmethod
-    def of(cls, record: records.Webhook) -> Self:
-        return cls(**cls._fields(record))
-
-    @staticmethod
-    def _fields(record: records.Webhook) -> dict[str, Any]:
-        return {
-            "id": record.id,
-            "url": record.url,
-            "events": record.events,
-            "created_at": record.created_at,
-            "failing_since": record.failing_since,
-            "disabled_at": record.disabled_at,
-            "disabled_reason": record.disabled_reason,
-        }
-
 
 class WebhookCreated(WebhookOut):
     secret: str = Field(
         description="For the libraries of Standard Webhooks, which check its signatures. Shown "
         "this once."
     )
-
-    @classmethod
-    def shown_once(cls, record: records.Webhook) -> Self:
-        return cls(**cls._fields(record), secret=record.secret)
 
 
 class DeliveryAttemptOut(Out):
@@ -706,30 +643,16 @@ class DeliveryAttemptOut(Out):
     milliseconds: int
 
 
-class DeliveryOut(Out):
+class DeliveryOut(Shown):
     id: str = Field(description="Also the message's `webhook-id`, the same at each attempt.")
     event: str
-    job: str
+    job: str = Field(validation_alias="job_id")
     event_number: int
     state: DeliveryState
     attempts: list[DeliveryAttemptOut] = Field(description="Oldest first; the newest 30.")
     next_attempt_at: datetime | None
     created_at: datetime
     ended_at: datetime | None
-
-    @classmethod
-    def of(cls, record: records.WebhookDelivery) -> Self:
-        return cls(
-            id=record.id,
-            event=record.event,
-            job=record.job_id,
-            event_number=record.event_number,
-            state=record.state,
-            attempts=record.attempts,
-            next_attempt_at=record.next_attempt_at,
-            created_at=record.created_at,
-            ended_at=record.ended_at,
-        )
 
 
 class Fault(Out):

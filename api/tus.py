@@ -28,12 +28,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import lies_below
 from api.datasets import DATASET
-from api.deps import PrincipalDep, Services, ServicesDep
+from api.deps import After, Limit, PrincipalDep, Services, ServicesDep
 from api.errors import ApiError, domain_problem
 from api.gathering import Writer
 from api.intake import take_in
 from api.models import MODEL
-from api.schemas import Id, UploadOut
+from api.schemas import Id, Page, UploadOut
 from api.uploads import (
     MAX_NAME_BYTES,
     UploadedFile,
@@ -114,6 +114,26 @@ def describe(services: ServicesDep, principal: PrincipalDep) -> Response:
             "Tus-Checksum-Algorithm": ",".join(CHECKSUMS),
         },
     )
+
+
+@router.get(
+    "",
+    summary="Unfinished resumable uploads, newest first",
+    description="Those that may go on: what was finished, refused, given up or has expired is not "
+    "among them. `offset` is what has arrived on the host that answers.",
+)
+def list_uploads(
+    services: ServicesDep, principal: PrincipalDep, after: After = None, limit: Limit = 50
+) -> Page[UploadOut]:
+    with services.database.reading() as session:
+        found = resumable.list_uploads(
+            session, project_id=principal.project_id, after=after, limit=limit + 1
+        )
+
+    def shown(upload: Upload) -> UploadOut:
+        return UploadOut.of(upload, offset=services.gathering.offset_now(upload.id), record=None)
+
+    return Page[UploadOut].of(found, limit, shown)
 
 
 @router.post(
@@ -382,7 +402,7 @@ async def _finish(services: Services, actor: Actor, upload: Upload, writer: Writ
         received.mkdir()
         path = received / upload.filename
         os.link(writer.file, path, follow_symlinks=False)
-        digest = await anyio.to_thread.run_sync(_sha256, path)
+        digest = await anyio.to_thread.run_sync(_sha256, path, limiter=services.storing)
         file = UploadedFile(upload.filename, path, upload.size_bytes, digest)
         try:
             await take_in(

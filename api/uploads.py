@@ -16,16 +16,14 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
-from fastapi import Query, Request
+from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from api.errors import ApiError
 from api.file_writer import FileWriter
-from api.schemas import Name
 from jobs.errors import StoreFull
 
 MAX_FILES = 64  # parts of one upload; a model folder has about ten
@@ -38,48 +36,6 @@ class UploadedFile:
     path: Path
     size_bytes: int
     sha256: str
-
-
-# --- what both routes of uploads say of themselves ------------------------------------------
-
-FilenameQuery = Annotated[
-    str | None,
-    Query(description="Name of the file in a raw body; multipart parts carry their own."),
-]
-NameQuery = Annotated[
-    Name | None, Query(description="A name to list it by; by default the file's.")
-]
-
-
-def upload_openapi(example: str) -> dict[str, Any]:
-    """The request body of an upload route: FastAPI does not read it and so cannot know it."""
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/octet-stream": {
-                    "schema": {
-                        "type": "string",
-                        "format": "binary",
-                        "description": f"One file; name it with ?filename={example}.",
-                    },
-                },
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["file"],
-                        "properties": {
-                            "file": {
-                                "type": "array",
-                                "items": {"type": "string", "format": "binary"},
-                                "description": "An archive, or the single files of one folder.",
-                            }
-                        },
-                    }
-                },
-            },
-        }
-    }
 
 
 # --- names ----------------------------------------------------------------------------------

@@ -5,13 +5,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Body, Path, Response
 
-from api.deps import After, Limit, PrincipalDep, ServicesDep
+from api.deps import After, Limit, PrincipalDep, Services, ServicesDep
 from api.schemas import DeliveryOut, Id, Page, WebhookCreated, WebhookIn, WebhookOut
-from jobs import access, webhooks
+from jobs import access, records, webhooks
+from jobs.access import Actor
 from jobs.webhook_signing import new_secret
-from jobs.webhook_targets import TargetRefused, TargetUnknown, addresses_of, parse_target
+from jobs.webhook_targets import (
+    Target,
+    TargetRefused,
+    TargetUnknown,
+    addresses_of,
+    parse_target,
+)
 
 router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
 WebhookId = Annotated[Id, Path(examples=["whk_3q2-7wAAQkSgMvUuTqBvxQ"])]
@@ -44,15 +52,24 @@ EXAMPLES: dict[str, Any] = {
     "messages may come in another order than what they tell. `secret` is shown in this answer and "
     "never again.",
 )
-def create_webhook(
+async def create_webhook(
     services: ServicesDep,
     principal: PrincipalDep,
     body: Annotated[WebhookIn, Body(openapi_examples=EXAMPLES)],
     response: Response,
 ) -> WebhookCreated:
+    # A host's own name server says how long its answer takes.
+    target = await to_thread.run_sync(_checked, services, body.url, limiter=services.lookups)
+    webhook = await to_thread.run_sync(_create, services, principal.actor, body, target)
+    response.headers["Location"] = f"/v1/webhooks/{webhook.id}"
+    response.headers["Cache-Control"] = "no-store"
+    return WebhookCreated.of(webhook)
+
+
+def _checked(services: Services, url: str) -> Target:
+    """For whoever mistypes: what counts is checked again each time it is called."""
     try:
-        target = parse_target(body.url)
-        # For whoever mistypes: what counts is checked again each time it is called.
+        target = parse_target(url)
         addresses_of(
             target,
             resolver=services.resolver,
@@ -61,25 +78,27 @@ def create_webhook(
     except (TargetRefused, TargetUnknown) as error:
         error.pointer = "/url"
         raise
+    return target
+
+
+def _create(services: Services, actor: Actor, body: WebhookIn, target: Target) -> records.Webhook:
     with services.database.transaction() as session:
         webhook = webhooks.add_webhook(
             session,
-            project_id=principal.project_id,
+            project_id=actor.project_id,
             url=body.url,
             events=body.events,
             secret=new_secret(),
         )
         access.record_action(
             session,
-            principal.actor,
+            actor,
             "webhook.created",
             webhook.id,
             host=target.authority,  # the rest may be a secret
             events=webhook.events,
         )
-    response.headers["Location"] = f"/v1/webhooks/{webhook.id}"
-    response.headers["Cache-Control"] = "no-store"
-    return WebhookCreated.shown_once(webhook)
+    return webhook
 
 
 @router.get("", summary="Webhooks, newest first")

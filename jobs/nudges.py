@@ -1,4 +1,5 @@
-"""What a commit leaves to be told: that a job has new events, that a webhook is to be called.
+"""What a commit leaves to be told: that a job waits for a worker or has new events, that a webhook
+is to be called.
 
 `store` notes it in the session, `Database.transaction` hands the notes over once they are
 committed, and a thread tells them, so that neither a run nor an answer waits for a queue that is
@@ -11,13 +12,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import redis
 import structlog
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy.orm import Session
+
+from jobs.devices import Device
 
 EVENTS_CHANNEL = "widthwise:events"
 _NOTES = "notes"
@@ -29,20 +32,27 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Notes:
-    """Ids of one transaction: of jobs that have new events, of webhook deliveries that are due."""
+    """Ids of one transaction: of jobs that have new events, of webhook deliveries that are due, and
+    of jobs that a user has queued, with whose queue they wait in."""
 
     jobs: frozenset[str] = frozenset()
     deliveries: frozenset[str] = frozenset()
+    queued: frozenset[tuple[str, Device]] = frozenset()
 
 
 def note_event(session: Session, job_id: str) -> None:
     notes = notes_of(session) or Notes()
-    session.info[_NOTES] = Notes(notes.jobs | {job_id}, notes.deliveries)
+    session.info[_NOTES] = replace(notes, jobs=notes.jobs | {job_id})
 
 
 def note_delivery(session: Session, delivery_id: str) -> None:
     notes = notes_of(session) or Notes()
-    session.info[_NOTES] = Notes(notes.jobs, notes.deliveries | {delivery_id})
+    session.info[_NOTES] = replace(notes, deliveries=notes.deliveries | {delivery_id})
+
+
+def note_queued(session: Session, job_id: str, device: Device) -> None:
+    notes = notes_of(session) or Notes()
+    session.info[_NOTES] = replace(notes, queued=notes.queued | {(job_id, device)})
 
 
 def notes_of(session: Session) -> Notes | None:

@@ -127,8 +127,8 @@ def make_celery(settings: Settings) -> Celery:
 
 
 def enqueue_job(app: Celery, job_id: str, device: Device = Device.CPU) -> bool:
-    """Nudges the workers that have the device. Call it after the commit. False if the queue cannot
-    be reached now: the job waits in the database until the next reconciliation."""
+    """Nudges the workers that have the device. False if the queue cannot be reached now: the job
+    waits in the database until the next reconciliation."""
     return _send(app, RUN_JOB, job_id, queue_of(device))
 
 

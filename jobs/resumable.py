@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from jobs.db import Database, now
 from jobs.errors import Gone, NotFound
-from jobs.paging import get_of_project
+from jobs.paging import get_of_project, page_of_project
 from jobs.records import Upload, new_id
 
 FOLDER = "uploads"
@@ -91,6 +91,22 @@ def get_upload(session: Session, id: str, *, project_id: str) -> Upload:
     if upload.expires_at <= now(session):
         raise Gone("upload", id, f"The upload {id!r} has expired; begin a new one.")
     return upload
+
+
+def list_uploads(
+    session: Session, *, project_id: str, after: str | None = None, limit: int = 50
+) -> list[Upload]:
+    """Those that go on: not finished, refused or expired. Newest first; `after` as everywhere."""
+    return page_of_project(
+        session,
+        Upload,
+        "upload",
+        project_id,
+        after,
+        limit,
+        Upload.finished_at.is_(None),
+        Upload.expires_at > now(session),
+    )
 
 
 def prolong(session: Session, id: str, *, lasts_seconds: float) -> Upload:

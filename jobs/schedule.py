@@ -1,8 +1,9 @@
 """Where a queued job stands, and when it may start.
 
-The estimate is what the plans predict for the jobs before it, corrected by what the last jobs on
-this device took against their own predictions, and shared out to the slots that workers announce.
-It takes a job of several GPUs for one of one. Unless all that is known, nothing is said.
+The estimate is what the plans predict for the jobs before it, or their time limits where these are
+shorter, corrected by what the last jobs on this device took against their own predictions, and
+shared out to the slots that workers announce. It takes a job of several GPUs for one of one. Unless
+all that is known, nothing is said.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from statistics import median
 
-from sqlalchemy import and_, select
+from sqlalchemy import and_, case, select
 from sqlalchemy.orm import Session
 
 from jobs import workers
@@ -24,6 +25,11 @@ from jobs.states import JobState
 
 COUNTED = 1000  # jobs ahead that are looked at; further back there is neither place nor time
 MEASURED = 20  # ended jobs whose times are taken
+HORIZON = timedelta(days=3650)  # what would start later is not known to start at all
+_EXPECTED = case(
+    (Job.time_limit_seconds < Job.predicted_seconds, Job.time_limit_seconds),
+    else_=Job.predicted_seconds,
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,8 @@ def outlook(session: Session, job: Job) -> Outlook | None:
 
 
 def _ahead(session: Session, device: Device, job: Job) -> list[float | None]:
-    """Predicted seconds of the jobs before it, in their order; COUNTED + 1 of them at most."""
-    queued = select(Job.predicted_seconds).where(Job.state == JobState.QUEUED, Job.device == device)
+    """Expected seconds of the jobs before it, in their order; COUNTED + 1 of them at most."""
+    queued = select(_EXPECTED).where(Job.state == JobState.QUEUED, Job.device == device)
     parts = (
         queued.where(Job.precedence < job.precedence),
         queued.where(Job.precedence == job.precedence, Job.created_at < job.created_at),
@@ -80,22 +86,22 @@ def _estimated_start(
 ) -> datetime | None:
     at = now(session)
     running = session.execute(
-        select(Job.predicted_seconds, Run.started_at)
+        select(_EXPECTED, Run.started_at)
         .join(Run, and_(Run.job_id == Job.id, Run.fence == Job.fence))
         .where(Job.state == JobState.RUNNING, Job.device == device)
     ).all()
     if not ahead and len(running) < slots:
         return at
     pace = _pace(session, device)
-    predicted = [seconds for seconds in (*(each[0] for each in running), *ahead) if seconds]
-    if pace is None or len(predicted) < len(running) + len(ahead):
+    expected = [seconds for seconds in (*(each[0] for each in running), *ahead) if seconds]
+    if pace is None or len(expected) < len(running) + len(ahead):
         return None
     left = [
         max(0.0, pace * seconds - (at - started_at).total_seconds())
-        for seconds, (_, started_at) in zip(predicted, running, strict=False)
+        for seconds, (_, started_at) in zip(expected, running, strict=False)
     ]
-    waits = wait_seconds(slots, left, (pace * seconds for seconds in predicted[len(running) :]))
-    return at + timedelta(seconds=waits)
+    waits = wait_seconds(slots, left, (pace * seconds for seconds in expected[len(running) :]))
+    return None if waits > HORIZON.total_seconds() else at + timedelta(seconds=waits)
 
 
 def wait_seconds(slots: int, running: Sequence[float], ahead: Iterable[float]) -> float:

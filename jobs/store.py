@@ -22,7 +22,7 @@ from jobs import quotas
 from jobs.db import now
 from jobs.devices import Device, Need, need_of
 from jobs.errors import Conflict, Gone, NotFound, StaleRun
-from jobs.nudges import note_event
+from jobs.nudges import note_event, note_queued
 from jobs.paging import get_of_project, page_of_project
 from jobs.records import (
     Artifact,
@@ -245,8 +245,9 @@ def create_job(
     priority: int = 0,
     time_limit_seconds: float | None = None,
 ) -> Job:
-    """A queued job with its first event. Call `queue.enqueue_job` after the commit. Of two jobs
-    in one queue the one with the higher `priority` comes first, then the older one.
+    """A queued job with its first event, of which workers are to be told after the commit
+    (jobs.nudges). Of two jobs in one queue the one with the higher `priority` comes first, then the
+    older one.
     QuotaExceeded where the project may not have one more."""
     quotas.check_job(session, project_id)
     _hold_for_job(session, model_id, dataset_id)
@@ -285,6 +286,7 @@ def create_job(
     session.add(job)
     session.flush()
     _add_event(session, job, "queued", {}, at)
+    note_queued(session, job.id, need_of(spec).device)
     return job
 
 
@@ -401,13 +403,21 @@ def request_cancel(session: Session, job_id: str, *, project_id: str) -> Job:
 
 def retry_job(session: Session, job_id: str, *, project_id: str) -> Job:
     """Queues a job that failed or was cancelled again, with all its runs and its whole time before
-    it; it goes on from its checkpoints, as long as they are kept. Call `queue.enqueue_job` after
-    the commit. Conflict if it succeeded ("job-succeeded") or has not ended ("job-not-finished")."""
+    it; it goes on from its checkpoints, as long as they are kept. Conflict if it succeeded
+    ("job-succeeded"), has not ended ("job-not-finished"), or its model or dataset was deleted
+    ("input-deleted"); QuotaExceeded as for a new job."""
+    job = get_job(session, job_id, project_id=project_id)
+    _check_retried(job)
+    # Its project, then what it needs, then itself: in the order in which others hold them.
+    quotas.check_job(session, project_id)
+    _hold_for_job(session, job.model_id, job.dataset_id)
+    try:
+        get_model(session, job.model_id, project_id=project_id)
+        get_dataset(session, job.dataset_id, project_id=project_id)
+    except Gone as error:
+        raise Conflict(f"The job cannot run again. {error.message}", code="input-deleted") from None
     job = _lock_of_project(session, job_id, project_id)
-    if job.state == JobState.SUCCEEDED:
-        raise Conflict("The job has succeeded; clone it to run it again.", code="job-succeeded")
-    if not job.state.is_final:
-        raise Conflict(f"The job is {job.state} already.", code="job-not-finished")
+    _check_retried(job)
     check_transition(job.state, JobState.QUEUED)
     at = now(session)
     job.state = JobState.QUEUED
@@ -418,7 +428,15 @@ def retry_job(session: Session, job_id: str, *, project_id: str) -> Job:
     job.retried_at = at
     job.device = need_of(job.spec).device
     _add_event(session, job, "queued", {"retry": True}, at)
+    note_queued(session, job.id, job.device)
     return job
+
+
+def _check_retried(job: Job) -> None:
+    if job.state == JobState.SUCCEEDED:
+        raise Conflict("The job has succeeded; clone it to run it again.", code="job-succeeded")
+    if not job.state.is_final:
+        raise Conflict(f"The job is {job.state} already.", code="job-not-finished")
 
 
 def _lock_of_project(session: Session, job_id: str, project_id: str) -> Job:

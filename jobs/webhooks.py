@@ -20,6 +20,7 @@ from typing import Any
 from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from jobs.blobs import hold_project
 from jobs.db import now
 from jobs.errors import Conflict, NotFound
 from jobs.nudges import note_delivery
@@ -56,6 +57,7 @@ def add_webhook(
     session: Session, *, project_id: str, url: str, events: Sequence[WebhookEvent], secret: str
 ) -> Webhook:
     """Conflict ("too-many-webhooks") where the project has as many as it may."""
+    hold_project(session, project_id)  # or two at once would not see each other
     count = select(func.count()).where(Webhook.project_id == project_id)
     if (session.scalar(count) or 0) >= MAX_WEBHOOKS:
         raise Conflict(

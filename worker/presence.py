@@ -10,6 +10,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from jobs import workers
 from jobs.db import Database
 
+_JOIN_SECONDS = 1.0  # it may be waiting for a silent database
+
 log = structlog.get_logger(__name__)
 
 
@@ -37,6 +39,8 @@ class Presence(threading.Thread):
 
     def end(self) -> None:
         self._end.set()
+        if self.ident is not None:
+            self.join(_JOIN_SECONDS)  # a sign of life that came last would announce the worker anew
         try:
             with self._database.transaction() as session:
                 workers.leave(session, self._worker)

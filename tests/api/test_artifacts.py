@@ -6,6 +6,8 @@ import base64
 import hashlib
 import random
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -14,7 +16,7 @@ import pytest
 from api.artifacts import content_disposition, matches, parse_range
 from api.errors import ApiError
 from jobs.states import JobState
-from tests.api.conftest import Service, assert_problem, serving
+from tests.api.conftest import Service, assert_problem, serving, wait_for
 from tests.services import free_port, nginx_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -232,6 +234,23 @@ def test_nginx_sends_the_bytes_as_the_documentation_has_it(tmp_path: Path) -> No
             key = next(iter(objects.rglob("model a.onnx"))).relative_to(objects)
             assert client.get(f"/objects/{key}").status_code == 404
             assert client.get(path + "?x=1", headers={"X-Accel-Redirect": "/objects/x"}).is_success
+
+
+def test_a_store_that_does_not_answer_holds_up_downloads_alone(
+    service: Service, artifact_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them at once than the service has threads."""
+    store, size, answers = service.services.store, service.services.store.size, threading.Event()
+    monkeypatch.setattr(store, "size", lambda key: size(key) if answers.wait(60) else None)
+    with ThreadPoolExecutor(50) as many:
+        asked = [many.submit(service.client.head, artifact_url) for _ in range(50)]
+        try:
+            waiting = service.services.storing
+            wait_for(lambda: waiting.borrowed_tokens == waiting.total_tokens)
+            assert service.client.get("/v1/me", timeout=10).status_code == 200
+        finally:
+            answers.set()
+        assert {each.result().status_code for each in asked} == {200}
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 1000])

@@ -184,6 +184,21 @@ def test_a_form_is_the_same_with_another_boundary(service: Service, tmp_path: Pa
         assert_problem(send("one", files), 422, "idempotency-key-reused")
 
 
+@pytest.mark.parametrize(
+    ("boundary", "body"), [(300 * "b", b""), ("b", b"--b\r\n\x00: x"), ("b", b"no form")]
+)
+def test_a_form_that_is_malformed_is_refused_as_without_a_key(
+    service: Service, boundary: str, body: bytes
+) -> None:
+    form = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    told = [
+        service.client.post("/v1/models", content=body, headers=form | key)
+        for key in ({}, {"Idempotency-Key": f"malformed-{len(boundary)}-{len(body)}"})
+    ]
+    assert told[0].status_code == 400
+    assert told[0].json() == told[1].json()
+
+
 def test_an_upload_that_was_cut_off_leaves_the_key_free(service: Service, upload: bytes) -> None:
     key, path = str(uuid4()), "/v1/models?filename=tiny.tar.gz"
     answer = service.client.post(path, content=upload[:2000], headers=named(key))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 from typing import Any
 
 import httpx
@@ -169,6 +170,17 @@ def test_a_dead_broker_does_not_lose_the_job(tmp_path: Any) -> None:
         assert problem["checks"]["database"] == problem["checks"]["store"] == "ok"
         assert problem["checks"]["broker"] != "ok"
         assert "127.0.0.1" not in problem["detail"]
+
+
+def test_a_silent_broker_keeps_nobody_waiting(tmp_path: Any) -> None:
+    """One that takes connections and says nothing; more jobs than the service has threads."""
+    with socket.create_server(("127.0.0.1", 0), backlog=200) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        with serving(tmp_path / "data", broker_url=url, rate_limit_per_minute=0) as service:
+            job_ids = {service.new_job() for _ in range(50)}
+            assert service.client.get("/v1/me", timeout=5).status_code == 200
+            listed = service.client.get("/v1/jobs?limit=50", timeout=5).json()["items"]
+            assert {job["id"] for job in listed} == job_ids
 
 
 def test_pages_hold_every_job_once_newest_first(service: Service) -> None:

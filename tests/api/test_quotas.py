@@ -80,10 +80,22 @@ def test_a_project_with_no_room_for_more_is_told_before_it_sends(
 def test_no_more_jobs_than_may_wait(service: Service) -> None:
     job_id = service.new_job()
     queued = service.client.get(PATH).json()["used"]["queued_jobs"]
+    create, clone, retry = "/v1/jobs", f"/v1/jobs/{job_id}/clone", f"/v1/jobs/{job_id}/retry"
     limit(service, queued_jobs=queued)
-    assert_over(service.client.post("/v1/jobs", json=service.job_body()), "queued_jobs", 403)
+    for path, body in ((create, service.job_body()), (clone, {})):
+        assert_over(service.client.post(path, json=body), "queued_jobs", 403)
     assert service.client.post(f"/v1/jobs/{job_id}/cancel").status_code == 202
     service.new_job()
+    assert_over(service.client.post(retry), "queued_jobs", 403)
+    limit(service, bytes=0)
+    for path, body in ((create, service.job_body()), (clone, {}), (retry, None)):
+        assert_over(service.client.post(path, json=body), "bytes", 507)
+    documented = service.client.get("/openapi.json").json()["paths"]
+    for path in (create, clone, retry):
+        operation = documented[path.replace(job_id, "{job_id}")]["post"]
+        assert {"403", "507"} <= set(operation["responses"])
+    limit(service)
+    assert service.client.post(retry).status_code == 202
 
 
 def test_quotas_are_the_operators_to_set(service: Service) -> None:

@@ -114,18 +114,38 @@ def test_a_length_that_is_too_large_is_refused_before_the_body(service: Service)
     assert b"connection: close" in answer.lower()
 
 
-def test_a_head_without_an_end_is_refused(service: Service) -> None:
-    for endless in (b"X-Filler: " + b"x" * 1000 + b"\r\n", b"x" * 1000):
-        with _connection(service) as connection:
-            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: ")
-            sent = 0
-            try:
-                while sent < 100 * MAX_HEAD_BYTES:
-                    sent += connection.send(endless)
-                    time.sleep(0.0002)
-            except OSError:
-                pass  # it has hung up
-            assert sent < 100 * MAX_HEAD_BYTES
+FILLERS = (b"X-Filler: " + b"x" * 1000 + b"\r\n", b"x" * 1000)
+
+
+def _assert_hangs_up(connection: socket.socket, endless: bytes) -> None:
+    sent = 0
+    try:
+        while sent < 100 * MAX_HEAD_BYTES:
+            sent += connection.send(endless)
+            time.sleep(0.0002)
+    except OSError:
+        return
+    pytest.fail(f"it has taken {sent} bytes")
+
+
+@pytest.mark.parametrize("endless", FILLERS)
+def test_a_head_without_an_end_is_refused(service: Service, endless: bytes) -> None:
+    with _connection(service) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: ")
+        _assert_hangs_up(connection, endless)
+    assert service.client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("endless", FILLERS)
+@pytest.mark.parametrize("beside", [b"0\r\nX-Long: ", b"1;long="], ids=["trailer", "extension"])
+def test_a_chunked_body_has_little_beside_its_bytes(
+    service: Service, beside: bytes, endless: bytes
+) -> None:
+    """Which the parser gathers, and the time for a body gives a minute for."""
+    with _connection(service) as connection:
+        _send_head(connection, service, "/v1/keys", "Transfer-Encoding: chunked")
+        connection.sendall(b"1\r\n{\r\n" + beside)
+        _assert_hangs_up(connection, endless)
     assert service.client.get("/healthz").status_code == 200
 
 

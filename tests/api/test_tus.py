@@ -320,6 +320,30 @@ def test_expired_uploads_are_gone_and_swept(service: Service, content: bytes) ->
     assert offset_of(service.client, living) == 10
 
 
+def test_uploads_that_may_go_on_are_listed(service: Service, content: bytes) -> None:
+    """Page by page, newest first, and no other."""
+    client = service.as_key(
+        service.new_key(Role.SUBMITTER, project_id=service.new_project()).secret
+    )
+    begun = [begin(client, len(content), name=f"number {n}") for n in range(6)]
+    finished, refused, given_up, expired, receiving, untouched = begun
+    assert send(client, finished, 0, content).status_code == 204
+    assert send(client, refused, 0, b"x" * len(content)).status_code == 422
+    assert client.delete(given_up, headers=TUS).status_code == 204
+    with service.services.database.transaction() as session:
+        mine = Upload.id == expired.rpartition("/")[2]
+        session.execute(update(Upload).where(mine).values(expires_at=now(session)))
+    send(client, receiving, 0, content[:10])
+
+    first = client.get("/v1/uploads?limit=1").json()
+    assert [each["name"] for each in first["items"]] == ["number 5"]
+    rest = client.get("/v1/uploads", params={"after": first["next"]}).json()
+    assert rest == {"items": [client.get(receiving).json()], "next": None}
+    assert [(each["state"], each["offset"]) for each in rest["items"]] == [("receiving", 10)]
+    assert client.delete(untouched, headers=TUS).status_code == 204
+    assert client.get("/v1/uploads").json()["items"] == rest["items"]
+
+
 # --- cut off anywhere -----------------------------------------------------------------------
 
 

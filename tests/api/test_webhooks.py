@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,32 @@ def test_a_webhook_is_made_shown_and_deleted(service: Service) -> None:
     assert (deleted.status_code, deleted.content) == (204, b"")
     for again in (service.client.delete(path), service.client.get(path)):
         assert_problem(again, 404, "not-found")
+
+
+def test_a_slow_name_server_holds_up_new_webhooks_alone(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner may be the one who asks; more of them at once than the service has threads."""
+    resolve, answers = socket.getaddrinfo, threading.Event()
+
+    def slow(host: str, *more: Any, **named: Any) -> Any:
+        if host != "slow.example":
+            return resolve(host, *more, **named)
+        answers.wait(60)
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    url = {"url": "https://slow.example/"}
+    with ThreadPoolExecutor(50) as many:
+        asked = [many.submit(service.client.post, "/v1/webhooks", json=url) for _ in range(50)]
+        try:
+            waiting = service.services.lookups
+            wait_for(lambda: waiting.borrowed_tokens == waiting.total_tokens)
+            assert service.client.get("/v1/me", timeout=10).status_code == 200
+        finally:
+            answers.set()
+        for each in asked:
+            assert_problem(each.result(), 422, "webhook-host-unknown")
 
 
 def test_by_default_the_ends_of_jobs_are_told(webhook: dict[str, Any]) -> None:

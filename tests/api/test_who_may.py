@@ -34,6 +34,7 @@ ROLES: dict[tuple[str, str], Role] = {
     ("GET", "/v1/datasets/{dataset_id}"): VIEWER,
     ("DELETE", "/v1/datasets/{dataset_id}"): SUBMITTER,
     ("OPTIONS", "/v1/uploads"): VIEWER,
+    ("GET", "/v1/uploads"): VIEWER,
     ("POST", "/v1/uploads"): SUBMITTER,
     ("GET", "/v1/uploads/{upload_id}"): VIEWER,
     ("PATCH", "/v1/uploads/{upload_id}"): SUBMITTER,
@@ -255,6 +256,7 @@ def test_another_projects_key_finds_nothing(house: House, method: str, path: str
     [
         ("models", "model_id"),
         ("datasets", "dataset_id"),
+        ("uploads", "upload_id"),
         ("profiles", "profile_id"),
         ("jobs", "job_id"),
         ("keys", "key_id"),

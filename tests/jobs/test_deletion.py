@@ -46,6 +46,11 @@ def delete_model(database: Database, model_id: str, actor: Actor = ACTOR) -> Non
         deletion.delete_model(session, actor, model_id)
 
 
+def retry(database: Database, job_id: str) -> None:
+    with database.transaction() as session:
+        store.retry_job(session, job_id, project_id=DEFAULT_PROJECT)
+
+
 def age(database: Database, *, days: float) -> None:
     """Everything that is there was so long ago."""
     with database.transaction() as session:
@@ -88,6 +93,10 @@ def test_what_a_job_needs_is_not_deleted(
         assert len(store.list_datasets(session, project_id=DEFAULT_PROJECT)) == 1
     with pytest.raises(Gone):
         delete_model(database, job.model_id)
+    with pytest.raises(Conflict, match="cannot run again") as refused:
+        retry(database, job.id)
+    assert refused.value.code == "input-deleted"
+    assert job_of(database, job.id).state == JobState.FAILED
     collect(database, objects, tmp_path)
     assert not objects.exists(claim.model_files[0]["key"])
     assert objects.exists(claim.dataset_files[0]["key"])
@@ -196,7 +205,10 @@ def test_retention_by_hand_lists_before_it_deletes(
         get_settings.cache_clear()
 
 
-def test_a_job_that_is_being_created_wins_or_loses_against_a_deletion(database: Database) -> None:
+@pytest.mark.parametrize("how", ["created", "retried"])
+def test_a_job_that_is_being_queued_wins_or_loses_against_a_deletion(
+    database: Database, how: str
+) -> None:
     """Many times at once: never a queued job with a deleted model."""
     for _ in range(10):
         job = job_of(database, seed_job(database))
@@ -204,18 +216,21 @@ def test_a_job_that_is_being_created_wins_or_loses_against_a_deletion(database: 
             store.request_cancel(session, job.id, project_id=DEFAULT_PROJECT)
         start = threading.Barrier(2)
 
-        def create(job: Job = job, start: threading.Barrier = start) -> None:
+        def queue(job: Job = job, start: threading.Barrier = start) -> None:
             start.wait()
             try:
+                if how == "retried":
+                    retry(database, job.id)
+                    return
                 with database.transaction() as session:
                     store.create_job(
                         session, project_id=DEFAULT_PROJECT, name="j", model_id=job.model_id,
                         dataset_id=job.dataset_id, spec={},
                     )  # fmt: skip
-            except NotFound:
+            except (NotFound, Conflict):
                 return
 
-        thread = threading.Thread(target=create)
+        thread = threading.Thread(target=queue)
         thread.start()
         start.wait()
         try:

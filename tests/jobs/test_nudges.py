@@ -10,6 +10,7 @@ import redis
 
 from jobs import store
 from jobs.db import Database
+from jobs.devices import Device
 from jobs.nudges import EVENTS_CHANNEL, EventPublisher, Notes, Teller
 from jobs.records import DEFAULT_PROJECT
 from tests.seeds import seed_job
@@ -27,7 +28,8 @@ def test_events_are_told_after_their_commit_and_not_without_it(url: str) -> None
     told: list[Notes] = []
     database = Database(url, after_commit=told.append)
     job_id = seed_job(database)
-    assert told == [Notes(jobs=frozenset({job_id}))]
+    queued = Notes(jobs=frozenset({job_id}), queued=frozenset({(job_id, Device.CPU)}))
+    assert told == [queued]
     with pytest.raises(ZeroDivisionError), database.transaction() as session:
         store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
         raise ZeroDivisionError
@@ -37,7 +39,10 @@ def test_events_are_told_after_their_commit_and_not_without_it(url: str) -> None
     with database.transaction() as session:
         store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
         assert len(told) == 1
-    assert told[1:] == told[:1]
+    assert told[1:] == [Notes(jobs=frozenset({job_id}))]
+    with database.transaction() as session:
+        store.retry_job(session, job_id, project_id=DEFAULT_PROJECT)
+    assert told[2:] == [queued]
     database.close()
 
 

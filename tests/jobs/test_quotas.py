@@ -34,6 +34,11 @@ def claim(database: Database, job_id: str) -> Claim | None:
         return store.claim_job(session, job_id, worker="w", lease_seconds=600, max_runs=3)
 
 
+def retry(database: Database, job_id: str) -> None:
+    with database.transaction() as session:
+        store.retry_job(session, job_id, project_id=DEFAULT_PROJECT)
+
+
 def add_upload(database: Database, size_bytes: int) -> str:
     with database.transaction() as session:
         return resumable.add_upload(
@@ -89,12 +94,21 @@ def test_no_more_jobs_are_queued_than_may_be(database: Database) -> None:
     limit(database, queued_jobs=1)
     with pytest.raises(QuotaExceeded, match="1 queued jobs"):
         seed_job(database)
-    assert claim(database, first) is not None
+    held = claim(database, first)
+    assert held is not None
     seed_job(database)  # there is room again
+    with database.transaction() as session:
+        store.request_cancel(session, first, project_id=DEFAULT_PROJECT)
+        store.finish_job(session, held, JobState.CANCELLED)
+    with pytest.raises(QuotaExceeded, match="1 queued jobs"):
+        retry(database, first)
     limit(database, queued_jobs=None, bytes=100)
     add_upload(database, 100)
-    with pytest.raises(QuotaExceeded, match="100 bytes"):
-        seed_job(database)
+    for again in (lambda: seed_job(database), lambda: retry(database, first)):
+        with pytest.raises(QuotaExceeded, match="100 bytes"):
+            again()
+    limit(database, bytes=None)
+    retry(database, first)
 
 
 def test_a_project_at_its_quota_waits_and_others_do_not(database: Database) -> None:

@@ -131,6 +131,23 @@ def test_a_start_is_estimated_from_what_jobs_took(database: Database) -> None:
     assert starts_in(database, second) == pytest.approx(18, abs=1)
 
 
+def test_a_job_without_an_end_hides_no_start_but_those_behind_it(database: Database) -> None:
+    """What a plan predicts is bounded by the job's time limit, and a date by the calendar."""
+    announce(database)
+    measure(database, 100)
+    endless = job(database, predicted=1e300, time_limit_seconds=60)
+    behind = job(database)
+    assert starts_in(database, endless) == pytest.approx(0, abs=1)
+    assert starts_in(database, behind) == pytest.approx(60, abs=1)
+    start(database, endless, ago=20)
+    assert starts_in(database, behind) == pytest.approx(40, abs=1)
+    with database.transaction() as session:
+        session.execute(update(Job).values(time_limit_seconds=None))  # as of older versions
+    assert starts_in(database, behind) is None
+    place = look(database, behind)
+    assert place is not None and place.position == 1
+
+
 @pytest.mark.parametrize(
     ("need", "missing"),
     [
