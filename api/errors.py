@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Scope
 
-from compression.errors import CompressionError
+from compression.errors import CompressionError, without_consequences
 from jobs.errors import (
     Conflict,
     Gone,
@@ -226,16 +226,7 @@ def _entry(error: Mapping[str, Any]) -> dict[str, str]:
 
 async def _on_invalid_request(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    faults = [
-        fault
-        for fault in error.errors()
-        # A list that lost its broken items is "too short" only because of them.
-        if fault["type"] != "too_short"
-        or not any(
-            other["loc"][: len(fault["loc"])] == fault["loc"] != other["loc"]
-            for other in error.errors()
-        )
-    ]
+    faults = without_consequences(error.errors())
     if any(fault["type"] == "json_invalid" for fault in faults):
         reason = faults[0].get("ctx", {}).get("error", "")
         return problem(

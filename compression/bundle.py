@@ -61,6 +61,7 @@ from compression.report import (
 from compression.selection import FORMAT_NAMES
 from compression.signing import sign
 from compression.spec import (
+    INT8_FORMATS,
     SERVED_FORMATS,
     Format,
     LatencySetting,
@@ -265,7 +266,7 @@ def model_card(facts: BundleFacts) -> str:
         _baseline_words(teacher, metric),
         "The largest logit difference is between the file, reloaded in a fresh process, and the "
         "supernet it was cut from; a format above its tolerance is not in this bundle.",
-        *_int8_words(subnetwork.formats, metric),
+        *_rounded_words(subnetwork.formats, metric),
         *_missing_formats(subnetwork.formats),
         "## How it was made",
         *_steps(facts),
@@ -599,8 +600,8 @@ def _missing_formats(formats: Sequence[FormatReport]) -> list[str]:
     ]
 
 
-def _int8_words(formats: Sequence[FormatReport], metric: str) -> list[str]:
-    """Of each published format in int8: what it is worth itself, and what it left in fp32."""
+def _rounded_words(formats: Sequence[FormatReport], metric: str) -> list[str]:
+    """Of each published format that rounds: what it is worth itself, and what it left in fp32."""
     return [
         f"{FORMAT_NAMES[report.format]} rounds, so it is judged by its own answers: {metric} on "
         f"dev {_figure(report.accuracy)}, and {_share(report.flipped)} of the answers differ from "
@@ -609,6 +610,9 @@ def _int8_words(formats: Sequence[FormatReport], metric: str) -> list[str]:
             f"Left in fp32: {', '.join(_code(part) for part in report.fp32_parts)}."
             if report.fp32_parts
             else "All its products and tables are in int8 but the classifier."
+            if report.format in INT8_FORMATS
+            else "It is meant for GPUs; all that is told of it here was computed on the CPU, which "
+            "has no kernels for most of it and computes that in fp32 between two roundings."
         )
         for report in formats
         if report.published and report.flipped is not None

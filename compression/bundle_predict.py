@@ -30,6 +30,7 @@ RUNTIMES = {
     "onnx": "onnxruntime",
     "onnx-int8-dynamic": "onnxruntime",
     "onnx-int8-static": "onnxruntime",
+    "onnx-fp16": "onnxruntime",
     "paddle": "paddle",
 }
 PACKAGES = {"paddle": "paddlepaddle"}  # where the package to install has another name

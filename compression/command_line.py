@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from compression.checkpoint import FOLDER as CHECKPOINTS
@@ -34,6 +35,7 @@ from compression.errors import (
     InvalidDataset,
     InvalidSpec,
     SigningKeyRefused,
+    without_consequences,
 )
 from compression.manifest import schema_bytes
 from compression.report import (
@@ -49,7 +51,7 @@ from compression.report import (
 from compression.runtime_env import cpu_vendor, training_environment
 from compression.selection import SHOWN_CONFIDENCE, reselect
 from compression.signing import key_id, new_key, read_private_key, read_public_key
-from compression.spec import INT8_FORMATS, ConstraintSpec, Spec
+from compression.spec import ROUNDED_FORMATS, ConstraintSpec, Spec
 from compression.verify import NoBundle, verify_bundle
 
 INTERRUPTED = 3  # exit status
@@ -108,7 +110,7 @@ def table(report: CompressionReport) -> str:
             chosen = candidate and network.selected and fmt.format == report.selection.format
             accuracy, drop = on_dev(network, fmt)
             speedup = fmt.speedup
-            if speedup is None and fmt.format not in INT8_FORMATS:  # the teacher against itself
+            if speedup is None and fmt.format not in ROUNDED_FORMATS:  # the teacher against itself
                 speedup = 1.0
             lines.append(
                 f"{name:>{room}} {fmt.format:>17} {network.parameters / 1e6:>7.1f}M "
@@ -131,7 +133,7 @@ def on_dev(
     if fmt.accuracy is not None:
         return fmt.accuracy, fmt.accuracy_drop
     if isinstance(network, TeacherReport):
-        return (None, None) if fmt.format in INT8_FORMATS else (network.accuracy, 0.0)
+        return (None, None) if fmt.format in ROUNDED_FORMATS else (network.accuracy, 0.0)
     return network.accuracy, network.accuracy_drop
 
 
@@ -185,7 +187,14 @@ def read_spec(path: Path | None) -> Spec:
         document = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as YAML or JSON: {error}") from None
-    return Spec.model_validate({} if document is None else document)
+    try:
+        return Spec.model_validate({} if document is None else document)
+    except ValidationError as error:
+        told = (
+            f"/{'/'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in without_consequences(error.errors())
+        )
+        raise ValueError(f"{path}: {'; '.join(told)}") from None
 
 
 def with_profile(spec: Spec, path: Path | None) -> tuple[Spec, DeviceProfile | None]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Fault = TypeVar("Fault", bound=Mapping[str, Any])
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,21 @@ class CompressionError(Exception):
         self.pointer = pointer
         if code is not None:
             self.code = code
+
+
+def without_consequences(faults: Sequence[Fault]) -> list[Fault]:
+    """Those of pydantic's `ValidationError.errors()` that say what to mend.
+
+    A list that lost its broken items is "too short" only because of them.
+    """
+
+    def is_consequence(fault: Fault) -> bool:
+        own = fault["loc"]
+        return fault["type"] == "too_short" and any(
+            other["loc"][: len(own)] == own != other["loc"] for other in faults
+        )
+
+    return [fault for fault in faults if not is_consequence(fault)]
 
 
 class Interrupted(Exception):

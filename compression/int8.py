@@ -1,4 +1,4 @@
-"""The gate of int8 files: what each answers on dev, and what stays in fp32 where that is too bad.
+"""The gate of files that round: what each answers on dev, and what stays in fp32 then.
 
 int8 moves logits by tenths, so they are not compared one by one, as fp32's are: a file is
 judged by its own accuracy and by the share of answers that it flips against the sub-network
@@ -20,6 +20,7 @@ from compression.constraints import TOLERANCE_DIGITS
 from compression.errors import ExportFailed
 from compression.evaluate import drop_intervals, resampled_metric
 from compression.export import Exported, Int8Source, served_logits
+from compression.export.base import Exporter
 from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.report import FormatReport, Intervals
 from compression.spec import Format, Int8Spec
@@ -46,6 +47,7 @@ class Judge:
     pad_token_id: int
     folder: Path
     confidence: float | None = None
+    called: str = "int8"  # how the files round
 
     def __call__(self, files: Exported) -> Verdict:
         """Runs the file on dev in a fresh process. ExportFailed where it cannot be run."""
@@ -153,12 +155,11 @@ def flipped_share(task: Task, found: Predictions, expected: Predictions, data: E
     return sum(one != another for one, another in zip(own, other, strict=True)) / max(len(own), 1)
 
 
-def pass_gate(
-    exporter: OnnxInt8Exporter, files: Exported, judge: Judge, source: Int8Source
-) -> Outcome:
+def pass_gate(exporter: Exporter, files: Exported, judge: Judge, source: Int8Source) -> Outcome:
     """Judges the file; where the judge is not content, puts its worst parts back into fp32.
 
-    Where that fails, the file with all parts in int8 stands for itself.
+    Where that fails, the file with all parts in int8 stands for itself. Of fp16 no parts are put
+    back: it is as near as it can be.
     """
     try:
         verdict = judge(files)
@@ -166,6 +167,8 @@ def pass_gate(
         return Outcome(None, error=failure.message)
     if judge.is_content_with(verdict):
         return Outcome(verdict)
+    if not isinstance(exporter, OnnxInt8Exporter):
+        return Outcome(verdict, error=_refusal(judge, [(verdict, ())], 0))
     try:
         return _with_worst_in_fp32(exporter, files, judge, source, verdict)
     except ExportFailed as failure:
@@ -217,7 +220,8 @@ def _refusal(
         if parts
         else ""
     )
-    return f"int8 {what.format(first.flipped)}, more than {judge.spec.max_flipped:.1%}{still}"
+    allowed = f"{judge.spec.max_flipped:.1%}"
+    return f"{judge.called} {what.format(first.flipped)}, more than {allowed}{still}"
 
 
 def growing(order: Sequence[str], *, share: float) -> Iterator[tuple[str, ...]]:

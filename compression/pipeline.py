@@ -65,7 +65,6 @@ from compression.export import (
     served_bytes,
     verify,
 )
-from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.fingerprint import fingerprint
 from compression.importance import measure_importance
 from compression.int8 import (
@@ -121,12 +120,15 @@ from compression.sampling import Sandwich
 from compression.search import Found, search, space_of, with_gain
 from compression.search_space import SearchSpace
 from compression.spec import (
+    FP16_GATE,
     INT8_FORMATS,
+    ROUNDED_FORMATS,
     SERVED_FORMATS,
     DistillationSpec,
     Format,
     Spec,
     fp32_format,
+    gate_of,
 )
 from compression.supernet import FULL, Subnetwork, extract_weights, subnetwork_of
 from compression.tables import Columns, profile, read_splits, shared_rows
@@ -281,7 +283,7 @@ def compress(
         for i, (subnetwork, own_drops) in enumerate(
             zip(subnetworks, drops_within, strict=True), start=1
         ):
-            in_int8 = pass_int8_gate(
+            rounded = pass_rounding_gate(
                 job,
                 exported[subnetwork.name],
                 int8.get(subnetwork.name),
@@ -295,7 +297,7 @@ def compress(
                 supernet,
                 subnetwork,
                 exported[subnetwork.name],
-                in_int8,
+                rounded,
                 artifacts,
                 run_dir / "work",
             )
@@ -1144,13 +1146,14 @@ def pass_parity_gate(
     supernet: Encoder,
     subnetwork: Subnetwork,
     exported: Mapping[Format, Exported],
-    in_int8: Mapping[Format, Outcome],
+    rounded: Mapping[Format, Outcome],
     artifacts: Path,
     work: Path,
 ) -> list[FormatReport]:
     """Compares each format, reloaded in a fresh process, with the supernet on dev rows.
 
-    Of int8 formats, whose own gate `in_int8` tells of, logits must only be finite and as many.
+    Of formats that round, whose own gate `rounded` tells of, logits must only be finite and as
+    many.
     """
     rows = job.own["dev"].take(range(min(PARITY_ROWS, len(job.own["dev"]))))
     folder = work / "parity" / subnetwork.name
@@ -1160,7 +1163,7 @@ def pass_parity_gate(
     np.savez(reference, logits=padded_logits(predict(supernet, rows, subnetwork=subnetwork)))
     reports = []
     for fmt, files in exported.items():
-        parity, outcome = None, in_int8.get(fmt)
+        parity, outcome = None, rounded.get(fmt)
         tolerance = PARITY_TOLERANCE if outcome is None else None
         if outcome is not None and outcome.error is not None:
             files = dataclasses.replace(files, error=outcome.error)
@@ -1179,17 +1182,19 @@ def pass_parity_gate(
             rows=len(rows),
             tolerance=tolerance,
         )
-        reports.append(report if outcome is None else outcome.told(report, job.spec.export.int8))
+        reports.append(
+            report if outcome is None else outcome.told(report, gate_of(fmt, job.spec.export.int8))
+        )
     return reports
 
 
 def int8_sources(job: Job, names: Sequence[str], folder: Path) -> dict[str, Int8Source]:
     """What int8 formats are made from, by sub-network; calibration is a seeded sample of train.
 
-    Empty where the spec asks for no int8.
+    Of fp16 the folder alone is used. Empty where the spec asks for neither.
     """
     asked = {*job.spec.export.formats, *job.spec.baselines}
-    if asked.isdisjoint(INT8_FORMATS):
+    if asked.isdisjoint(ROUNDED_FORMATS):
         return {}
     sample = np.random.default_rng([job.spec.seed, 4]).permutation(len(job.splits["train"]))
     sample = sample[: job.spec.export.int8.calibration_rows]
@@ -1205,7 +1210,7 @@ def int8_sources(job: Job, names: Sequence[str], folder: Path) -> dict[str, Int8
     return sources
 
 
-def pass_int8_gate(
+def pass_rounding_gate(
     job: Job,
     exported: Mapping[Format, Exported],
     source: Int8Source | None,
@@ -1215,7 +1220,7 @@ def pass_int8_gate(
     teacher_accuracy: float,
     teacher_resampled: np.ndarray,
 ) -> dict[Format, Outcome]:
-    """What became of each int8 format; a file may hold parts in fp32 afterwards.
+    """What became of each format that rounds; one in int8 may hold parts in fp32 afterwards.
 
     `expected`: the sub-network's logits of dev, `own_drops`: the points that they lose.
     """
@@ -1240,11 +1245,12 @@ def pass_int8_gate(
         folder=source.folder,
     )
     outcomes = {}
+    in_fp16 = dataclasses.replace(judge, spec=FP16_GATE, max_drop=None, called="fp16")
     for fmt, files in exported.items():
-        exporter = EXPORTERS[fmt]
-        if isinstance(exporter, OnnxInt8Exporter):
+        if fmt in ROUNDED_FORMATS:
+            own = judge if fmt in INT8_FORMATS else in_fp16
             outcomes[fmt] = (
-                pass_gate(exporter, files, judge, source)
+                pass_gate(EXPORTERS[fmt], files, own, source)
                 if files.error is None
                 else Outcome(None, error=files.error)
             )
@@ -1260,13 +1266,13 @@ def judge_baselines(
     teacher_accuracy: float,
     teacher_resampled: np.ndarray,
 ) -> tuple[dict[Format, Exported], dict[Format, Verdict]]:
-    """What the teacher's int8 files answer on dev, against itself in fp32 (`expected`).
+    """What the teacher's files that round answer on dev, against itself in fp32 (`expected`).
 
     Nothing is chosen of them, so nothing is withheld; one that cannot be run gets that error.
     """
     found, verdicts = dict(files), {}
     for fmt, own in files.items():
-        if fmt not in INT8_FORMATS or own.error is not None or source is None:
+        if fmt not in ROUNDED_FORMATS or own.error is not None or source is None:
             continue
         judge = Judge(
             task=job.task,
@@ -1316,7 +1322,7 @@ def measure_latency(
     """Latency of every published served file and of the teacher, by "sub-network/format".
 
     In every setting of the spec; speed-ups are against the teacher in the same runtime, in fp32:
-    what int8 gains is part of them, as it is all of an int8 teacher's own.
+    what rounding gains is part of them, as it is all of a rounded teacher's own.
     """
     served = {
         f"{TEACHER}/{fmt}": latency.Served(fmt, files.folder)
@@ -1391,7 +1397,7 @@ def judged_on_test(
 ) -> tuple[list[SubnetworkReport], tuple[str, ...]]:
     """The reports with the selected one's figures of test, and what kept it from having any."""
     try:
-        in_int8 = int8_on_test(job, chosen, artifacts, work)
+        rounded = rounded_on_test(job, chosen, artifacts, work)
     except ExportFailed as failure:  # test chooses nothing: the job stands without it
         where = f"{chosen.subnetwork} in {chosen.format}"
         return list(reports), (f"{where} was not judged on test: {failure.message}",)
@@ -1401,19 +1407,19 @@ def judged_on_test(
         supernet,
         teacher_accuracy=teacher_accuracy,
         teacher_on_test=teacher_on_test,
-        in_int8=in_int8,
+        rounded=rounded,
     )
     return judged, ()
 
 
-def int8_on_test(
+def rounded_on_test(
     job: Job, chosen: Selection, artifacts: Path, work: Path
 ) -> tuple[Format, Predictions] | None:
     """The selected format and its file's answers on test, as served; None where it is in fp32.
 
     ExportFailed where the file cannot be run.
     """
-    if chosen.subnetwork is None or chosen.format not in INT8_FORMATS:
+    if chosen.subnetwork is None or chosen.format not in ROUNDED_FORMATS:
         return None
     return chosen.format, served_predictions(
         chosen.format,
@@ -1432,12 +1438,12 @@ def with_test(
     *,
     teacher_accuracy: float,
     teacher_on_test: Predictions,
-    in_int8: tuple[Format, Predictions] | None,
+    rounded: tuple[Format, Predictions] | None,
 ) -> list[SubnetworkReport]:
     """The selected sub-network is judged on test, as is what it is held against; no other is.
 
     `teacher_accuracy` is on dev, which says what to hold it against: test chooses nothing.
-    `in_int8`: the selected file's format and own answers on test, where it rounds; None: the
+    `rounded`: the selected file's format and own answers on test, where it rounds; None: the
     sub-network's are judged.
     """
     selected = next((report for report in reports if report.selected), None)
@@ -1454,7 +1460,7 @@ def with_test(
     full = next((r for r in largest if r is not selected), None)
     if full is not None and full.accuracy > teacher_accuracy:
         name, other, other_rows = full.name, on_test(full), rows
-    fmt, own = in_int8 if in_int8 is not None else (None, on_test(selected))
+    fmt, own = rounded if rounded is not None else (None, on_test(selected))
     reference_accuracy, accuracy = task.score(other, other_rows), task.score(own, rows)
     comparison = ComparisonOnTest(
         reference=name,

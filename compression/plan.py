@@ -37,7 +37,7 @@ from compression.report import METRIC_NAMES
 from compression.sampling import RANDOM
 from compression.selection import check_latency_at
 from compression.spec import (
-    INT8_FORMATS,
+    ROUNDED_FORMATS,
     SERVED_FORMATS,
     DepthMult,
     Format,
@@ -99,6 +99,12 @@ _FIXED_BYTES: Mapping[Format, int] = {
     "onnx": 100_000,
     "onnx-int8-dynamic": 400_000,  # with what stays in fp32: norms, biases, scales
     "onnx-int8-static": 400_000,
+    "onnx-fp16": 100_000,
+}
+_PARAMETER_BYTES: Mapping[Format, int] = {  # of one, where it is not in fp32
+    "onnx-int8-dynamic": 1,
+    "onnx-int8-static": 1,
+    "onnx-fp16": 2,
 }
 
 
@@ -633,7 +639,7 @@ def _measured_settings(latency: LatencySpec) -> dict[str, list[int]]:
 
 def file_bytes(fmt: Format, config: EncoderConfig) -> int:
     """What a file of the format will have, about."""
-    return (1 if fmt in INT8_FORMATS else 4) * cost.parameters(config) + _FIXED_BYTES[fmt]
+    return _PARAMETER_BYTES.get(fmt, 4) * cost.parameters(config) + _FIXED_BYTES[fmt]
 
 
 def held_out_rows(spec: Spec, train: int) -> int:
@@ -766,9 +772,9 @@ def _predicted_stage_seconds(
     distilled = _trained_rows(spec.distillation, rows["train"] + rows.get("unlabelled", 0))
     tuned = _trained_rows(spec.final, rows["train"]) if spec.final.when == "always" else 0
     served = set(spec.export.formats) & set(SERVED_FORMATS)
-    in_int8 = served & set(INT8_FORMATS)
+    rounded = served & set(ROUNDED_FORMATS)
     baselines = {*map(fp32_format, served), *spec.baselines}
-    teacher_in_int8 = baselines & set(INT8_FORMATS)
+    teacher_rounded = baselines & set(ROUNDED_FORMATS)
     timed = sum(  # a round in each setting, each timed call after an untimed one
         2
         * setting.batch_size
@@ -787,12 +793,12 @@ def _predicted_stage_seconds(
         "final": tuned * BACKWARD_AND_FORWARD * sampled,
         "finish": (rows["dev"] + rows.get("test", 0)) * (teacher + students)
         # The least: once, without parts back in fp32.
-        + rows["dev"] * (len(in_int8) * students + len(teacher_in_int8) * teacher)
+        + rows["dev"] * (len(rounded) * students + len(teacher_rounded) * teacher)
         + spec.latency.rounds * timed,
     }
-    # int8 answers dev in one more process a file.
-    exports = len(subnetworks) * (len(spec.export.formats) + len(in_int8))
-    exports += len(baselines) + len(teacher_in_int8)
+    # What rounds answers dev in one more process a file.
+    exports = len(subnetworks) * (len(spec.export.formats) + len(rounded))
+    exports += len(baselines) + len(teacher_rounded)
     if (asked := spec.supernet.per_layer) is not None:
         mean = students / len(subnetworks)
         scored = asked.population * (asked.generations + 1) * held_out_rows(spec, rows["train"])

@@ -513,13 +513,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def tell(done: int, total: int) -> None:
         print(f"measuring setting {done + 1} of {total}", file=sys.stderr)
 
-    tables, networks = measure(
-        space,
-        values,
-        rounds=options.rounds,
-        exported=exported,
-        on_setting=tell,
-    )
+    try:
+        tables, networks = measure(
+            space,
+            values,
+            rounds=options.rounds,
+            exported=exported,
+            on_setting=tell,
+        )
+    except MemoryError:
+        print(
+            "the memory is too small for models of this shape: a smaller --batch-size, --layers or "
+            "--vocab-size takes less, and so do fewer --heads and --ffn",
+            file=sys.stderr,
+        )
+        return 2
     profile = {
         "widthwise_profile": VERSION,
         "device": device_facts(),

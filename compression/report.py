@@ -191,18 +191,21 @@ class FormatReport(Frozen):
     )
     parity_rows: int = 0
     parity_tolerance: float | None = Field(
-        1e-4, description="null for int8, which max_flipped bounds instead."
+        1e-4, description="null for what rounds, which max_flipped bounds instead."
     )
     accuracy: float | None = Field(
-        None, description="Of int8: its own main metric on dev. null: that of its network in fp32."
+        None,
+        description="Where it rounds: its own main metric on dev. null: its network's in fp32.",
     )
     accuracy_drop: float | None = Field(
-        None, description="Of int8: points that it loses against the teacher on dev."
+        None, description="Where it rounds: points that it loses against the teacher on dev."
     )
-    accuracy_drop_intervals: Intervals = Field((), description="Of int8, as the sub-network's.")
+    accuracy_drop_intervals: Intervals = Field(
+        (), description="Where it rounds, as the sub-network's."
+    )
     flipped: float | None = Field(
         None,
-        description="Of int8: share of dev's answers that differ from its network's in fp32; "
+        description="Where it rounds: share of dev's answers that are not its network's in fp32; "
         "of a regression, how much of the main metric is lost.",
     )
     max_flipped: float | None = None
@@ -243,7 +246,7 @@ class ComparisonOnTest(Frozen):
     accuracy_drop: float = Field(description="Points lost against the reference.")
     accuracy_drop_intervals: Intervals
     format: Format | None = Field(
-        None, description="The int8 file that answered test; null: the sub-network in fp32."
+        None, description="The file that rounds and answered test; null: the network in fp32."
     )
 
 

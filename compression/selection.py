@@ -52,6 +52,7 @@ FORMAT_NAMES: dict[Format, str] = {
     "onnx": "ONNX",
     "onnx-int8-dynamic": "ONNX (dynamic INT8)",
     "onnx-int8-static": "ONNX (static INT8)",
+    "onnx-fp16": "ONNX (FP16)",
     "paddle": "Paddle Inference",
     "safetensors": "safetensors",
 }

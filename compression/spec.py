@@ -83,10 +83,13 @@ def _unicode(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
-Format = Literal["safetensors", "paddle", "onnx", "onnx-int8-dynamic", "onnx-int8-static"]
+Format = Literal[
+    "safetensors", "paddle", "onnx", "onnx-int8-dynamic", "onnx-int8-static", "onnx-fp16"
+]
 Head = Literal["sequence", "token"]  # classifies the pooled first token, or every token
 INT8_FORMATS: tuple[Format, ...] = ("onnx-int8-dynamic", "onnx-int8-static")
-SERVED_FORMATS: tuple[Format, ...] = ("paddle", "onnx", *INT8_FORMATS)  # a runtime serves them
+ROUNDED_FORMATS: tuple[Format, ...] = (*INT8_FORMATS, "onnx-fp16")  # judged by their own answers
+SERVED_FORMATS: tuple[Format, ...] = ("paddle", "onnx", *ROUNDED_FORMATS)  # a runtime serves them
 Percentile = Literal[50, 95, 99]  # of latency
 CONFIDENCES = (0.9, 0.95, 0.99)  # of the intervals that a report keeps
 
@@ -247,8 +250,8 @@ class PerLayerSpec(_Asked):
 
     The budget is the constraints' (max_latency_ms, min_speedup, max_size_mb): in it, those that
     are most accurate on rows held out of train are looked for, by evolution. The supernet then
-    also learns random widths for each layer. Latency is predicted in the first served format of
-    the export, in fp32.
+    also learns random widths for each layer. Latency is this worker's, no profile's, and predicted
+    in the first served format of the export, in fp32.
     """
 
     holdout_rows: int = Field(
@@ -512,7 +515,7 @@ class ConstraintSpec(_Asked):
 
 def fp32_format(fmt: Format) -> Format:
     """The format in fp32 that the same runtime serves: what the teacher is measured in."""
-    return "onnx" if fmt in INT8_FORMATS else fmt
+    return "onnx" if fmt in ROUNDED_FORMATS else fmt
 
 
 class Int8Spec(_Asked):
@@ -543,12 +546,22 @@ class Int8Spec(_Asked):
     )
 
 
+# What fp16 must hold. It is far nearer to fp32 than int8, and there are no parts to put back.
+FP16_GATE = Int8Spec(max_flipped=0.005, max_fp32_share=0.0)
+
+
+def gate_of(fmt: Format, int8: Int8Spec) -> Int8Spec:
+    """What a format that rounds must hold to be published."""
+    return int8 if fmt in INT8_FORMATS else FP16_GATE
+
+
 class ExportSpec(_Asked):
     formats: tuple[Format, ...] = Field(
         ("safetensors", "paddle", "onnx"),
         min_length=1,
         description="onnx-int8-dynamic finds the scales of activations at each call, "
-        "onnx-int8-static has them fixed by calibration rows.",
+        "onnx-int8-static has them fixed by calibration rows. onnx-fp16 is for GPUs: a CPU "
+        "computes most of it in fp32.",
     )
     int8: Int8Spec = Int8Spec()
 

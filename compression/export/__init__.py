@@ -28,6 +28,7 @@ from compression.export.base import (
 )
 from compression.export.fresh import run_fresh
 from compression.export.onnx import OnnxExporter
+from compression.export.onnx_fp16 import OnnxFp16Exporter
 from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.export.paddle import PaddleExporter
 from compression.export.safetensors import SafetensorsExporter
@@ -43,6 +44,7 @@ EXPORTERS: dict[Format, Exporter] = {
     "onnx": OnnxExporter(),
     "onnx-int8-dynamic": OnnxInt8Exporter("dynamic"),
     "onnx-int8-static": OnnxInt8Exporter("static"),
+    "onnx-fp16": OnnxFp16Exporter(),
 }
 VERIFY_TIMEOUT_S = 300.0
 ANSWER_TIMEOUT_S = 3600.0  # of a whole split, however large

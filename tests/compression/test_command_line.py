@@ -61,7 +61,12 @@ def test_what_the_removal_of_tokens_does_is_a_line() -> None:
         (b"[" * 5000, "spec.yaml cannot be read as YAML or JSON: "),
         (b"seed: 1" + b"0" * 5000, "spec.yaml cannot be read as YAML or JSON: Exceeds the limit"),
         (b"[]", "valid dictionary"),
-        (b"supernet: {depth_mults: [one]}", "write a depth as a fraction or decimal"),
+        (
+            b"supernet: {depth_mults: [one]}",
+            "spec.yaml: /supernet/depth_mults/0: write a depth as a fraction or decimal, for "
+            'example "3/4" or 0.5\n',
+        ),
+        (b"supernet: {depth_mults: []}", "/supernet/depth_mults: Tuple should have at least 1"),
         (b"constraints: {latency_on: prf_1}", "names 'prf_1', which is no file here"),
     ],
 )

@@ -232,7 +232,7 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
         network,
         teacher_accuracy=teacher_accuracy,
         teacher_on_test=wrong,
-        in_int8=None,
+        rounded=None,
     )
     found = {report.name: report.test for report in judged}
     comparison = found.pop(selected)
@@ -274,7 +274,7 @@ def test_figures_of_test_say_which_file_answered(tmp_path: Path, fmt: Format | N
         network,
         teacher_accuracy=0.9,
         teacher_on_test=right,
-        in_int8=None if fmt is None else (fmt, right),
+        rounded=None if fmt is None else (fmt, right),
     )
     assert judged.test is not None
     assert judged.test.format == fmt

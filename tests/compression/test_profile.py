@@ -350,6 +350,21 @@ def test_what_the_service_would_not_read_is_not_measured(
     assert told in capsys.readouterr().err
 
 
+def test_a_memory_that_is_too_small_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not tried for real: a host may promise what it has not, and then kill the tests for it."""
+
+    def too_large(*args: Any, **options: Any) -> np.ndarray:
+        raise MemoryError
+
+    monkeypatch.setattr(blocks, "call", too_large)
+    out = tmp_path / "p.json"
+    assert main(["profile", "--out", str(out)]) == 2
+    assert "the memory is too small for models of this shape" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_the_limits_of_a_profile_are_those_of_a_spec() -> None:
     for axis, (lowest, highest) in LIMITS.items():
         LatencyAt.model_validate({axis: lowest})

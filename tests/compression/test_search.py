@@ -308,6 +308,7 @@ def test_sizes_are_searched_by_as_they_are_exported_with_the_smaller_vocabulary(
         tmp_path,
         vocabulary={"remove_unused": True},
         constraints={"max_size_mb": 0.4, "objective": "accuracy"},
+        export={"formats": ["onnx"]},
     )
     found = searched(job, learnt, tmp_path, "this one")
     assert found.subnetworks  # with all 5,000 tokens each would have 0.7 MB

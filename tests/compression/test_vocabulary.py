@@ -294,7 +294,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         spec={
             "distillation": {"max_steps": 2},
             "export": {
-                "formats": ["safetensors", "paddle", "onnx", "onnx-int8-dynamic"],
+                "formats": ["safetensors", "paddle", "onnx", "onnx-int8-dynamic", "onnx-fp16"],
                 "int8": {"max_flipped": 1.0},
             },
         },
@@ -313,9 +313,14 @@ def rows_of(path: Path) -> tuple[list[str], list[int]]:
 def test_every_format_is_published_with_the_smaller_embedding(finished: dict[str, Any]) -> None:
     report: CompressionReport = finished["report"]
     (half,) = report.subnetworks
-    assert [(fmt.format, fmt.published, fmt.error) for fmt in half.formats] == [
+    *formats, in_fp16 = half.formats
+    assert [(fmt.format, fmt.published, fmt.error) for fmt in formats] == [
         (fmt, True, None) for fmt in ("safetensors", "paddle", "onnx", "onnx-int8-dynamic")
     ]
+    assert (in_fp16.format, in_fp16.parity_tolerance) == ("onnx-fp16", None)
+    assert in_fp16.flipped is not None and in_fp16.max_flipped == 0.005
+    assert in_fp16.published == (in_fp16.flipped <= 0.005)  # one of 42 rows would be more
+    assert (in_fp16.latency is not None) == in_fp16.published
     told = report.vocabulary
     assert told is not None and told.split == "test"
     assert told.tokens_before == len(TOKENS) > told.tokens_after
