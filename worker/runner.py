@@ -44,7 +44,6 @@ from worker.workspace import workspace
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHILD_COMMAND = (sys.executable, "-m", "worker.child")
-PROGRESS_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 _HEARTBEAT_JOIN_SECONDS = 3.0  # it may be waiting for a silent database
 _MOST_REFUSED = 200  # jobs at the head of the queue that a look passes over
@@ -401,7 +400,7 @@ class Runner:
         stages: Stages,
     ) -> dict[str, Any]:
         """Stores the child's progress until it is done; its report. JobFailed if it fails."""
-        wanted = ProgressFilter(PROGRESS_SECONDS)
+        wanted = ProgressFilter(self._settings.progress_seconds)
         while True:
             check()
             try:

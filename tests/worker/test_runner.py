@@ -587,6 +587,17 @@ def test_progress_is_thinned_but_keeps_firsts_and_lasts(
     assert stored[0]["stage"] == "load"
 
 
+@ON_SQLITE
+def test_every_step_is_told_where_the_setting_says_so(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    job_id = submit(database, objects, "many 50")
+    make_runner(progress_seconds=0).offer(job_id)
+    wait_for_state(database, job_id, "succeeded")
+    stored = [event.data for event in events_of(database, job_id) if event.kind == "progress"]
+    assert [data["step"] for data in stored] == list(range(51))
+
+
 def test_the_filter_lets_one_a_second_through(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.4, 0.8, 1.2, 1.4, 1.5, 1.6])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
