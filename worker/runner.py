@@ -321,6 +321,7 @@ class Runner:
         except (_Lost, StaleRun):
             self._metrics.run_ended("lost")
             log.warning("lost to another run, or to silence: nothing more is written")
+            self._have_swept(claim)
         finally:
             heartbeat.stop()
             unbind_contextvars("job", "run", "fence")
@@ -480,6 +481,15 @@ class Runner:
                 store.append_events(session, claim, [(kind, data)])
         except SQLAlchemyError as error:  # progress is not worth the run
             log.warning("an event was not stored", job=claim.job_id, error=str(error))
+
+    def _have_swept(self, claim: Claim) -> None:
+        """Has the reconciler look once more for objects of a run that has just ended as a stale
+        one: it may have stood still for long, and have put one after it was swept."""
+        try:
+            with self._database.transaction() as session:
+                store.sweep_again(session, claim.run_id)
+        except SQLAlchemyError as error:
+            log.warning("the run's objects may stay in the store", error=str(error))
 
     def _stage_out(
         self, claim: Claim, folder: Path, check: Callable[[], None]
