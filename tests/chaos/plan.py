@@ -36,6 +36,8 @@ SHARES: Mapping[Kind, int] = MappingProxyType(
         Kind.MESSAGE_DROPPED: 32,
     }
 )
+# A worker in five stands still so long that its run's objects are swept before it wakes up.
+LONG_FREEZE_SHARE, LONG_FREEZE_SECONDS = 0.2, (18.0, 22.0)
 LIGHT = frozenset({Kind.MESSAGE_DOUBLED, Kind.MESSAGE_DROPPED})
 
 
@@ -65,13 +67,16 @@ def make_plan(seed: int, count: int) -> tuple[Fault, ...]:
             kind = kinds[number]
         else:
             (kind,) = draw.choices(list(SHARES), weights=list(SHARES.values()))
+        lasts = draw.uniform(0.5, 3)
+        if kind is Kind.WORKER_FROZEN and draw.random() < LONG_FREEZE_SHARE:
+            lasts = draw.uniform(*LONG_FREEZE_SECONDS)
         faults.append(
             Fault(
                 number=number,
                 kind=kind,
                 worker=draw.randrange(2),
                 pause=round(draw.uniform(0, 0.2) if kind in LIGHT else draw.uniform(0.5, 4), 3),
-                lasts=round(draw.uniform(0.5, 3), 3),
+                lasts=round(lasts, 3),
             )
         )
     return tuple(faults)

@@ -17,7 +17,7 @@ from tests.chaos.plan import Kind, make_plan
 from tests.chaos.site import DISK, ORPHAN_GRACE_SECONDS, Site
 from tests.chaos.user import AT_ONCE, STEPS, User
 
-TICK_SECONDS = 0.3
+TICK_SECONDS = 0.7
 LEAD = 3  # jobs that faults may be ahead of
 # In peace what was begun ends, and then what nobody will want is swept from the store.
 PEACE_SECONDS = 180.0

@@ -85,9 +85,8 @@ class User:
         open_jobs = sum(job.id is not None and job.state != "succeeded" for job in self._wanted)
         for job in self._wanted:
             if job.id is None and job.number < most and open_jobs < AT_ONCE:
-                self._submit(job)
+                self._submit(job)  # one that is not taken now does not keep the next from it
                 open_jobs += 1
-                break
 
     def _look_after(self, id: str, job: _Wanted) -> None:
         found = self._ask("GET", f"/v1/jobs/{id}")
