@@ -178,7 +178,7 @@ def _tell_roles_and_problems(document: dict[str, Any]) -> None:
 def _statuses(path: str, method: str, operation: Mapping[str, Any]) -> list[str]:
     if not path.startswith("/v1"):
         return ["503"] if path == "/readyz" else []
-    statuses = {"401", "422", "429"}
+    statuses = {"401", "422", "429", "503"}
     if required_role(method.upper(), path) != Role.VIEWER:
         statuses.add("403")
     if "{" in path:
@@ -196,7 +196,7 @@ def _statuses(path: str, method: str, operation: Mapping[str, Any]) -> list[str]
     if any(parameter["name"] == "after" for parameter in operation.get("parameters", ())):
         statuses.add("404")  # a cursor of no page
     if path.endswith("/events"):
-        statuses |= {"400", "503"}
+        statuses.add("400")
     if path.endswith("/content"):
         statuses |= {"412", "416"}
     if "{" in path and path.startswith(("/v1/models", "/v1/datasets", "/v1/artifacts")):

@@ -9,6 +9,7 @@ the uploaded file to blame) and `rows` (broken rows of a dataset, lines from 1).
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Scope
@@ -278,6 +281,28 @@ def fault(scope: Scope) -> JSONResponse:
         "internal-error",
         "Internal error",
         "The service failed on this request; its log says why.",
+    )
+
+
+def is_database_away(error: Exception) -> bool:
+    """Whether the database did not answer, or had no connection left; a statement that it refuses
+    is a fault of ours."""
+    original = error.orig if isinstance(error, OperationalError) else None
+    if isinstance(original, sqlite3.Error):  # which calls most of what it refuses operational
+        return original.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+    return isinstance(error, (OperationalError, InterfaceError, PoolTimeout))
+
+
+def database_away(scope: Scope) -> JSONResponse:
+    """Nobody's fault that a client can mend: the same request may succeed in a moment."""
+    return problem(
+        scope,
+        503,
+        "database-away",
+        "The database does not answer",
+        "The service cannot reach its database now. Nothing was changed unless a commit was under "
+        "way; ask again in a moment.",
+        headers={"Retry-After": "2"},
     )
 
 

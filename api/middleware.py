@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import fault
+from api.errors import database_away, fault, is_database_away
 
 _log = structlog.get_logger("api.request")
 DISCARD_BYTES = 1 << 16  # of a body that nobody wants; cheaper than a new connection
@@ -95,11 +95,15 @@ class RequestLog:
         structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
             await self.app(scope, receive, observed_send)
-        except Exception:
-            log.exception("request.fault")
+        except Exception as error:
+            away = is_database_away(error)
+            if away:
+                log.warning("request.database_away", error=str(error))
+            else:
+                log.exception("request.fault")
             if status:
                 raise  # too late for an answer; the server cuts the connection, as it must
-            answer = fault(scope)
+            answer = database_away(scope) if away else fault(scope)
             await answer(scope, receive, observed_send)
         finally:
             principal = scope["state"].get("principal")  # absent where no key opened anything

@@ -10,6 +10,7 @@ when the run ends, in whatever way.
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from types import FrameType
 
 from tests.chaos.run import Options, run
 from tests.chaos.site import STORE_MEBIBYTES
+from tests.e2e.service import ROOT
 from tests.services import ServiceMissing
 
 _INSIDE = "--inside"
@@ -64,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={STORE_MEBIBYTES}m", "tmpfs", str(disk)]
     subprocess.run(mount, check=True)
+    for part in ("api", "compression", "jobs", "worker"):
+        # Processes start by the hundred, and write no bytecode themselves.
+        compileall.compile_dir(ROOT / part, quiet=2)
     options = Options(given.seed, given.jobs, given.faults, given.minutes)
     say(f"{options}")
     try:

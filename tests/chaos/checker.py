@@ -18,18 +18,18 @@ ENDS = frozenset({"succeeded", "failed", "cancelled"})
 TRAININGS = ("teacher", "distil", "depth", "final")
 RESULT = "onnx/model.onnx"
 BUNDLE = "bundle.tar.gz"
+ALLOWED_ANSWERS = {507: Kind.DISK_FILLED, 503: Kind.POSTGRESQL_RESTARTED}
 # Once a disk has room or a database answers again, its users need a moment to notice.
 LATE_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
 class Promises:
-    """`steps`: of the training that every job asked for. `interval_steps`: those that may pass
-    between two checkpoints. `kept_seconds`: how long checkpoints of a job that ended are kept for a
-    retry."""
+    """`steps`: of the training that every job asked for. `interval_seconds`: between two of its
+    checkpoints. `kept_seconds`: how long those of a job that ended are kept for a retry."""
 
     steps: int
-    interval_steps: int
+    interval_seconds: float
     kept_seconds: float
 
 
@@ -80,8 +80,11 @@ def check(evidence: Evidence, promises: Promises) -> Findings:
 def _service(evidence: Evidence) -> Iterator[str]:
     """It refuses and falls for the faults' sake alone."""
     for answer in evidence.answers:
-        reason = Kind.DISK_FILLED if answer.status == 507 else Kind.POSTGRESQL_RESTARTED
-        if answer.status < 500 or not _is_during(reason, answer.at, evidence.injected):
+        reason = ALLOWED_ANSWERS.get(answer.status)
+        if not any(
+            each.kind == reason and _overlap(each, answer.asked, answer.at)
+            for each in evidence.injected
+        ):
             yield f"the API answered {answer.status} to {answer.request}, and no fault explains it"
     for death in evidence.deaths:
         if not _is_during(Kind.POSTGRESQL_RESTARTED, death.at, evidence.injected):
@@ -191,43 +194,45 @@ def _runs(job: Job) -> Iterator[str]:
 def _steps(job: Job, injected: Sequence[Injected], promises: Promises) -> tuple[int, list[str]]:
     """How many steps were trained again, and what is wrong with that.
 
-    A run goes on from the newest checkpoint, so of what runs before it trained it may do one
-    interval again; beyond that, only steps whose checkpoints could not be stored, as the disk was
-    full or the database away, and those of a job that was retried after its checkpoints' time.
+    A run goes on from the newest checkpoint, so of what a run before it trained it may do one
+    interval again: as many steps as take no longer, and the one after which a checkpoint would
+    have been written. Beyond that, only steps whose checkpoints could not be stored, as the disk
+    was full or the database away, and those of a job that was retried after its checkpoints' time.
     """
     wrong: list[str] = []
-    trained: defaultdict[str, dict[int, float]] = defaultdict(dict)  # when, by stage and step
+    trained: dict[int, dict[tuple[int, int], Event]] = {}  # by run, then by stage and step
     repeated = 0
     for fence, events in _by_run(job).items():
-        steps = [
-            (TRAININGS.index(event.data["stage"]), int(event.data["step"]), event)
-            for event in events
-            if _is_step(event)
-        ]
-        for (stage, step, _), (next_stage, next_step, event) in pairwise(steps):
-            if (next_stage, next_step) <= (stage, step):
+        steps = [event for event in events if _is_step(event)]
+        for before, after in pairwise(steps):
+            if _place(after) <= _place(before):
                 wrong.append(
-                    f"event {event.number} of run {fence} is step {next_step} of "
-                    f"{TRAININGS[next_stage]}, after step {step} of {TRAININGS[stage]}: "
-                    "another run has written"
+                    f"event {after.number} of run {fence} is step {after.data['step']} of "
+                    f"{after.data['stage']}, after step {before.data['step']} of "
+                    f"{before.data['stage']}: another run has written"
                 )
-        again = [(TRAININGS[stage], step) for stage, step, _ in steps]
-        again = [(stage, step) for stage, step in again if step in trained[stage]]
-        repeated += len(again)
-        unexcused = [
-            (stage, step) for stage, step in again if not _is_away(trained[stage][step], injected)
-        ]
-        if len(unexcused) > promises.interval_steps and not _came_late(job, fence, promises):
-            wrong.append(
-                f"run {fence} trained {len(unexcused)} steps again ({unexcused[0]} to "
-                f"{unexcused[-1]}), and a checkpoint interval has {promises.interval_steps}"
-            )
-        for stage, step, event in steps:
-            trained[TRAININGS[stage]].setdefault(step, event.at)
+        own = {_place(event): event for event in steps}
+        earlier = set().union(*trained.values())
+        repeated += len(own.keys() & earlier)
+        for other, told in trained.items():
+            again = [told[place] for place in sorted(own.keys() & told.keys())]
+            counted = [event for event in again if not _is_away(event.at, injected)]
+            seconds = sum(event.data["figures"]["seconds"] for event in counted[:-1])
+            if seconds > promises.interval_seconds and not _came_late(job, fence, promises):
+                wrong.append(
+                    f"run {fence} trained again {len(counted)} steps of run {other}, which took "
+                    f"{seconds:.2f} s without the last one, and a checkpoint is due after "
+                    f"{promises.interval_seconds:g} s"
+                )
+        trained[fence] = own
         for event in events:
             if event.kind == "resumed" and event.data.get("passed_over"):
                 wrong.append(f"run {fence} found checkpoints damaged: {event.data['passed_over']}")
     return repeated, wrong
+
+
+def _place(step: Event) -> tuple[int, int]:
+    return TRAININGS.index(step.data["stage"]), int(step.data["step"])
 
 
 def _is_step(event: Event) -> bool:

@@ -38,6 +38,7 @@ class Injected:
 class Answer:
     """What the API said that was not what the user hoped for."""
 
+    asked: float
     at: float
     status: int
     request: str

@@ -14,7 +14,7 @@ from tests.chaos.checker import Findings, Promises, check, orphans
 from tests.chaos.evidence import Evidence, Injected, read_evidence
 from tests.chaos.faults import Injector
 from tests.chaos.plan import Kind, make_plan
-from tests.chaos.site import DISK, ORPHAN_GRACE_SECONDS, Site
+from tests.chaos.site import CHECKPOINT_SECONDS, DISK, ORPHAN_GRACE_SECONDS, Site
 from tests.chaos.user import AT_ONCE, STEPS, User
 
 TICK_SECONDS = 0.7
@@ -23,7 +23,11 @@ LEAD = 3  # jobs that faults may be ahead of
 PEACE_SECONDS = 180.0
 PEACE_SHARE = 0.4  # of a short run
 SWEEP_SECONDS = ORPHAN_GRACE_SECONDS + 15.0
-PROMISES = Promises(steps=STEPS, interval_steps=1, kept_seconds=ORPHAN_GRACE_SECONDS - 1)
+PROMISES = Promises(
+    steps=STEPS,
+    interval_seconds=CHECKPOINT_SECONDS,
+    kept_seconds=ORPHAN_GRACE_SECONDS - 1,
+)
 
 
 @dataclass(frozen=True)

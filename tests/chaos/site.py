@@ -34,15 +34,15 @@ from tests.services import (
 from tools.serve import API_PYTHON, WORKER_PYTHON
 
 LEASE_SECONDS = 5.0
+CHECKPOINT_SECONDS = 0.5  # some in each training; storing one takes less
 ORPHAN_GRACE_SECONDS = 15.0
 SETTINGS = {
     "WIDTHWISE_LEASE_SECONDS": str(LEASE_SECONDS),
     "WIDTHWISE_RECONCILE_SECONDS": "1",
     "WIDTHWISE_CANCEL_POLL_SECONDS": "0.5",
     "WIDTHWISE_STOP_GRACE_SECONDS": "5",
-    # A checkpoint after every step, and an event of every step: then both can be counted.
-    "WIDTHWISE_CHECKPOINT_SECONDS": "0.001",
-    "WIDTHWISE_PROGRESS_SECONDS": "0",
+    "WIDTHWISE_CHECKPOINT_SECONDS": str(CHECKPOINT_SECONDS),
+    "WIDTHWISE_PROGRESS_SECONDS": "0",  # an event of every step: then they can be counted
     # A run that is lost was lost to us.
     "WIDTHWISE_MAX_RUNS": "1000",
     "WIDTHWISE_ORPHAN_GRACE_SECONDS": str(ORPHAN_GRACE_SECONDS),

@@ -12,7 +12,7 @@ from tests.chaos.checker import Findings, Promises, check, orphans
 from tests.chaos.evidence import Answer, Death, Event, Evidence, File, Injected, Job, Run, Stored
 from tests.chaos.plan import Kind
 
-PROMISES = Promises(steps=4, interval_steps=1, kept_seconds=60)
+PROMISES = Promises(steps=4, interval_seconds=1.5, kept_seconds=60)
 DIGEST = "a" * 64
 
 
@@ -82,7 +82,7 @@ def sound() -> Evidence:
 
 
 def trained(fence: int, step: int) -> list[tuple[int, str, dict[str, Any]]]:
-    figures = {"losses": {"w1_2": 0.5}}
+    figures = {"losses": {"w1_2": 0.5}, "seconds": 1.0}
     return [
         (fence, "progress", {"stage": "distil", "step": step, "figures": figures}),
         (fence, "checkpoint", {"stage": "distil", "step": step}),
@@ -196,11 +196,13 @@ def test_errors_are_no_violation_while_the_database_is_away() -> None:
     evidence = replace(
         sound(),
         injected=[*sound().injected, away],
-        answers=[Answer(1.5, 503, "GET /v1/jobs")],
+        answers=[Answer(0.5, 1.5, 503, "GET /v1/jobs")],
         deaths=[Death(2.5, "worker-1", 1, "Traceback")],
     )
     assert check(evidence, PROMISES).violations == ()
-    late = replace(evidence, answers=[Answer(9.0, 503, "GET /v1/jobs")])
+    error = replace(evidence, answers=[Answer(0.5, 1.5, 500, "GET /v1/jobs")])
+    assert check(error, PROMISES).violations != ()
+    late = replace(evidence, answers=[Answer(8.0, 9.0, 503, "GET /v1/jobs")])
     assert check(late, PROMISES).violations != ()
 
 
@@ -215,7 +217,7 @@ SPOILT: dict[str, tuple[Evidence, str]] = {
     "a gap in the events": (with_events(lambda events: events, last=99), "are numbered"),
     "a stale run's event": (with_events(stale_event), "a stale run has written"),
     "a stale run's step": (with_events(foreign_step), "another run has written"),
-    "too many steps again": (with_events(from_the_beginning), "trained 4 steps again"),
+    "too many steps again": (with_events(from_the_beginning), "trained again 3 steps of run 1"),
     "a damaged checkpoint": (with_events(damaged_checkpoint), "found checkpoints damaged"),
     "an unexplained failure": (with_events(unexplained_failure), "no fault explains it"),
     "a process that nobody killed": (replace(sound(), injected=[]), "no fault explains it"),
@@ -254,10 +256,10 @@ SPOILT: dict[str, tuple[Evidence, str]] = {
     "an upload's blob": (replace(sound(), pending=["blobs/two"]), "a blob waits"),
     "a run's folder": (replace(sound(), left=["work/run_1"]), "is left on a worker's disk"),
     "an error of the API": (
-        replace(sound(), answers=[Answer(1.0, 500, "GET /v1/jobs")]),
+        replace(sound(), answers=[Answer(0.5, 1.0, 500, "GET /v1/jobs")]),
         "the API answered 500 to GET /v1/jobs",
     ),
-    "a refusal": (replace(sound(), answers=[Answer(1.0, 404, "GET /")]), "answered 404"),
+    "a refusal": (replace(sound(), answers=[Answer(0.5, 1.0, 404, "GET /")]), "answered 404"),
     "a process that ended by itself": (
         replace(sound(), deaths=[Death(1.0, "worker-1", 1, "Traceback")]),
         "worker-1 ended by itself with 1: Traceback",

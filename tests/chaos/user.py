@@ -17,7 +17,7 @@ import httpx
 from tests.builders import tiny_bert, tiny_dataset
 from tests.chaos.evidence import Answer
 
-STEPS = 30
+STEPS = 40
 JOBS_ALIKE = 10  # with one dataset, whose results must be the same
 AT_ONCE = 5  # jobs that have not ended: some wait in the queue
 # As small as a real job can be: every stage is there, and each has little to do.
@@ -136,7 +136,7 @@ class User:
         self, method: str, path: str, *, expected: tuple[int, ...] = (200, 201, 202), **more: Any
     ) -> dict[str, Any] | None:
         """None where there is no answer, or not the one that is hoped for: that is noted."""
-        at = time.time()
+        asked = time.time()
         try:
             answer = self._http.request(method, path, **more)
         except httpx.TransportError:
@@ -147,7 +147,8 @@ class User:
             "request-in-progress"
         ):
             return None  # the API died over it; its hold on the key ends after a while
-        self.answers.append(Answer(at, answer.status_code, f"{method} {path}: {answer.text[:300]}"))
+        words = f"{method} {path}: {answer.text[:300]}"
+        self.answers.append(Answer(asked, time.time(), answer.status_code, words))
         return None
 
 
