@@ -30,27 +30,27 @@ from tests.services import ServiceMissing
 _INSIDE = "--inside"
 
 
-def _number(text: str) -> int:
+def count(text: str) -> int:
     number = int(text)
     if not 1 <= number <= 100_000:
         raise argparse.ArgumentTypeError("from 1 to 100000")
     return number
 
 
-def _minutes(text: str) -> float:
-    minutes = float(text)
-    if not 2 <= minutes <= 24 * 60:
+def minutes(text: str) -> float:
+    given = float(text)
+    if not 2 <= given <= 24 * 60:
         raise argparse.ArgumentTypeError("from 2 to 1440")
-    return minutes
+    return given
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0, or 1 with violations, or 2 where it could not be run."""
     parser = argparse.ArgumentParser(prog="make chaos ARGS=...", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="what is done to whom, and when")
-    parser.add_argument("--jobs", type=_number, default=100)
-    parser.add_argument("--faults", type=_number, default=1000)
-    parser.add_argument("--minutes", type=_minutes, default=75, help="then it comes to an end")
+    parser.add_argument("--jobs", type=count, default=100)
+    parser.add_argument("--faults", type=count, default=1000)
+    parser.add_argument("--minutes", type=minutes, default=75, help="then it comes to an end")
     parser.add_argument("--keep", type=Path, help="a new folder for the data and the logs")
     parser.add_argument(_INSIDE, type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
