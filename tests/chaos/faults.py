@@ -153,7 +153,7 @@ class Injector:
         deadline = time.monotonic() + seconds
         while True:
             found = find()
-            if found is not None or time.monotonic() > deadline or self._stopping.wait(0.05):
+            if found is not None or time.monotonic() > deadline or self._stopping.wait(0.1):
                 return found
 
 
