@@ -18,7 +18,7 @@ from tests.chaos.site import CHECKPOINT_SECONDS, DISK, ORPHAN_GRACE_SECONDS, Sit
 from tests.chaos.user import AT_ONCE, STEPS, User
 
 TICK_SECONDS = 0.7
-LEAD = 3  # jobs that faults may be ahead of
+LEAD = 6  # jobs that faults may be ahead of: little is lost of what has hardly begun
 # In peace what was begun ends, and then what nobody will want is swept from the store.
 PEACE_SECONDS = 180.0
 PEACE_SHARE = 0.4  # of a short run
