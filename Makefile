@@ -1,4 +1,4 @@
-# Widthwise: make demo | serve | test | check | fuzz | bench-NAME | docs | secrets | lock | clean
+# Widthwise: make demo | serve | test | check | fuzz | chaos | bench-NAME | docs | secrets | lock | clean
 #
 # All that is assumed on a new machine is make and Python 3.11 or 3.12 (with venv and pip).
 # Two environments, because paddlenlp pins packages that the API should not be held to, and
@@ -33,6 +33,7 @@ help:
 	echo "make test         every check and every test, from a new machine"
 	echo "make check        formatting, lint, types, import contracts"
 	echo "make fuzz         a long walk over the OpenAPI document (ARGS='--examples 500 --seed 7')"
+	echo "make chaos        100 jobs under 1,000 faults, 75 minutes at most (ARGS='--seed 7 --minutes 20')"
 	echo "make bench-NAME   run benchmarks/NAME.py; the last line is JSON (ARGS='...' passes arguments)"
 	echo "make docs         write docs/settings.md again from jobs/settings.py"
 	echo "make secrets      make the passwords and keys that docker-compose.yml needs"
@@ -124,6 +125,11 @@ test-worker: development
 .PHONY: fuzz
 fuzz: development
 	exec $(API) -m tests.hostile.fuzzing $(ARGS)
+
+# Real jobs under faults: ARGS="--seed 7 --jobs 100 --faults 1000 --minutes 75". Its last line is JSON.
+.PHONY: chaos
+chaos: development servers
+	exec $(WORKER) -m tests.chaos $(ARGS)
 
 # benchmarks/NAME.py runs in the worker's environment; a hyphen in NAME may stand for an underscore.
 bench-%: benchmarks-exist-% runtime

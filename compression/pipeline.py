@@ -839,7 +839,9 @@ def make_teacher(
             surroundings,
             seed=job.spec.seed,
             replicas=job.replicas,
-            on_step=lambda step: advance(step.done, step.total, loss=sum(step.losses.values())),
+            on_step=lambda step: advance(
+                step.done, step.total, loss=sum(step.losses.values()), seconds=step.seconds
+            ),
         ),
     )
 
@@ -935,7 +937,7 @@ def train_supernet(
         subnetworks = Sandwich(subnetworks, job.spec.seed, at_full_depth)
 
     def on_step(step: Step) -> None:
-        advance(step.done, step.total, losses=dict(step.losses))
+        advance(step.done, step.total, losses=dict(step.losses), seconds=step.seconds)
 
     trained_further = job.spec.supernet.has_depth or job.spec.final.when != "never"
     if job.spec.engine == "paddleslim":
@@ -1012,7 +1014,9 @@ def train_depths(
             surroundings,
             seed=job.spec.seed,
             replicas=job.replicas,
-            on_step=lambda step: advance(step.done, step.total, losses=dict(step.losses)),
+            on_step=lambda step: advance(
+                step.done, step.total, losses=dict(step.losses), seconds=step.seconds
+            ),
         )
 
     return finished(supernet, surroundings, train, trained_further=job.spec.final.when != "never")
@@ -1061,7 +1065,9 @@ def fine_tune_subnetworks(
             else subnetworks,
             seed=job.spec.seed,
             replicas=job.replicas,
-            on_step=lambda step: advance(step.done, step.total, losses=dict(step.losses)),
+            on_step=lambda step: advance(
+                step.done, step.total, losses=dict(step.losses), seconds=step.seconds
+            ),
         ),
     )
 

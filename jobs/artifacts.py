@@ -10,6 +10,7 @@ import asyncio
 import errno
 import hashlib
 import os
+import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +36,7 @@ _BUCKET_FULL = ("QuotaExceeded", "StorageFull", "InsufficientStorage", "507 Insu
 # obstore cannot make "create only": their keys are looked up first. That leaves no race
 # worth the name, for keys hold random ids or fencing numbers and have a single writer.
 _SINGLE_PUT_BYTES = 64 << 20
+_DRAFT = re.compile(r"#\d+$")  # obstore's name of a file until it has all its bytes
 
 _log = structlog.get_logger(__name__)
 Block = bytes | memoryview
@@ -171,6 +173,22 @@ class ObjectStore:
         keys = self.keys(prefix)
         self.delete(keys)
         return len(keys)
+
+    def delete_drafts(self, prefix: str) -> int:
+        """Deletes what puts that were cut off, as their process was killed, have left of objects
+        whose keys begin so, and that nobody puts any more; how much there was. In a folder these
+        are files that are no objects; a bucket keeps such parts to itself."""
+        if self._folder is None:
+            return 0
+        drafts = [
+            path
+            for path in _file(self._folder, prefix.rpartition("/")[0]).rglob("*")
+            if _DRAFT.search(path.name)
+            and path.relative_to(self._folder).as_posix().startswith(prefix)
+        ]
+        for path in drafts:
+            path.unlink(missing_ok=True)
+        return len(drafts)
 
     def check(self) -> None:
         """Raises if the store cannot be reached. For readiness probes."""

@@ -248,6 +248,12 @@ class Settings(BaseSettings):
     checkpoint_seconds: float = Field(
         300, gt=0, description="Between two checkpoints of a training."
     )
+    progress_seconds: float = Field(
+        1.0,
+        ge=0,
+        description="Between two progress events of a stage, beside its first and last; 0: all are "
+        "stored, a row of the database for each training step.",
+    )
     max_runs: int = Field(3, ge=1, description="Automatic runs of a job before it fails.")
     worker_slots: int = Field(
         1, ge=0, le=64, description="Jobs at once on the CPU of one worker; 0: none but a GPU's."

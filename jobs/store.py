@@ -805,6 +805,17 @@ def mark_swept(session: Session, run_id: str) -> None:
     session.get_one(Run, run_id).swept_at = now(session)
 
 
+def sweep_again(session: Session, run_id: str) -> None:
+    """For a run that has lost its job: what it was putting into the store meanwhile may have come
+    after it was swept."""
+    session.execute(
+        update(Run)
+        .where(Run.id == run_id, Run.swept_at.is_not(None))
+        .values(swept_at=None)
+        .execution_options(synchronize_session=False)
+    )
+
+
 def spent_checkpoints(session: Session, *, kept: int, grace_seconds: float) -> dict[str, list[str]]:
     """Keys, by job, of checkpoints that no run will want: those of jobs that ended at least
     `grace_seconds` ago, and all but the newest `kept` of the others, where each was stored as

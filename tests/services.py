@@ -94,40 +94,59 @@ def postgresql_program(name: str) -> str:
 def postgresql_server(*, durable: bool = False) -> Iterator[str]:
     """The URL of a fresh PostgreSQL, without a database's name: see `new_database`. What it has
     committed need not outlast the machine, unless it is `durable`."""
-    initdb, postgres = postgresql_program("initdb"), postgresql_program("postgres")
-    # PostgreSQL refuses to run as root.
-    user = "postgres" if os.getuid() == 0 else None
+    with (
+        postgresql_folder() as folder,
+        running_postgresql(folder, port=free_port(), durable=durable) as url,
+    ):
+        yield url
+
+
+@contextmanager
+def postgresql_folder() -> Iterator[Path]:
+    """A new folder with an empty PostgreSQL in it, which does not run."""
+    initdb, user = postgresql_program("initdb"), _postgresql_user()
     folder = Path(tempfile.mkdtemp(prefix="widthwise-postgresql-"))
     try:
         if user:
             shutil.chown(folder, user)
-        data = folder / "data"
+        command = [initdb, "-D", folder / "data", "-A", "trust", "-U", "widthwise", "-E", "UTF8"]
         subprocess.run(
-            [initdb, "-D", data, "-A", "trust", "-U", "widthwise", "--no-sync", "-E", "UTF8"],
+            [*command, "--no-sync"],
             check=True,
             capture_output=True,
             cwd=folder,
             user=user,
         )
-        port = free_port()
-        command = [postgres, "-D", str(data), "-k", str(folder), "-p", str(port)]
-        command += ["-h", "127.0.0.1"]
-        if not durable:
-            command += ["-c", "fsync=off", "-c", "full_page_writes=off"]
-        with _running(command, folder=folder, user=user, stop=signal.SIGQUIT):
-            address = f"host=127.0.0.1 port={port} user=widthwise dbname=postgres"
-
-            def answers() -> bool:
-                try:
-                    psycopg.connect(address, connect_timeout=2).close()
-                except psycopg.OperationalError:
-                    return False
-                return True
-
-            wait_until(answers, "postgres answers")
-            yield f"postgresql+psycopg://widthwise@127.0.0.1:{port}"
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def running_postgresql(folder: Path, *, port: int, durable: bool = False) -> Iterator[str]:
+    """The URL of what `postgresql_folder` made, once it answers; it is stopped as by a crash, and
+    may be started again."""
+    command = [postgresql_program("postgres"), "-D", str(folder / "data"), "-k", str(folder)]
+    command += ["-h", "127.0.0.1", "-p", str(port)]
+    if not durable:
+        command += ["-c", "fsync=off", "-c", "full_page_writes=off"]
+    with _running(command, folder=folder, user=_postgresql_user(), stop=signal.SIGQUIT):
+        address = f"host=127.0.0.1 port={port} user=widthwise dbname=postgres"
+
+        def answers() -> bool:
+            try:
+                psycopg.connect(address, connect_timeout=2).close()
+            except psycopg.OperationalError:
+                return False
+            return True
+
+        wait_until(answers, "postgres answers")
+        yield f"postgresql+psycopg://widthwise@127.0.0.1:{port}"
+
+
+def _postgresql_user() -> str | None:
+    """PostgreSQL refuses to run as root."""
+    return "postgres" if os.getuid() == 0 else None
 
 
 def new_database(server_url: str, name: str) -> str:

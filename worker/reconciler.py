@@ -96,6 +96,7 @@ def _delete_orphans(settings: Settings, database: Database, objects: ObjectStore
             named = set(store.checkpoint_keys(session, run.job_id))
         orphans = [key for key in objects.keys(prefix) if key not in named]
         objects.delete(orphans)
+        objects.delete_drafts(prefix)
         with database.transaction() as session:
             store.mark_swept(session, run.id)
         if orphans:
@@ -163,6 +164,7 @@ def _delete_unused_blobs(settings: Settings, database: Database, objects: Object
             if not blobs.doom(session, blob, grace_seconds=grace):
                 continue  # it has come into use
         objects.delete([blob.key])
+        objects.delete_drafts(blob.key)
         with database.transaction() as session:
             blobs.forget(session, blob.id)
     if unused:

@@ -44,7 +44,6 @@ from worker.workspace import workspace
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CHILD_COMMAND = (sys.executable, "-m", "worker.child")
-PROGRESS_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 _HEARTBEAT_JOIN_SECONDS = 3.0  # it may be waiting for a silent database
 _MOST_REFUSED = 200  # jobs at the head of the queue that a look passes over
@@ -322,6 +321,7 @@ class Runner:
         except (_Lost, StaleRun):
             self._metrics.run_ended("lost")
             log.warning("lost to another run, or to silence: nothing more is written")
+            self._have_swept(claim)
         finally:
             heartbeat.stop()
             unbind_contextvars("job", "run", "fence")
@@ -401,7 +401,7 @@ class Runner:
         stages: Stages,
     ) -> dict[str, Any]:
         """Stores the child's progress until it is done; its report. JobFailed if it fails."""
-        wanted = ProgressFilter(PROGRESS_SECONDS)
+        wanted = ProgressFilter(self._settings.progress_seconds)
         while True:
             check()
             try:
@@ -481,6 +481,15 @@ class Runner:
                 store.append_events(session, claim, [(kind, data)])
         except SQLAlchemyError as error:  # progress is not worth the run
             log.warning("an event was not stored", job=claim.job_id, error=str(error))
+
+    def _have_swept(self, claim: Claim) -> None:
+        """Has the reconciler look once more for objects of a run that has just ended as a stale
+        one: it may have stood still for long, and have put one after it was swept."""
+        try:
+            with self._database.transaction() as session:
+                store.sweep_again(session, claim.run_id)
+        except SQLAlchemyError as error:
+            log.warning("the run's objects may stay in the store", error=str(error))
 
     def _stage_out(
         self, claim: Claim, folder: Path, check: Callable[[], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -10,6 +11,7 @@ import structlog
 
 from api.errors import json_pointer
 from tests.api.conftest import Service, assert_problem, serving
+from tests.services import free_port, new_database, postgresql_folder, running_postgresql
 
 
 def test_an_unknown_path_is_a_problem(client: httpx.Client) -> None:
@@ -170,3 +172,18 @@ def test_requests_are_logged_without_keys(service: Service) -> None:
 def test_pointers_are_escaped() -> None:
     assert json_pointer(["spec", "a/b~c", 2]) == "/spec/a~1b~0c/2"
     assert json_pointer([]) == ""
+
+
+def test_a_database_that_is_away_is_told_and_may_come_back(tmp_path: Path) -> None:
+    port = free_port()
+    with postgresql_folder() as folder, ExitStack() as clean:
+        with running_postgresql(folder, port=port) as server:
+            url = new_database(server, "away")
+            service = clean.enter_context(serving(tmp_path / "data", database_url=url))
+            assert service.client.get("/v1/jobs").status_code == 200
+        for _ in range(2):  # by the connections that are broken, then by those that cannot be made
+            answer = service.client.get("/v1/jobs")
+            assert_problem(answer, 503, "database-unreachable")
+            assert int(answer.headers["retry-after"]) > 0
+        with running_postgresql(folder, port=port):
+            assert service.client.get("/v1/jobs").status_code == 200

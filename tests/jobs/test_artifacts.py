@@ -4,6 +4,9 @@ import asyncio
 import errno
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 import threading
 import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -119,6 +122,36 @@ def test_a_file_on_another_file_system_is_copied(
     with pytest.raises(ObjectExists):
         objects.put_file("k/a", file)
     assert asyncio.run(read(objects, "k/a")) == CONTENT
+
+
+KILLED_IN_MID_PUT = """
+import os, signal, sys
+from obstore.store import LocalStore
+
+def pieces():
+    yield bytes(20 << 20)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+LocalStore(sys.argv[1]).put(sys.argv[2], pieces())
+"""
+
+
+def test_what_a_killed_process_has_left_of_an_object_can_be_deleted(
+    tmp_path: Path, file: Path
+) -> None:
+    folder = tmp_path / "objects"
+    objects = open_store(folder.as_uri())
+    for key in ("jobs/j/1/w1/m", "jobs/j/10/m"):
+        command = [sys.executable, "-c", KILLED_IN_MID_PUT, str(folder), key]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    objects.put_file("jobs/j/1/whole", file)
+    assert objects.keys("jobs/") == ["jobs/j/1/whole"]  # a store does not tell of the others
+    assert len([path for path in folder.rglob("*") if path.is_file()]) == 3
+    assert objects.delete_drafts("jobs/j/1/") == 1
+    assert objects.delete_drafts("jobs/j/1/") == objects.delete_drafts("jobs/j/absent/") == 0
+    left = [path for path in folder.rglob("*") if path.is_file()]
+    assert sorted(path.parent.name for path in left) == ["1", "10"]
+    assert objects.keys("jobs/") == ["jobs/j/1/whole"]
 
 
 def test_what_is_not_in_memory_is_read_too(

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,7 +14,7 @@ import pytest
 from compression.runtime_env import core_count, cpu_vendor, training_environment
 from jobs import store, workers
 from jobs.artifacts import ObjectStore, run_prefix
-from jobs.db import Database
+from jobs.db import Database, now
 from jobs.records import DEFAULT_PROJECT, Artifact, Job
 from jobs.settings import Settings
 from jobs.states import JobState
@@ -332,6 +333,42 @@ def test_reconciling_keeps_what_a_run_may_resume_from(
     assert job_of(database, job_id).checkpoints is None
 
 
+def test_what_a_run_stores_after_it_was_swept_is_swept_too(
+    make_runner: MakeRunner,
+    database: Database,
+    objects: ObjectStore,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a worker does that stood still beyond the grace period, on its way to the store."""
+    eager = settings.model_copy(update={"orphan_grace_seconds": 0})
+    on_its_way, go_on, put = threading.Event(), threading.Event(), objects.put_file
+
+    def slow_put(key: str, path: Path) -> None:
+        on_its_way.set()
+        assert go_on.wait(30)
+        put(key, path)
+
+    job_id = submit(database, objects, "checkpoint 1", "sleep 600")
+    monkeypatch.setattr(objects, "put_file", slow_put)
+    runner = make_runner()
+    runner.offer(job_id)
+    assert on_its_way.wait(30)
+    with database.transaction() as session:
+        session.get_one(Job, job_id).lease_expires_at = now(session) - timedelta(seconds=1)
+    runner.stop()  # it takes nothing else
+    reconcile(eager, database, objects, nudge=lambda job: None)  # the run is lost
+    time.sleep(0.02)
+    reconcile(eager, database, objects, nudge=lambda job: None)  # and is swept
+    with database.reading() as session:
+        assert store.unswept_runs(session, grace_seconds=0) == []
+    go_on.set()
+    assert runner.join(30)
+    assert objects.keys(run_prefix(job_id, 1)) != []
+    reconcile(eager, database, objects, nudge=lambda job: None)
+    assert objects.keys(run_prefix(job_id, 1)) == []
+
+
 def test_two_workers_race_and_one_runs_the_job(
     make_runner: MakeRunner, database: Database, objects: ObjectStore
 ) -> None:
@@ -585,6 +622,17 @@ def test_progress_is_thinned_but_keeps_firsts_and_lasts(
     assert distil[0] == 0 and distil[-1] == 500
     assert len(distil) < 100
     assert stored[0]["stage"] == "load"
+
+
+@ON_SQLITE
+def test_every_step_is_told_where_the_setting_says_so(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore
+) -> None:
+    job_id = submit(database, objects, "many 50")
+    make_runner(progress_seconds=0).offer(job_id)
+    wait_for_state(database, job_id, "succeeded")
+    stored = [event.data for event in events_of(database, job_id) if event.kind == "progress"]
+    assert [data["step"] for data in stored] == list(range(51))
 
 
 def test_the_filter_lets_one_a_second_through(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,211 @@
+"""One run: jobs and faults side by side, then peace, then the reckoning."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.checker import Findings, Promises, check, orphans
+from tests.chaos.evidence import Evidence, Injected, read_evidence
+from tests.chaos.faults import Injector
+from tests.chaos.plan import Kind, make_plan
+from tests.chaos.site import CHECKPOINT_SECONDS, DISK, ORPHAN_GRACE_SECONDS, Site
+from tests.chaos.user import AT_ONCE, STEPS, User
+
+TICK_SECONDS = 0.7
+LEAD = 6  # jobs that faults may be ahead of: little is lost of what has hardly begun
+# In peace what was begun ends, and then what nobody will want is swept from the store.
+PEACE_SECONDS = 180.0
+PEACE_SHARE = 0.4  # of a short run
+SWEEP_SECONDS = ORPHAN_GRACE_SECONDS + 15.0
+PROMISES = Promises(
+    steps=STEPS,
+    interval_seconds=CHECKPOINT_SECONDS,
+    kept_seconds=ORPHAN_GRACE_SECONDS - 1,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    seed: int
+    jobs: int
+    faults: int
+    minutes: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`fitted`: in words, where not all that was asked for did."""
+
+    options: Options
+    findings: Findings
+    injected: list[Injected]
+    retries: int
+    seconds: float
+    fitted: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The counts first, what else is worth knowing after them."""
+        found = self.findings
+        kinds = Counter(each.kind for each in self.injected)
+        return {
+            "jobs": found.jobs,
+            "faults": len(self.injected),
+            "ended_once": found.ended_once,
+            "lost": found.lost,
+            "duplicated": found.duplicated,
+            "steps_repeated": found.steps_repeated,
+            "orphans": found.orphans,
+            "violations": list(found.violations),
+            "faults_by_kind": {kind.value: kinds[kind] for kind in Kind},
+            "runs": found.runs,
+            "retries": self.retries,
+            "asked": asdict(self.options),
+            "minutes": round(self.seconds / 60, 1),
+            "disk": DISK,
+            "fitted": self.fitted,
+        }
+
+
+def run(options: Options, folder: Path, say: Callable[[str], None]) -> Outcome:
+    """Ends within `options.minutes`, whether or not all was done by then."""
+    began = time.monotonic()
+    whole = 60 * options.minutes
+    until = began + whole - min(PEACE_SECONDS, PEACE_SHARE * whole)
+    with Site(folder) as site:
+        user = User(
+            site.api_url, site.key, seed=options.seed, jobs=options.jobs, folder=site.folder
+        )
+        storm = _Storm(options, site, user, say)
+        storm.start()
+        try:
+            while (user.wants_more or not user.has_all or storm.goes_on) and (
+                time.monotonic() < until
+            ):
+                user.tick(most=storm.jobs_due)
+                time.sleep(TICK_SECONDS)
+        finally:
+            storm.end()
+        seconds = time.monotonic() - began
+        say(f"{seconds / 60:.1f} min: the faults are over, {user.succeeded} jobs have succeeded")
+        user.want_no_more()
+        while not user.has_all and time.monotonic() < began + whole - SWEEP_SECONDS:
+            user.tick(most=0)
+            time.sleep(TICK_SECONDS)
+        _await_sweep(site, user, storm)
+        wrong = site.stop()
+        evidence = _evidence(site, user, storm)
+    findings = check(evidence, PROMISES)
+    findings = Findings(**{**findings.__dict__, "violations": (*findings.violations, *wrong)})
+    fitted = None
+    if findings.jobs < options.jobs or len(storm.injected) < options.faults:
+        fitted = (
+            f"{findings.jobs} of {options.jobs} jobs and {len(storm.injected)} of {options.faults} "
+            f"faults fitted into {options.minutes:g} minutes; what was begun was brought to its end"
+        )
+    return Outcome(
+        options=options,
+        findings=findings,
+        injected=storm.injected,
+        retries=user.retries,
+        seconds=time.monotonic() - began,
+        fitted=fitted,
+    )
+
+
+class _Storm:
+    """Injects the plan's faults from a thread of its own, in step with the jobs: neither the one
+    nor the other is used up long before."""
+
+    def __init__(
+        self, options: Options, site: Site, user: User, say: Callable[[str], None]
+    ) -> None:
+        self.injected: list[Injected] = []
+        self._options = options
+        self._user = user
+        self._say = say
+        self._stopping = threading.Event()
+        self._injector = Injector(site, self._stopping)
+        self._thread = threading.Thread(target=self._run, name="storm", daemon=True)
+        self._failure: BaseException | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        """What it has broken is whole again afterwards. Raises what ended it, if something did."""
+        self._stopping.set()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def goes_on(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def jobs_due(self) -> int:
+        """How many may be asked for by now. The last one waits for the last fault, as long as there
+        are others."""
+        jobs, faults = self._options.jobs, self._options.faults
+        done = len(self.injected)
+        idle = self._user.has_all
+        if not self.goes_on or done >= faults - 1:
+            return jobs
+        due = AT_ONCE + done * jobs // faults
+        return min(max(due, len(self._user.asked) + idle), jobs - (not idle))
+
+    def _run(self) -> None:
+        try:
+            # Some find nothing that they could hit: others stand ready.
+            for fault in make_plan(self._options.seed, 2 * self._options.faults):
+                if len(self.injected) >= self._options.faults:
+                    return
+                while self._is_ahead():
+                    if self._stopping.wait(TICK_SECONDS):
+                        return
+                if self._stopping.wait(fault.pause):
+                    return
+                done = self._injector.inject(fault)
+                if done is None:
+                    self._say(f"fault {fault.number}, {fault.kind}: nothing to hit")
+                    continue
+                self.injected.append(done)
+                self._say(
+                    f"fault {len(self.injected)}, {fault.kind}; "
+                    f"{self._user.succeeded} jobs have succeeded"
+                )
+        except BaseException as failure:
+            self._failure = failure
+
+    def _is_ahead(self) -> bool:
+        """Enough has been done to the jobs so far: they would otherwise never get on."""
+        share = self._options.faults / self._options.jobs
+        return len(self.injected) >= (self._user.succeeded + LEAD) * share
+
+
+def _await_sweep(site: Site, user: User, storm: _Storm) -> None:
+    """Until reconcilers have deleted what no record names, if they do."""
+    deadline = time.monotonic() + SWEEP_SECONDS
+    while time.monotonic() < deadline:
+        found = _evidence(site, user, storm)
+        if not (orphans(found) or found.pending or found.checkpoints or found.left):
+            return
+        time.sleep(1)
+
+
+def _evidence(site: Site, user: User, storm: _Storm) -> Evidence:
+    return read_evidence(
+        site.address,
+        site.disk.store,
+        asked=user.asked,
+        injected=list(storm.injected),
+        answers=user.answers,
+        deaths=site.deaths,
+        left=site.left(),
+    )
