@@ -116,7 +116,7 @@ from compression.report import (
 )
 from compression.runtime_env import core_count, replica_count
 from compression.sampling import Sandwich
-from compression.search import Found, search, space_of, with_gain
+from compression.search import Found, Memory, search, space_of, with_gain
 from compression.search_space import SearchSpace
 from compression.spec import (
     INT8_FORMATS,
@@ -218,7 +218,9 @@ def compress(
         learnt = learn(job, checkpoints, stages, group, run_dir / "work")
     teacher = learnt.teacher
     with stages("search") as advance:
-        found, search_warnings = search_widths(job, learnt, run_dir / "work", advance)
+        found, search_warnings = search_widths(
+            job, learnt, predictor, checkpoints, run_dir / "work", advance
+        )
     subnetworks = [*learnt.subnetworks, *(found.subnetworks if found else ())]
     supernet = job.with_own_vocabulary(learnt.supernet)
     trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
@@ -229,13 +231,14 @@ def compress(
             job.task, job.task.outcomes(learnt.teacher_dev, teachers_dev)
         )
         metrics, drops_within, regressions, dev_logits = [], [], [], {}
-        resampled = {}
+        resampled: dict[tuple[str, Format], np.ndarray] = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
             predictions = predict(supernet, dev, subnetwork=subnetwork, threads=job.replicas)
             dev_logits[subnetwork.name] = predictions
             outcomes = job.task.outcomes(predictions, dev)
             metrics.append(job.task.metrics_of(outcomes))
-            resampled[subnetwork.name] = own = resampled_metric(job.task, outcomes)
+            own = resampled_metric(job.task, outcomes)
+            resampled |= dict.fromkeys(((subnetwork.name, fmt) for fmt in spec.export.formats), own)
             drops_within.append(drop_intervals(reference=teacher_resampled, own=own))
             regressions.append(regression(job, "dev", judged, predictions))
             accuracy = metrics[-1][job.task.main_metric]
@@ -288,6 +291,9 @@ def compress(
                 teacher_accuracy=teacher_accuracy,
                 teacher_resampled=teacher_resampled,
             )
+            for fmt, outcome in in_int8.items():
+                if outcome.verdict is not None:
+                    resampled[subnetwork.name, fmt] = outcome.verdict.resampled
             formats[subnetwork.name] = pass_parity_gate(
                 job,
                 supernet,
@@ -1050,13 +1056,35 @@ def fine_tune_subnetworks(
 
 
 def search_widths(
-    job: Job, learnt: Learnt, work: Path, advance: Advance
+    job: Job,
+    learnt: Learnt,
+    predictor: Predictor | None,
+    checkpoints: Checkpoints,
+    work: Path,
+    advance: Advance,
 ) -> tuple[Found | None, tuple[str, ...]]:
-    """Sub-networks with a width for each layer, where the spec asks for them; and why none."""
+    """Sub-networks with a width for each layer, where the spec asks for them; and why none.
+
+    What was timed and scored is kept in checkpoints: as often as in trainings, and at the end.
+    """
     asked = job.spec.supernet.per_layer
     if asked is None or job.holdout is None:
         return None, ()
     folder = work / SEARCH
+    memory = Memory.restored(checkpoints[SEARCH], fingerprint(libraries(job.spec)))
+
+    def keep(*, done: bool = False) -> None:
+        checkpoints.save(SEARCH, memory.state(learnt.supernet.config.layers, done=done))
+
+    def on_progress(step: int, total: int, what: str) -> None:
+        try:
+            advance(step, total, what)
+        except Interrupted:
+            keep()
+            raise
+        if checkpoints.is_due:
+            keep()
+
     try:
         found = search(
             job.spec,
@@ -1066,15 +1094,19 @@ def search_widths(
             job.task,
             job.holdout,
             learnt.subnetworks,
+            memory,
+            predictor=predictor,
             seq_len=job.seq_len,
             threads=job.replicas,
             folder=folder,
-            on_progress=lambda done, total, what: advance(done, total, what),
+            on_progress=on_progress,
+            on_timed=keep,
         )
     except ExportFailed as failure:
         return None, (f"widths for each layer were not searched for: {failure.message}",)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # exports may need the room
+    keep(done=True)
     return found, ()
 
 

@@ -33,6 +33,7 @@ from compression.examples import (
     refuse_defects,
     sequence_columns,
 )
+from compression.latency_model import HELD_OUT_SHARE
 from compression.report import METRIC_NAMES
 from compression.sampling import RANDOM
 from compression.selection import check_latency_at
@@ -641,6 +642,13 @@ def held_out_rows(spec: Spec, train: int) -> int:
     return 0 if asked is None else min(asked.holdout_rows, train // HOLDOUT_SHARE)
 
 
+def _times_samples(spec: Spec) -> bool:
+    """Whether a search measures sub-networks for a latency model."""
+    constraints = spec.constraints
+    bounded = constraints.max_latency_ms is not None or constraints.min_speedup is not None
+    return bounded and constraints.latency_on is None
+
+
 def _check_per_layer(spec: Spec, train: int) -> None:
     pointer = "/supernet/per_layer"
     constraints = spec.constraints
@@ -658,6 +666,14 @@ def _check_per_layer(spec: Spec, train: int) -> None:
             "widths for each layer are searched for under a budget: set "
             "constraints.max_latency_ms, min_speedup or max_size_mb, or leave per_layer out",
             pointer=pointer,
+        )
+    count = spec.supernet.per_layer.latency_samples
+    fitted = count - count // HELD_OUT_SHARE
+    if _times_samples(spec) and fitted <= len(spec.supernet.width_mults):
+        raise InvalidSpec(
+            f"three quarters of the {count} measured sub-networks are too few to fit a latency "
+            f"model of {len(spec.supernet.width_mults)} widths: name more",
+            pointer=f"{pointer}/latency_samples",
         )
     if held_out_rows(spec, train) < FEW_HOLDOUT_ROWS:
         raise InvalidSpec(
@@ -779,9 +795,13 @@ def _predicted_stage_seconds(
     exports += len(baselines) + len(teacher_in_int8)
     if (asked := spec.supernet.per_layer) is not None:
         mean = students / len(subnetworks)
-        scored = asked.population * (asked.generations + 1) * held_out_rows(spec, rows["train"])
-        flops["finish"] += scored * mean + 2 * spec.latency.rounds * asked.latency_samples * mean
-        exports += asked.latency_samples + asked.finalists * len(spec.export.formats)
+        budgets = len(asked.budget_shares)
+        scored = budgets * asked.population * (asked.generations + 1)
+        flops["finish"] += scored * held_out_rows(spec, rows["train"]) * mean
+        exports += budgets * asked.finalists * (len(spec.export.formats) + len(in_int8))
+        if _times_samples(spec):
+            flops["finish"] += 2 * spec.latency.rounds * asked.latency_samples * mean
+            exports += asked.latency_samples * (2 if in_int8 else 1) + len(served)
     seconds = {stage: count / FLOPS_PER_SECOND for stage, count in flops.items()}
     seconds["finish"] += exports * SECONDS_PER_EXPORT
     return seconds
