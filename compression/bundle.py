@@ -406,9 +406,9 @@ def _steps(facts: BundleFacts) -> list[str]:
         *(
             [
                 "Sub-networks with a width for each layer were searched for: "
-                f"{spec.supernet.per_layer.finalists} at most, the most accurate on rows of train "
-                "that nothing was trained on, among those predicted to hold the budget. The "
-                "supernet had learnt random widths for each layer along with the others."
+                f"{spec.supernet.per_layer.finalists} at most for each budget, the most accurate "
+                "on rows of train that nothing was trained on, among those predicted to hold it. "
+                "The supernet had learnt random widths for each layer along with the others."
             ]
             if spec.supernet.per_layer is not None
             else []

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +107,6 @@ from compression.report import (
     LatencyReport,
     OnProgress,
     Progress,
-    SearchReport,
     Selection,
     SubnetworkReport,
     TeacherReport,
@@ -117,7 +115,7 @@ from compression.report import (
 )
 from compression.runtime_env import core_count, replica_count
 from compression.sampling import Sandwich
-from compression.search import Found, search, space_of, with_gain
+from compression.search import Found, Memory, search, space_of, with_gain
 from compression.search_space import SearchSpace
 from compression.spec import (
     FP16_GATE,
@@ -222,7 +220,9 @@ def compress(
         learnt = learn(job, checkpoints, stages, group, run_dir / "work")
     teacher = learnt.teacher
     with stages("search") as advance:
-        found, search_warnings = search_widths(job, learnt, checkpoints, run_dir / "work", advance)
+        found, search_warnings = search_widths(
+            job, learnt, predictor, checkpoints, run_dir / "work", advance
+        )
     subnetworks = [*learnt.subnetworks, *(found.subnetworks if found else ())]
     supernet = job.with_own_vocabulary(learnt.supernet)
     trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
@@ -233,13 +233,14 @@ def compress(
             job.task, job.task.outcomes(learnt.teacher_dev, teachers_dev)
         )
         metrics, drops_within, regressions, dev_logits = [], [], [], {}
-        resampled = {}
+        resampled: dict[tuple[str, Format], np.ndarray] = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
             predictions = predict(supernet, dev, subnetwork=subnetwork, threads=job.replicas)
             dev_logits[subnetwork.name] = predictions
             outcomes = job.task.outcomes(predictions, dev)
             metrics.append(job.task.metrics_of(outcomes))
-            resampled[subnetwork.name] = own = resampled_metric(job.task, outcomes)
+            own = resampled_metric(job.task, outcomes)
+            resampled |= dict.fromkeys(((subnetwork.name, fmt) for fmt in spec.export.formats), own)
             drops_within.append(drop_intervals(reference=teacher_resampled, own=own))
             regressions.append(regression(job, "dev", judged, predictions))
             accuracy = metrics[-1][job.task.main_metric]
@@ -292,6 +293,9 @@ def compress(
                 teacher_accuracy=teacher_accuracy,
                 teacher_resampled=teacher_resampled,
             )
+            for fmt, outcome in rounded.items():
+                if outcome.verdict is not None:
+                    resampled[subnetwork.name, fmt] = outcome.verdict.resampled
             formats[subnetwork.name] = pass_parity_gate(
                 job,
                 supernet,
@@ -1067,19 +1071,35 @@ def fine_tune_subnetworks(
 
 
 def search_widths(
-    job: Job, learnt: Learnt, checkpoints: Checkpoints, work: Path, advance: Advance
+    job: Job,
+    learnt: Learnt,
+    predictor: Predictor | None,
+    checkpoints: Checkpoints,
+    work: Path,
+    advance: Advance,
 ) -> tuple[Found | None, tuple[str, ...]]:
     """Sub-networks with a width for each layer, where the spec asks for them; and why none.
 
-    Those of a checkpoint from this kind of host; another one's latency is measured anew.
+    What was timed and scored is kept in checkpoints: as often as in trainings, and at the end.
     """
     asked = job.spec.supernet.per_layer
     if asked is None or job.holdout is None:
         return None, ()
-    state = checkpoints[SEARCH]
-    if state is not None and checkpoints.is_same_host:
-        return found_before(state.figures), ()
     folder = work / SEARCH
+    memory = Memory.restored(checkpoints[SEARCH], fingerprint(libraries(job.spec)))
+
+    def keep(*, done: bool = False) -> None:
+        checkpoints.save(SEARCH, memory.state(learnt.supernet.config.layers, done=done))
+
+    def on_progress(step: int, total: int, what: str) -> None:
+        try:
+            advance(step, total, what)
+        except Interrupted:
+            keep()
+            raise
+        if checkpoints.is_due:
+            keep()
+
     try:
         found = search(
             job.spec,
@@ -1089,39 +1109,20 @@ def search_widths(
             job.task,
             job.holdout,
             learnt.subnetworks,
+            memory,
+            predictor=predictor,
             seq_len=job.seq_len,
             threads=job.replicas,
             folder=folder,
-            on_progress=lambda done, total, what: advance(done, total, what),
+            on_progress=on_progress,
+            on_timed=keep,
         )
     except ExportFailed as failure:
         return None, (f"widths for each layer were not searched for: {failure.message}",)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # exports may need the room
-    figures = {
-        "report": found.report.model_dump(mode="json"),
-        "subnetworks": [
-            {**vars(each), "depth_mult": str(each.depth_mult)} for each in found.subnetworks
-        ],
-    }
-    checkpoints.save(SEARCH, StageState(found.report.scored, True, figures))
+    keep(done=True)
     return found, ()
-
-
-def found_before(figures: Mapping[str, Any]) -> Found:
-    """What a finished search kept in a checkpoint."""
-    subnetworks = [
-        Subnetwork(
-            name=each["name"],
-            width_mult=None,
-            depth_mult=Fraction(each["depth_mult"]),
-            layers=tuple(each["layers"]),
-            heads=tuple(each["heads"]),
-            ffn=tuple(each["ffn"]),
-        )
-        for each in figures["subnetworks"]
-    ]
-    return Found(subnetworks, SearchReport.model_validate(figures["report"]))
 
 
 def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:

@@ -757,7 +757,7 @@ def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: P
         "goes on from step 3 of distil",
         "goes on from step 2 of depth",
         "goes on from step 2 of final",
-        "goes on from the end of final",
+        "goes on from step 1 of search",
         "goes on from the end of search",
     ]
     _, parts, _ = newest_snapshot(out / "checkpoints")

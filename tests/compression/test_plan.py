@@ -187,28 +187,27 @@ def test_a_width_for_each_layer_needs_a_budget_two_widths_and_rows() -> None:
     assert few.startswith("a fifth of the 38 rows of train are too few")
     one = {**budget, "supernet": {"per_layer": {}, "width_mults": ["1/2"]}}
     assert "at least two width_mults" in refused_spec("/supernet/per_layer", one)
-    elsewhere = {**searched, "constraints": {"min_speedup": 2, "latency_on": "prf_1"}}
-    assert "another device's" in refused_spec("/supernet/per_layer", elsewhere)
-    elsewhere["constraints"] = {"max_size_mb": 1, "latency_on": "prf_1"}
-    assert plan_of(elsewhere, train=TRAIN, dev=DEV).subnetworks
-    plan, plain = plan_of(budget, train=TRAIN, dev=DEV), plan_of(train=TRAIN, dev=DEV)
-    finish = "finish"
-    assert plan.predicted_stage_seconds[finish] > plain.predicted_stage_seconds[finish] + 24 * 6
+    timed = {"constraints": {"max_latency_ms": 1}}
+    few = refused_spec(
+        "/supernet/per_layer/latency_samples",
+        {**timed, "supernet": {"per_layer": {"latency_samples": 5}}},
+        train=TRAIN,
+        dev=DEV,
+    )
+    assert few.startswith("three quarters of the 5 measured sub-networks are too few")
 
 
-def test_every_width_is_among_what_the_latency_model_is_fitted_to() -> None:
-    widths = [f"{count}/12" for count in range(1, 13)]
-    info = model(hidden=96, heads=(12, 12), ffn=(120, 120))
+def test_what_a_search_adds_to_the_time() -> None:
+    def finish(changes: dict[str, Any], **per_layer: Any) -> float:
+        spec = {"supernet": {"per_layer": per_layer}, **changes} if per_layer else changes
+        return plan_of(spec, train=TRAIN, dev=DEV).predicted_stage_seconds["finish"]
 
-    def spec(samples: int) -> dict[str, Any]:
-        return {
-            "supernet": {"width_mults": widths, "per_layer": {"latency_samples": samples}},
-            "constraints": {"max_latency_ms": 1},
-        }
-
-    few = refused_spec("/supernet/per_layer/latency_samples", spec(14), info)
-    assert few.endswith("set it to at least 15")
-    assert plan_of(spec(15), info, train=TRAIN, dev=DEV).subnetworks
+    size, time = {"constraints": {"max_size_mb": 1}}, {"constraints": {"max_latency_ms": 1}}
+    three = 3 * 3 * 6  # finalists in three formats each
+    assert finish(size, finalists=3) > finish({}) + three
+    assert finish(size, finalists=3, budget_shares=[1, 0.5]) > finish({}) + 2 * three
+    assert finish(time, finalists=3, latency_samples=24) > finish(size, finalists=3) + 24 * 6
+    assert finish(time, finalists=3, latency_samples=48) > finish(time, finalists=3) + 24 * 6
 
 
 def test_a_width_must_suit_every_layer() -> None:
