@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-Fault = TypeVar("Fault", bound=Mapping[str, object])
+Fault = TypeVar("Fault", bound=Mapping[str, Any])
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,9 @@ def without_consequences(faults: Sequence[Fault]) -> list[Fault]:
     """
 
     def is_consequence(fault: Fault) -> bool:
-        own = tuple(fault["loc"])  # type: ignore[arg-type]
+        own = fault["loc"]
         return fault["type"] == "too_short" and any(
-            own != (loc := tuple(other["loc"])) and loc[: len(own)] == own  # type: ignore[arg-type]
-            for other in faults
+            other["loc"][: len(own)] == own != other["loc"] for other in faults
         )
 
     return [fault for fault in faults if not is_consequence(fault)]
