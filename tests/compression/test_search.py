@@ -414,6 +414,7 @@ def test_sizes_are_searched_by_as_they_are_exported_with_the_smaller_vocabulary(
     spec = job_spec(
         vocabulary={"remove_unused": True},
         constraints={"max_size_mb": 0.4, "objective": "accuracy"},
+        export={"formats": ["onnx"]},
     )
     job = pipeline.load(spec, model, dataset, 1)
     network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
