@@ -58,7 +58,7 @@ FP32: Format = "onnx"
 INT8: Format = "onnx-int8-dynamic"
 LABELS = ("0", "1")
 UNIFORM, PER_LAYER = "job", "per-layer"  # a seed's jobs, and their folders
-BUDGET_SHARES = (1, 0.75, 0.5, 0.375)  # of the latency that --per-layer-speedup leaves
+BUDGET_SHARES = (1, 0.6, 0.4)  # of the latency that --per-layer-speedup leaves: 3, 5, 7.5 times
 FINALISTS = 2  # of each share
 RESELECTIONS = 20
 RESAMPLES = 2000
@@ -520,7 +520,7 @@ def main() -> None:
         "--per-layer-speedup", type=float, default=3.0, help="the search's widest budget"
     )
     parser.add_argument("--latency-samples", type=int, default=24)
-    parser.add_argument("--generations", type=int, default=8, help="of the search at each budget")
+    parser.add_argument("--generations", type=int, default=5, help="of the search at each budget")
     parser.add_argument("--max-drop", type=float, default=1.0, help="points on dev")
     parser.add_argument("--teacher-epochs", type=int, default=6)
     parser.add_argument("--distil-epochs", type=float, default=3)

@@ -85,10 +85,6 @@ class Budget:
         return (*(f"{each} ({self.setting})" for each in latencies), *sizes)
 
 
-def bounds_latency(spec: Spec) -> bool:
-    return spec.constraints.max_latency_ms is not None or spec.constraints.min_speedup is not None
-
-
 def searched_formats(spec: Spec) -> list[Format]:
     """What the sub-networks are served in."""
     return [fmt for fmt in spec.export.formats if fmt in SERVED_FORMATS]

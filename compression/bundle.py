@@ -416,6 +416,11 @@ def _steps(facts: BundleFacts) -> list[str]:
         f"This {'width' if is_width else 'sub-network'} was cut out: "
         f"{_kept(subnetwork)}{_each(subnetwork.heads)} heads and {_each(subnetwork.ffn)} "
         "neurons a layer."
+        + (
+            f" It was then distilled alone{_training_words(facts, alone)}."
+            if (alone := f"finalists {subnetwork.name}") in facts.trainings
+            else ""
+        )
         + (" Tokens that its data never uses were removed." if facts.vocabulary else "")
         + " It was judged on dev, written in each format, reloaded in a fresh "
         "process and compared.",

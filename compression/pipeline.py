@@ -32,7 +32,7 @@ from compression.checkpoint import (
     resumed_replicas,
 )
 from compression.device_profile import DeviceProfile, Predictor, job_predictor
-from compression.distillation import distil, distil_depth
+from compression.distillation import distil, distil_alone, distil_depth
 from compression.encoder import (
     Encoder,
     build_encoder,
@@ -75,6 +75,7 @@ from compression.int8 import (
     served_predictions,
 )
 from compression.manifest import Provenance, code_digest
+from compression.networks import Networks
 from compression.plan import (
     AnyExamples,
     Plan,
@@ -128,7 +129,7 @@ from compression.spec import (
     fp32_format,
     gate_of,
 )
-from compression.supernet import FULL, Subnetwork, extract_weights, subnetwork_of
+from compression.supernet import FULL, Subnetwork, subnetwork_of
 from compression.tables import Columns, profile, read_splits, shared_rows
 from compression.tasks import Predictions, Task, make_task
 from compression.teacher_states import KeptStates, states_bytes
@@ -152,6 +153,7 @@ SECTIONS = {  # of trainings
     "distil": "distillation",
     "depth": "depth",
     "final": "final",
+    "finalists": "distillation",
 }
 UNITS = ("heads", "neurons")
 TEACHER = "teacher"
@@ -223,9 +225,17 @@ def compress(
         found, search_warnings = search_widths(
             job, learnt, predictor, checkpoints, run_dir / "work", advance
         )
+    with stages("finalists") as advance:
+        alone, finalists_trainings = distil_finalists(
+            job, learnt, found, checkpoints, stages.stop, advance
+        )
     subnetworks = [*learnt.subnetworks, *(found.subnetworks if found else ())]
-    supernet = job.with_own_vocabulary(learnt.supernet)
-    trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
+    networks = Networks(
+        job.with_own_vocabulary(learnt.supernet),
+        {name: job.with_own_vocabulary(network) for name, network in alone.items()},
+    )
+    trainings = learnt.trainings | finalists_trainings
+    teacher_accuracy = learnt.teacher_metrics[job.task.main_metric]
     with stages("evaluate") as advance:
         dev, teachers_dev = job.own["dev"], job.splits["dev"]
         judged = job.task.judged(learnt.teacher_dev, teachers_dev)
@@ -235,7 +245,7 @@ def compress(
         metrics, drops_within, regressions, dev_logits = [], [], [], {}
         resampled: dict[tuple[str, Format], np.ndarray] = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
-            predictions = predict(supernet, dev, subnetwork=subnetwork, threads=job.replicas)
+            predictions = networks.predict(subnetwork, dev, threads=job.replicas)
             dev_logits[subnetwork.name] = predictions
             outcomes = job.task.outcomes(predictions, dev)
             metrics.append(job.task.metrics_of(outcomes))
@@ -246,12 +256,11 @@ def compress(
             accuracy = metrics[-1][job.task.main_metric]
             advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
     with stages("export") as advance:
-        weights = numpy_weights(supernet)
         names = [subnetwork.name for subnetwork in subnetworks]
         int8 = int8_sources(job, [*names, TEACHER], run_dir / "work" / INT8)
         exported = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
-            small = extract(job.own_config(teacher.config), weights, subnetwork)
+            small = networks.extracted(subnetwork, job.own_config(teacher.config))
             exported[subnetwork.name] = export_formats(
                 spec.export.formats,
                 small,
@@ -298,7 +307,7 @@ def compress(
                     resampled[subnetwork.name, fmt] = outcome.verdict.resampled
             formats[subnetwork.name] = pass_parity_gate(
                 job,
-                supernet,
+                networks,
                 subnetwork,
                 exported[subnetwork.name],
                 rounded,
@@ -330,7 +339,7 @@ def compress(
             for subnetwork, own_metrics, own_drops, flips in zip(
                 subnetworks, metrics, drops_within, regressions, strict=True
             )
-            for config in [subnetwork.config(supernet.config)]
+            for config in [subnetwork.config(networks.config)]
         ]
         if predictor is not None:
             reports = predictor.all_told(reports)
@@ -349,7 +358,7 @@ def compress(
             reports, test_warnings = judged_on_test(
                 reports,
                 job,
-                supernet,
+                networks,
                 chosen,
                 artifacts,
                 run_dir / "work" / INT8,
@@ -421,8 +430,8 @@ def compress(
                 subnetwork=subnetwork_report,
                 provenance=provenance,
                 environment=report.environment,
-                pad_token_id=supernet.config.pad_token_id,
-                inputs=graph_inputs(supernet.config),
+                pad_token_id=networks.config.pad_token_id,
+                inputs=graph_inputs(networks.config),
                 trainings=report.trainings,
                 reorder_max_abs=report.reorder_max_abs,
                 vocabulary=report.vocabulary,
@@ -1125,6 +1134,77 @@ def search_widths(
     return found, ()
 
 
+def distil_finalists(
+    job: Job,
+    learnt: Learnt,
+    found: Found | None,
+    checkpoints: Checkpoints,
+    stop: Callable[[], bool],
+    advance: Advance,
+) -> tuple[dict[str, Encoder], dict[str, TrainingReport]]:
+    """The finalists with weights of their own, where the spec gives them steps; and how it went.
+
+    In this process alone: they are small, and their trainings short.
+    """
+    asked = job.spec.supernet.per_layer
+    if found is None or asked is None or asked.finalist_steps == 0:
+        return {}, {}
+    spec = job.spec.distillation.model_copy(update={"max_steps": asked.finalist_steps})
+    until = deadlines(job.spec, job.plan)["finalists"]
+    networks: dict[str, Encoder] = {}
+    trainings: dict[str, TrainingReport] = {}
+    for i, subnetwork in enumerate(found.subnetworks):
+        left = len(found.subnetworks) - i
+        now, training = checkpoints.seconds, f"finalists {subnetwork.name}"
+        around = Surroundings(
+            # Checkpoints know it by its shape: on another machine p1 may be another one.
+            f"{training} {digest(str(subnetwork.shape))[:8]}",
+            SECTIONS["finalists"],
+            checkpoints,
+            None if until is None else now + max(0.0, until - now) / left,
+            stop,
+            precision=job.spec.precision,
+        )
+
+        def on_step(step: Step, before: int = i) -> None:
+            total = len(found.subnetworks) * step.total
+            advance(before * step.total + step.done, total, losses=dict(step.losses))
+
+        network, trainings[training] = distil_finalist(
+            job, learnt, subnetwork, spec, around, on_step
+        )
+        networks[subnetwork.name] = network
+    return networks, trainings
+
+
+def distil_finalist(
+    job: Job,
+    learnt: Learnt,
+    subnetwork: Subnetwork,
+    spec: DistillationSpec,
+    surroundings: Surroundings,
+    on_step: Callable[[Step], None],
+) -> tuple[Encoder, TrainingReport]:
+    """One of them, cut out of the supernet with the dropout that that learns with."""
+    network = Networks(learnt.supernet).extracted(subnetwork, learnt.supernet.config)
+    return network, finished(
+        network,
+        surroundings,
+        lambda: distil_alone(
+            network,
+            learnt.teacher,
+            subnetwork,
+            imitated_rows(job),
+            spec,
+            job.task,
+            surroundings,
+            seed=job.spec.seed,
+            replicas=job.replicas,
+            on_step=on_step,
+        ),
+    )
+
+
 def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:
     """The supernet's config: the teacher's, with the dropout that it is to learn with."""
     if spec.dropout is None:
@@ -1132,26 +1212,16 @@ def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderCon
     return dataclasses.replace(config, hidden_dropout=spec.dropout, attention_dropout=spec.dropout)
 
 
-def extract(
-    config: EncoderConfig, weights: Mapping[str, np.ndarray], subnetwork: Subnetwork
-) -> Encoder:
-    """The physically smaller network; its config keeps the model's dropout."""
-    return build_encoder(
-        subnetwork.config(config),
-        extract_weights(config, weights, subnetwork),
-    )
-
-
 def pass_parity_gate(
     job: Job,
-    supernet: Encoder,
+    networks: Networks,
     subnetwork: Subnetwork,
     exported: Mapping[Format, Exported],
     rounded: Mapping[Format, Outcome],
     artifacts: Path,
     work: Path,
 ) -> list[FormatReport]:
-    """Compares each format, reloaded in a fresh process, with the supernet on dev rows.
+    """Compares each format, reloaded in a fresh process, with the sub-network on dev rows.
 
     Of formats that round, whose own gate `rounded` tells of, logits must only be finite and as
     many.
@@ -1160,8 +1230,8 @@ def pass_parity_gate(
     folder = work / "parity" / subnetwork.name
     folder.mkdir(parents=True)
     batch, reference = folder / "batch.npz", folder / "reference.npz"
-    np.savez(batch, **pad(rows, range(len(rows)), pad_id=supernet.config.pad_token_id))
-    np.savez(reference, logits=padded_logits(predict(supernet, rows, subnetwork=subnetwork)))
+    np.savez(batch, **pad(rows, range(len(rows)), pad_id=networks.config.pad_token_id))
+    np.savez(reference, logits=padded_logits(networks.predict(subnetwork, rows)))
     reports = []
     for fmt, files in exported.items():
         parity, outcome = None, rounded.get(fmt)
@@ -1388,7 +1458,7 @@ def regression(
 def judged_on_test(
     reports: Sequence[SubnetworkReport],
     job: Job,
-    supernet: Encoder,
+    networks: Networks,
     chosen: Selection,
     artifacts: Path,
     work: Path,
@@ -1405,7 +1475,7 @@ def judged_on_test(
     judged = with_test(
         reports,
         job,
-        supernet,
+        networks,
         teacher_accuracy=teacher_accuracy,
         teacher_on_test=teacher_on_test,
         rounded=rounded,
@@ -1435,7 +1505,7 @@ def rounded_on_test(
 def with_test(
     reports: Sequence[SubnetworkReport],
     job: Job,
-    supernet: Encoder,
+    networks: Networks,
     *,
     teacher_accuracy: float,
     teacher_on_test: Predictions,
@@ -1453,8 +1523,7 @@ def with_test(
     rows, task = job.own["test"], job.task
 
     def on_test(report: SubnetworkReport) -> Predictions:
-        subnetwork = subnetwork_in(report)
-        return predict(supernet, rows, subnetwork=subnetwork, threads=job.replicas)
+        return networks.predict(subnetwork_in(report), rows, threads=job.replicas)
 
     name, other, other_rows = TEACHER, teacher_on_test, job.splits["test"]
     largest = (r for r in reports if r.width_mult == r.depth_mult == 1)
@@ -1593,7 +1662,7 @@ def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> It
                 f"step {training.best_step}"
             )
         yield from training.notes
-        section = getattr(spec, SECTIONS[stage])
+        section = getattr(spec, SECTIONS[stage.split()[0]])
         if training.micro_batch is not None and section.micro_batch == "auto":
             yield (
                 f"the memory was too small for a whole batch in {stage}: {training.micro_batch} "

@@ -183,7 +183,8 @@ class Plan(Frozen):
     )
     predicted_stage_seconds: Mapping[str, float] = Field(
         description='The same, apart: "teacher" (its fine-tuning), "importance", "distil", '
-        '"depth", "final", and "finish" for all after them. A time budget is shared out by these.',
+        '"depth", "final", "search", "finalists" (their own distillation), and "finish" for all '
+        "after them. A time budget is shared out by these.",
     )
     warnings: tuple[str, ...]
 
@@ -650,9 +651,7 @@ def held_out_rows(spec: Spec, train: int) -> int:
 
 def _times_samples(spec: Spec) -> bool:
     """Whether a search measures sub-networks for a latency model."""
-    constraints = spec.constraints
-    bounded = constraints.max_latency_ms is not None or constraints.min_speedup is not None
-    return bounded and constraints.latency_on is None
+    return spec.constraints.bounds_latency and spec.constraints.latency_on is None
 
 
 def _check_per_layer(spec: Spec, train: int) -> None:
@@ -799,16 +798,23 @@ def _predicted_stage_seconds(
     # What rounds answers dev in one more process a file.
     exports = len(subnetworks) * (len(spec.export.formats) + len(rounded))
     exports += len(baselines) + len(teacher_rounded)
+    flops |= {"search": 0.0, "finalists": 0.0}
+    samples = 0
     if (asked := spec.supernet.per_layer) is not None:
-        mean = students / len(subnetworks)
-        budgets = len(asked.budget_shares)
+        mean, budgets = students / len(subnetworks), len(asked.budget_shares)
         scored = budgets * asked.population * (asked.generations + 1)
-        flops["finish"] += scored * held_out_rows(spec, rows["train"]) * mean
+        flops["search"] += scored * held_out_rows(spec, rows["train"]) * mean
         exports += budgets * asked.finalists * (len(spec.export.formats) + len(rounded))
         if _times_samples(spec):
-            flops["finish"] += 2 * spec.latency.rounds * asked.latency_samples * mean
-            exports += asked.latency_samples * (2 if rounded else 1) + len(served)
+            flops["search"] += 2 * spec.latency.rounds * asked.latency_samples * mean
+            samples = asked.latency_samples * (2 if rounded else 1) + len(served)
+        if asked.finalist_steps:
+            alone = spec.distillation.model_copy(update={"max_steps": asked.finalist_steps})
+            learnt = _trained_rows(alone, rows["train"] + rows.get("unlabelled", 0))
+            each = learnt * (teacher + BACKWARD_AND_FORWARD * mean)
+            flops["finalists"] = budgets * asked.finalists * each
     seconds = {stage: count / FLOPS_PER_SECOND for stage, count in flops.items()}
+    seconds["search"] += samples * SECONDS_PER_EXPORT
     seconds["finish"] += exports * SECONDS_PER_EXPORT
     return seconds
 
@@ -816,21 +822,24 @@ def _predicted_stage_seconds(
 def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
     """When each training must stop, in seconds of the job; None without a time budget.
 
-    What the stages after the trainings are predicted to take is set aside; of the rest, each
-    training may take the share that it is predicted to need.
+    What the stages between and after the trainings are predicted to take is set aside; of the
+    rest, each training may take the share that it is predicted to need.
     """
+    trainings = ("teacher", "distil", "depth", "final", "finalists")
     if spec.max_minutes is None:
-        return {"teacher": None, "distil": None, "depth": None, "final": None}
+        return dict.fromkeys(trainings)
     predicted = plan.predicted_stage_seconds
-    left = max(0.0, 60 * spec.max_minutes - predicted["finish"])
+    left = max(0.0, 60 * spec.max_minutes - predicted["search"] - predicted["finish"])
     distilled = predicted["teacher"] + predicted["importance"] + predicted["distil"]
     deepened = distilled + predicted["depth"]
-    share = left / (deepened + predicted["final"])
+    tuned = deepened + predicted["final"]
+    share = left / (tuned + predicted["finalists"])
     return {
         "teacher": predicted["teacher"] * share,
         "distil": distilled * share,
         "depth": deepened * share,
-        "final": left,
+        "final": tuned * share,
+        "finalists": left + predicted["search"],
     }
 
 

@@ -47,6 +47,7 @@ STAGES = (
     "depth",
     "final",
     "search",
+    "finalists",
     "evaluate",
     "export",
     "verify",
@@ -513,7 +514,7 @@ class CompressionReport(Frozen):
     trainings: Mapping[str, TrainingReport] = Field(
         default_factory=dict,
         description='By stage: "teacher" where it was fine-tuned, "distil", "depth" and "final" '
-        "where the spec asks for them.",
+        'where the spec asks for them; "finalists p1" of a finalist that has weights of its own.',
     )
     environment: Mapping[str, str] = Field(description="Device and library versions measured on.")
     device: DeviceFingerprint | None = Field(None, description="The machine that measured.")

@@ -20,7 +20,6 @@ from compression.batches import Encoded
 from compression.budget import (
     Budget,
     Timings,
-    bounds_latency,
     measured_budget,
     predicted_budget,
     samples,
@@ -146,7 +145,7 @@ def search(
     ExportFailed where what is to be timed cannot be written or run.
     """
     space = space_of(spec, config)
-    if not bounds_latency(spec):
+    if not spec.constraints.bounds_latency:
         budget = size_budget(spec, config, seq_len=seq_len)
     elif predictor is not None:
         budget = predicted_budget(spec, config, predictor)

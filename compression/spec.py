@@ -277,6 +277,13 @@ class PerLayerSpec(_Asked):
         le=16,
         description="The best of each budget: exported, measured and judged on dev as any other.",
     )
+    finalist_steps: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Of a distillation of its own that each finalist gets from the teacher, at "
+        "most, as `distillation` says; its weights are then no longer the supernet's. 0: none.",
+    )
     budget_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (1.0,),
         min_length=1,
@@ -522,6 +529,10 @@ class ConstraintSpec(_Asked):
         "up to the worse end of the interval that has this confidence. null: as measured.",
         json_schema_extra={"enum": [*CONFIDENCES, None]},
     )
+
+    @property
+    def bounds_latency(self) -> bool:
+        return self.max_latency_ms is not None or self.min_speedup is not None
 
     @field_validator("confidence")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tarfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -277,7 +278,8 @@ def test_times_are_those_of_the_same_machine() -> None:
 
 
 PER_LAYER = {
-    "holdout_rows": 16, "latency_samples": 4, "population": 4, "generations": 2, "finalists": 1
+    "holdout_rows": 16, "latency_samples": 4, "population": 4, "generations": 2, "finalists": 1,
+    "finalist_steps": 2,
 }  # fmt: skip
 
 
@@ -296,25 +298,36 @@ def job_spec(**changes: Any) -> Spec:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A job that is stopped when its search has scored two candidates, and goes on."""
+    """A job that is stopped when its search has scored two candidates, and when its finalist has
+    learnt one step, and goes on."""
     root = tmp_path_factory.mktemp("search")
     model = tiny_bert(root / "model", num_labels=2, layers=2, seed=1)
     dataset = tiny_dataset(root / "dataset", rows={"train": 100, "dev": 40, "test": 20}, seed=1)
     seen: list[Progress] = []
 
-    def is_scoring() -> bool:
-        last = seen[-1] if seen else Progress("load")
-        return (last.stage, last.message, last.step) == ("search", "candidates", 2)
+    def run(*until: object) -> tuple[CompressionReport | None, list[Progress]]:
+        """Until a stage's message and step."""
+        before = len(seen)
 
-    arguments = (job_spec(), model, dataset, root / "run", seen.append)
-    with pytest.raises(Interrupted):
-        pipeline.compress(*arguments, stop=is_scoring)
+        def is_reached() -> bool:
+            last = seen[-1] if seen else Progress("load")
+            return (last.stage, last.message, last.step) == until
+
+        try:
+            report = pipeline.compress(
+                job_spec(), model, dataset, root / "run", seen.append, stop=is_reached
+            )
+        except Interrupted:
+            return None, seen[before:]
+        return report, seen[before:]
+
+    _, first = run("search", "candidates", 2)
     _, stopped, _ = newest_snapshot(root / "run" / "checkpoints")
-    first = list(seen)
-    report = pipeline.compress(*arguments)
+    _, second = run("finalists", "", 1)
+    report, third = run()
     return {
         "root": root, "report": report, "model": model, "dataset": dataset, "stopped": stopped,
-        "first": first, "second": seen[len(first) :],
+        "first": first, "second": second, "third": third,
     }  # fmt: skip
 
 
@@ -328,8 +341,13 @@ def test_a_stopped_search_goes_on_with_its_times_and_scores(finished: dict[str, 
 
     assert told("first") == {"", "samples", "latency", "candidates"}
     assert told("second") == {"", "candidates"}
-    (loaded,) = {p.message for p in finished["second"] if p.stage == "load" and p.message}
-    assert loaded == "goes on from step 2 of search"
+
+    def went_on(run: str) -> str:
+        (message,) = (p.message for p in finished[run] if p.stage == "load" and p.step == 1)
+        return str(message)
+
+    assert went_on("second") == "goes on from step 2 of search"
+    assert went_on("third").startswith("goes on from step 1 of finalists p1")
     (model,) = finished["report"].search.latency_models
     measured = kept.figures["timed"]["sample0"]["p50_ms"]  # of the full width
     whole = 2 * (model.heads_ms[4] + model.ffn_ms[64])
@@ -355,6 +373,27 @@ def test_finalists_are_sub_networks_like_all_others(finished: dict[str, Any]) ->
     text = (finished["root"] / "run" / "report.json").read_text()
     assert CompressionReport.model_validate_json(text) == report
     assert json.loads(text)["search"]["latency_models"][0]["heads_ms"].keys() == {"2", "4"}
+
+
+def test_a_finalist_has_weights_of_its_own_where_it_is_given_steps(
+    finished: dict[str, Any],
+) -> None:
+    report: CompressionReport = finished["report"]
+    training = report.trainings["finalists p1"]
+    assert (training.steps, training.ended) == (2, "complete")
+    artifacts = finished["root"] / "run" / "artifacts"
+    whole, own = (read_checkpoint(artifacts / name / "safetensors") for name in ("w1", "p1"))
+    found = pipeline.subnetwork_in(report.subnetworks[-1])
+    shared = extract_weights(whole.config, whole.tensors, found)
+    assert shared.keys() == own.tensors.keys()
+    moved = {name: np.abs(own.tensors[name] - each).max() for name, each in shared.items()}
+    assert max(moved.values()) > 1e-4
+    assert moved["layers.0.ffn.output.weight"] > 0
+    with tarfile.open(artifacts / "p1" / "bundle.tar.gz") as bundle:
+        card = next(name for name in bundle.getnames() if name.endswith("MODEL_CARD.md"))
+        file = bundle.extractfile(card)
+        assert file is not None
+        assert b"It was then distilled alone for 2 of 2 steps." in file.read()
 
 
 def test_the_report_says_what_was_searched_and_what_it_gained(finished: dict[str, Any]) -> None:
