@@ -1,11 +1,16 @@
-"""The fastest artifact that loses at most a point: MiniLM-L6 on SST-2, several seeds, one command.
+"""The fastest artifact that loses at most a point, and the front: MiniLM-L6 on SST-2, one command.
 
-Uniform widths at every depth; a width for each layer is not in it. A seed is a teacher (nine tenths
-of train; the hold-out of the rest chooses its epoch) and then one compression job, as the library
-runs it: every sub-network in fp32 and in int8, judged on dev and measured beside the teacher at
-batch 1 and 16, 64 tokens, one and two threads. The artifact is the one whose drop on dev is at most
-`--max-drop` points as a mean over seeds and whose mean latency (batch 1, one thread) is the
-smallest; only it is judged on test.
+A seed is a teacher (nine tenths of train; the hold-out of the rest chooses its epoch) and then one
+compression job, as the library runs it: uniform widths at every depth, each in fp32 and in int8,
+judged on dev and measured beside the teacher at batch 1 and 16, 64 tokens, one and two threads.
+A seed of `--per-layer-seeds` (the first alone, unless told) has another job on the same teacher,
+whose supernet also learns a width for each layer and which searches for such sub-networks at
+several speed-ups.
+
+The artifact is the one of a uniform width whose drop on dev is at most `--max-drop` points as a
+mean over seeds and whose latency (batch 1, one thread, as a share of the teacher's in the same
+measurement) is the smallest; only it is judged on test. Networks of the search are of one seed,
+so they stand on the front and are not chosen.
 
 References in the same run: the teacher in ONNX Runtime in fp32 and in its dynamic int8, which is
 what one would do instead of compressing. `speedup_*` are ratios of medians of the first seed's
@@ -13,7 +18,10 @@ files, timed in turns with both teachers in one last measurement; those of the o
 same shapes. `_b16`: batch 16, two threads. `accuracy_drop`, `accuracy_drop_test`: points against
 the teacher, dev and test, means over seeds; `drop_ci_high`: the upper end of dev's 95 % bootstrap
 interval, rows resampled, the same for both. `size_ratio`: bytes of the file over the fp32
-teacher's.
+teacher's. `latency_model_*_error`: |predicted / measured - 1| over sub-networks that the search's
+latency model was not fitted to, largest over seeds. `per_layer`: the gain on dev over the best
+uniform sub-network of the same job under the same budget, by seed. `reselection_ms`: from a
+finished job's report as text to the answer under other constraints, median.
 
 Finished parts are kept in `--work-dir` and not run again, and a job goes on from its checkpoint. A
 table of all candidates is `front.md` there, and a plot `front.svg`. Source of the data: SST-2
@@ -24,6 +32,7 @@ object.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -48,56 +57,67 @@ ALONE, BATCHED = (1, 1), (16, 2)  # (rows of a call, threads)
 FP32: Format = "onnx"
 INT8: Format = "onnx-int8-dynamic"
 LABELS = ("0", "1")
+UNIFORM, PER_LAYER = "job", "per-layer"  # a seed's jobs, and their folders
+BUDGET_SHARES = (1, 0.6, 0.4)  # of the latency that --per-layer-speedup leaves: 3, 5, 7.5 times
+FINALISTS = 2  # of each share
+RESELECTIONS = 20
 RESAMPLES = 2000
 CALIBRATION_ROWS = 128
 TEACHER = "teacher"
 
 
-def spec_of(seed: int, args: argparse.Namespace) -> Spec:
-    """The job of one seed."""
+def spec_of(seed: int, args: argparse.Namespace, job: str = UNIFORM) -> Spec:
+    """One job of a seed."""
     from compression.spec import Spec
 
-    return Spec.model_validate(
-        {
-            "seed": seed,
-            "task": {
-                "text": "sentence",
-                "label": "label",
-                "labels": LABELS,
-                "max_seq_len": SEQ_LEN,
-            },
-            "teacher": {"when": "never"},
-            "supernet": {"width_mults": args.widths, "depth_mults": args.depths},
-            "distillation": {
-                "epochs": args.distil_epochs,
-                "max_steps": args.max_steps,
-                "lambda_rep": args.lambda_rep,
-                "learning_rate": args.learning_rate,
-            },
-            "depth": {"epochs": args.depth_epochs, "max_steps": args.max_steps},
-            "constraints": {"max_accuracy_drop": args.max_drop, "objective": "latency"},
-            "export": {"formats": [FP32, INT8]},
-            "latency": {
-                "batch_size": ALONE[0],
-                "threads": ALONE[1],
-                "batch_sizes": [BATCHED[0]],
-                "thread_counts": [BATCHED[1]],
-                "seq_len": SEQ_LEN,
-                "rounds": args.rounds,
-                "baselines": [INT8],
-            },
+    values: dict[str, Any] = {
+        "seed": seed,
+        "task": {
+            "text": "sentence",
+            "label": "label",
+            "labels": LABELS,
+            "max_seq_len": SEQ_LEN,
+        },
+        "teacher": {"when": "never"},
+        "supernet": {"width_mults": args.widths, "depth_mults": args.depths},
+        "distillation": {
+            "epochs": args.distil_epochs,
+            "max_steps": args.max_steps,
+            "lambda_rep": args.lambda_rep,
+            "learning_rate": args.learning_rate,
+        },
+        "depth": {"epochs": args.depth_epochs, "max_steps": args.max_steps},
+        "constraints": {"max_accuracy_drop": args.max_drop, "objective": "latency"},
+        "export": {"formats": [FP32, INT8]},
+        "latency": {
+            "batch_size": ALONE[0],
+            "threads": ALONE[1],
+            "batch_sizes": [BATCHED[0]],
+            "thread_counts": [BATCHED[1]],
+            "seq_len": SEQ_LEN,
+            "rounds": args.rounds,
+            "baselines": [INT8],
+        },
+    }
+    if job == PER_LAYER:
+        values["supernet"]["per_layer"] = {
+            "budget_shares": BUDGET_SHARES,
+            "finalists": FINALISTS,
+            "latency_samples": args.latency_samples,
+            "generations": args.generations,
         }
-    )
+        values["constraints"] |= {"min_speedup": args.per_layer_speedup}
+    return Spec.model_validate(values)
 
 
-def run_seed(seed: int, args: argparse.Namespace) -> CompressionReport:
-    """The seed's report; its teacher, files and checkpoints stay in its folder."""
+def run_job(seed: int, args: argparse.Namespace, job: str = UNIFORM) -> CompressionReport:
+    """The job's report; the seed's teacher, files and checkpoints stay in its folder."""
     from compression.pipeline import compress
     from compression.report import CompressionReport
 
-    folder = args.work_dir / f"seed-{seed}"
+    folder, spec = args.work_dir / f"seed-{seed}", spec_of(seed, args, job)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / "job" / "report.json"
+    kept = folder / job / "report.json"
     if not kept.exists():
         log(seed, "teacher")
         model = teacher_folder(seed, folder, args)
@@ -107,19 +127,14 @@ def run_seed(seed: int, args: argparse.Namespace) -> CompressionReport:
             tenth = 10 * progress.step // max(progress.total, 1)
             if said.get(progress.stage) != tenth:
                 said[progress.stage] = tenth
-                log(seed, f"{progress.stage} {progress.step}/{progress.total} {progress.message}")
+                done = f"{progress.step}/{progress.total}"
+                log(seed, f"{job}: {progress.stage} {done} {progress.message}")
 
-        compress(
-            spec_of(seed, args),
-            model,
-            args.data / "sst2",
-            folder / "job",
-            on_progress,
-            checkpoint_seconds=60.0,
-        )
+        data, out = args.data / "sst2", folder / job
+        compress(spec, model, data, out, on_progress, checkpoint_seconds=60.0)
     report = CompressionReport.model_validate_json(kept.read_text())
-    if report.spec != spec_of(seed, args):
-        sys.exit(f"{kept} is of another spec: move {folder / 'job'} away, or name another work-dir")
+    if report.spec != spec:
+        sys.exit(f"{kept} is of another spec: move {kept.parent} away, or name another work-dir")
     return report
 
 
@@ -162,7 +177,7 @@ def teacher_folder(seed: int, folder: Path, args: argparse.Namespace) -> Path:
 
 @dataclass(frozen=True)
 class Point:
-    """A sub-network in a format: means over seeds."""
+    """A sub-network in a format: means over the seeds that have it."""
 
     subnetwork: str
     format: Format
@@ -171,36 +186,58 @@ class Point:
     p50_ms: float  # batch 1, one thread
     p50_ms_batched: float
     size_mb: float
+    speedups: tuple[float, float]  # against the teacher of its own run in fp32 and in int8
 
     @property
     def kind(self) -> str:
-        precision = "int8" if self.format == INT8 else "fp32"
-        return f"{'fewer layers' if '-d' in self.subnetwork else 'all layers'}, {precision}"
+        layers = "fewer layers" if "-d" in self.subnetwork else "one width"
+        if self.subnetwork.startswith("p"):
+            layers = "a width for each layer"
+        return f"{layers}, {'int8' if self.format == INT8 else 'fp32'}"
+
+    @property
+    def share(self) -> float:
+        """Its latency over the fp32 teacher's: of different runs, this can be compared."""
+        return 1 / self.speedups[0]
 
 
-def points(reports: Sequence[CompressionReport]) -> list[Point]:
-    """Of every sub-network and format that each seed has published, the fastest first."""
-    found: dict[tuple[str, Format], list[tuple[float, float, float, float]]] = {}
+def points(reports: Sequence[CompressionReport], *, uniform: bool = True) -> list[Point]:
+    """Of every sub-network and format that each of the jobs has published, the fastest first.
+
+    `uniform`: those of one width, else those with a width for each layer.
+    """
+    found: dict[tuple[str, Format], list[tuple[float, ...]]] = {}
     for report in reports:
+        teacher = [alone for alone, _, _ in baselines([report]).values()]
         for subnetwork in report.subnetworks:
             for own in subnetwork.formats:
-                if own.published and own.latencies:
-                    drop = own.accuracy_drop
+                is_wanted = uniform == (subnetwork.width_mult is not None)
+                if is_wanted and own.published and own.latencies:
+                    drop, alone = own.accuracy_drop, at(own.latencies, ALONE).p50_ms
                     found.setdefault((subnetwork.name, own.format), []).append(
                         (
                             subnetwork.accuracy_drop if drop is None else drop,
-                            at(own.latencies, ALONE).p50_ms,
+                            alone,
                             at(own.latencies, BATCHED).p50_ms,
                             own.size_bytes / 1e6,
+                            *(each / alone for each in teacher),
                         )
                     )
     made = []
     for (name, fmt), rows in found.items():
         if len(rows) == len(reports):
-            drop, alone, batched, size = (statistics.mean(each) for each in zip(*rows, strict=True))
+            drop, *figures, fp32, int8 = (statistics.mean(each) for each in zip(*rows, strict=True))
             drops = tuple(row[0] for row in rows)
-            made.append(Point(name, fmt, drop, drops, alone, batched, size))
-    return sorted(made, key=lambda point: point.p50_ms)
+            made.append(Point(name, fmt, drop, drops, *figures, speedups=(fp32, int8)))
+    return sorted(made, key=lambda point: point.share)
+
+
+def on_front(found: Sequence[Point]) -> list[Point]:
+    """Those that no other beats in latency and accuracy, in their order."""
+    from compression.pareto import pareto_front
+
+    front = pareto_front([(point.share, point.accuracy_drop) for point in found])
+    return [point for point, best in zip(found, front, strict=True) if best]
 
 
 def at(latencies: Sequence[LatencyReport], setting: tuple[int, int]) -> LatencyReport:
@@ -224,28 +261,28 @@ def table(found: Sequence[Point], teacher: dict[Format, tuple[float, float, floa
     """Markdown, the fastest first."""
     lines = [
         "| sub-network | format | points lost on dev (by seed) | ms, batch 1 | times fp32 | times "
-        "int8 | ms, batch 16 | MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "int8 | ms, batch 16 | MB | on the front |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    front = on_front(found)
 
-    def row(name: str, fmt: str, drop: str, alone: float, batched: float, size: float) -> str:
-        against = [f"{teacher[each][0] / alone:.2f}" for each in (FP32, INT8)]
-        cells = [name, fmt, drop, f"{alone:.2f}", *against, f"{batched:.2f}", f"{size:.1f}"]
-        return f"| {' | '.join(cells)} |"
+    def add(*cells: str) -> None:
+        lines.append(f"| {' | '.join(cells)} |")
 
     for fmt, (alone, batched, size) in teacher.items():
-        lines.append(row(TEACHER, fmt, "", alone, batched, size))
+        against = [f"{teacher[each][0] / alone:.2f}" for each in (FP32, INT8)]
+        add(TEACHER, fmt, "", f"{alone:.2f}", *against, f"{batched:.2f}", f"{size:.1f}", "")
     for point in found:
         by_seed = " ".join(f"{drop:.2f}" for drop in point.drops)
-        lines.append(
-            row(
-                point.subnetwork,
-                point.format,
-                f"{point.accuracy_drop:.2f} ({by_seed})",
-                point.p50_ms,
-                point.p50_ms_batched,
-                point.size_mb,
-            )
+        add(
+            point.subnetwork,
+            point.format,
+            f"{point.accuracy_drop:.2f} ({by_seed})",
+            f"{point.p50_ms:.2f}",
+            *(f"{each:.2f}" for each in point.speedups),
+            f"{point.p50_ms_batched:.2f}",
+            f"{point.size_mb:.1f}",
+            "yes" if point in front else "",
         )
     return "\n".join(lines) + "\n"
 
@@ -256,37 +293,100 @@ def plot(
     chosen: Point | None,
     path: Path,
 ) -> None:
-    """Points lost against latency, a series for each kind of sub-network."""
+    """Points lost against latency: each kind of sub-network with the line of its own front."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, axes = pyplot.subplots(figsize=(9, 6))
     for kind in sorted({point.kind for point in found}):
         own = [point for point in found if point.kind == kind]
-        axes.plot(
-            [point.p50_ms for point in own],
-            [point.accuracy_drop for point in own],
+        front = on_front(own)
+        (line,) = axes.plot(
+            [point.share for point in front],
+            [point.accuracy_drop for point in front],
             marker="o",
             label=kind,
         )
-        for point in own:
-            place = (point.p50_ms, point.accuracy_drop)
-            axes.annotate(point.subnetwork, place, fontsize=7)
+        axes.scatter(
+            [point.share for point in own],
+            [point.accuracy_drop for point in own],
+            s=12,
+            color=line.get_color(),
+        )
+        for point in front:
+            axes.annotate(point.subnetwork, (point.share, point.accuracy_drop), fontsize=7)
     for fmt, (alone, _, _) in teacher.items():
-        axes.axvline(alone, linestyle="--", linewidth=1, color="grey")
-        axes.text(alone, 0, f" teacher, {fmt}", rotation=90, fontsize=7, color="grey")
+        share = alone / teacher[FP32][0]
+        axes.axvline(share, linestyle="--", linewidth=1, color="grey")
+        axes.text(share, 0, f" teacher, {fmt}", rotation=90, fontsize=7, color="grey")
     if chosen is not None:
-        place = ([chosen.p50_ms], [chosen.accuracy_drop])
+        place = ([chosen.share], [chosen.accuracy_drop])
         axes.scatter(*place, s=160, facecolors="none", edgecolors="black", label="chosen")
-    axes.set_xlabel(f"ms a call (p50, batch 1, {SEQ_LEN} tokens, one thread)")
+    axes.set_xlabel(
+        f"latency over the fp32 teacher's (p50, batch 1, {SEQ_LEN} tokens, one thread; it takes "
+        f"{teacher[FP32][0]:.2f} ms)"
+    )
     axes.set_ylabel("points lost on dev")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+# --- the search, and asking again ---------------------------------------------------------------
+
+
+def searched(reports: dict[int, CompressionReport]) -> dict[str, Any]:
+    """What the search over per-layer widths came to, by seed, and its latency models' errors."""
+    by_seed, models = [], []
+    for seed, report in reports.items():
+        search = report.search
+        if search is None:
+            by_seed.append({"seed": seed, "warnings": report.warnings})
+            continue
+        models += search.latency_models
+        told: dict[str, Any] = {
+            "seed": seed,
+            "format": search.format,
+            "budget": search.budget,
+            "scored": search.scored,
+            "note": search.note,
+        }
+        if (gain := search.gain) is not None:
+            within = next(each for each in gain.intervals if each.confidence == 0.95)
+            told |= {
+                "subnetwork": gain.subnetwork,
+                "reference": gain.reference,
+                "gain_points": round(gain.points, 2),
+                "gain_ci": [round(within.low, 2), round(within.high, 2)],
+            }
+        by_seed.append(told)
+    return {
+        "per_layer": by_seed,
+        "latency_model_mean_error": max((round(m.mean_error, 4) for m in models), default=None),
+        "latency_model_max_error": max((round(m.max_error, 4) for m in models), default=None),
+        "latency_model_held_out": sum(m.held_out for m in models),
+    }
+
+
+def reselection_ms(kept: Path, max_drop: float) -> float:
+    """Of a finished job, from its report as text to the smallest file at half that drop."""
+    from compression.report import CompressionReport
+    from compression.selection import reselect
+    from compression.spec import ConstraintSpec
+
+    text = kept.read_text()
+    other = ConstraintSpec(max_accuracy_drop=max_drop / 2, objective="size")
+    took = []
+    for _ in range(RESELECTIONS):
+        started = time.perf_counter()
+        report = CompressionReport.model_validate_json(text)
+        reselect(report.subnetworks, other, main_metric=report.main_metric)
+        took.append(1e3 * (time.perf_counter() - started))
+    return round(statistics.median(took), 1)
 
 
 # --- the chosen one --------------------------------------------------------------------------
@@ -333,7 +433,7 @@ def answers(
         TEACHER: (FP32, teacher_files(seed, args) / FP32),
         "own": (
             chosen.format,
-            folder / "job" / "artifacts" / chosen.subnetwork / chosen.format,
+            folder / UNIFORM / "artifacts" / chosen.subnetwork / chosen.format,
         ),
     }
     for name, (fmt, path) in files.items():
@@ -382,7 +482,7 @@ def timed(chosen: Point, args: argparse.Namespace) -> dict[str, Any]:
     from compression.latency import Served, measure
 
     seed = args.seeds[0]
-    own = args.work_dir / f"seed-{seed}" / "job" / "artifacts" / chosen.subnetwork / chosen.format
+    own = args.work_dir / f"seed-{seed}" / UNIFORM / "artifacts" / chosen.subnetwork / chosen.format
     served = {fmt: Served(fmt, teacher_files(seed, args) / fmt) for fmt in (FP32, INT8)}
     measured = measure(
         {**{str(fmt): item for fmt, item in served.items()}, "own": Served(chosen.format, own)},
@@ -413,6 +513,14 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", default=["1", "3/4", "1/2", "1/4"])
     parser.add_argument("--depths", nargs="+", default=["1", "2/3", "1/2"])
     parser.add_argument("--depth-epochs", type=float, default=3)
+    parser.add_argument(
+        "--per-layer-seeds", type=int, nargs="*", help="of --seeds; by default the first alone"
+    )
+    parser.add_argument(
+        "--per-layer-speedup", type=float, default=3.0, help="the search's widest budget"
+    )
+    parser.add_argument("--latency-samples", type=int, default=24)
+    parser.add_argument("--generations", type=int, default=5, help="of the search at each budget")
     parser.add_argument("--max-drop", type=float, default=1.0, help="points on dev")
     parser.add_argument("--teacher-epochs", type=int, default=6)
     parser.add_argument("--distil-epochs", type=float, default=3)
@@ -424,13 +532,24 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     inputs.check(args)
+    if args.per_layer_seeds is None:
+        args.per_layer_seeds = args.seeds[:1]
+    if strangers := set(args.per_layer_seeds) - set(args.seeds):
+        parser.error(f"--per-layer-seeds {min(strangers)} is none of --seeds")
     inputs.require_environment("benchmarks.frontier")
     config, _ = inputs.read_model(args.model, seed=0)
     args.pad_token_id, args.vocab_size = config.pad_token_id, config.vocab_size
     started = time.monotonic()
-    reports = [run_seed(seed, args) for seed in args.seeds]
-    found, teacher = points(reports), baselines(reports)
-    chosen = next((point for point in found if point.accuracy_drop <= args.max_drop), None)
+    reports = [run_job(seed, args) for seed in args.seeds]
+    per_layer = {seed: run_job(seed, args, PER_LAYER) for seed in args.per_layer_seeds}
+    uniform, teacher = points(reports), baselines(reports)
+    chosen = next((point for point in uniform if point.accuracy_drop <= args.max_drop), None)
+    found = uniform + [
+        dataclasses.replace(point, subnetwork=f"{point.subnetwork} of seed {seed}")
+        for seed, report in per_layer.items()
+        for point in points([report], uniform=False)
+    ]
+    found.sort(key=lambda point: point.share)
     (args.work_dir / "front.md").write_text(table(found, teacher))
     plot(found, teacher, chosen, args.work_dir / "front.svg")
     print(table(found, teacher), file=sys.stderr)
@@ -449,6 +568,10 @@ def main() -> None:
             **timed(chosen, args),
             "size_ratio": round(chosen.size_mb / teacher[FP32][2], 3),
         }
+    result |= searched(per_layer)
+    result["reselection_ms"] = reselection_ms(
+        args.work_dir / f"seed-{args.seeds[0]}" / UNIFORM / "report.json", args.max_drop
+    )
     result |= {"threads": args.threads, "wall_s": round(time.monotonic() - started, 1)}
     print(json.dumps(result))
 

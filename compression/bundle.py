@@ -406,9 +406,9 @@ def _steps(facts: BundleFacts) -> list[str]:
         *(
             [
                 "Sub-networks with a width for each layer were searched for: "
-                f"{spec.supernet.per_layer.finalists} at most, the most accurate on rows of train "
-                "that nothing was trained on, among those predicted to hold the budget. The "
-                "supernet had learnt random widths for each layer along with the others."
+                f"{spec.supernet.per_layer.finalists} at most for each budget, the most accurate "
+                "on rows of train that nothing was trained on, among those predicted to hold it. "
+                "The supernet had learnt random widths for each layer along with the others."
             ]
             if spec.supernet.per_layer is not None
             else []
@@ -416,6 +416,11 @@ def _steps(facts: BundleFacts) -> list[str]:
         f"This {'width' if is_width else 'sub-network'} was cut out: "
         f"{_kept(subnetwork)}{_each(subnetwork.heads)} heads and {_each(subnetwork.ffn)} "
         "neurons a layer."
+        + (
+            f" It was then distilled alone{_training_words(facts, alone)}."
+            if (alone := f"finalists {subnetwork.name}") in facts.trainings
+            else ""
+        )
         + (" Tokens that its data never uses were removed." if facts.vocabulary else "")
         + " It was judged on dev, written in each format, reloaded in a fresh "
         "process and compared.",

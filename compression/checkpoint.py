@@ -293,7 +293,6 @@ class Checkpoints:
         self.resumed = next(reversed(self._stages), None)
         self.warnings = damaged
         differences = host_differences(snapshot.host, host) if snapshot else ()
-        self.is_same_host = not differences
         if differences:
             self.warnings += (
                 f"an earlier run of the job was on another kind of host ({'; '.join(differences)})"

@@ -296,8 +296,7 @@ def make_predictor(
             "a profile holds medians: of a predicted latency there is no percentile but 50",
             pointer=f"{AT}/percentile",
         )
-    bounded = (constraints.max_latency_ms, constraints.min_speedup) != (None, None)
-    if constraints.confidence is not None and bounded:
+    if constraints.confidence is not None and constraints.bounds_latency:
         raise InvalidSpec(
             "a predicted latency has an error, and no interval of a confidence: leave confidence "
             "out, and set the bounds on latency and speed-up with the profile's error in mind",

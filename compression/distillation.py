@@ -1,4 +1,5 @@
-"""Distillation of the supernet: DynaBERT (arXiv:2004.04037), width stage and depth stage.
+"""Distillation of the supernet: DynaBERT (arXiv:2004.04037), width stage and depth stage; and of
+a sub-network that has been cut out.
 
 Left out: data augmentation. Letters: B rows, T tokens, H hidden size, C classes.
 """
@@ -169,6 +170,45 @@ class DepthLosses:
         yield from losses_of_each(supernet, self.sampled.at(step), share, layout, noise, loss)
 
 
+@dataclass(frozen=True)
+class AloneLosses:
+    """The loss against the teacher of a network that shares its weights with no other.
+
+    `states` are the teacher's that its own stand for, the embedding output first.
+    """
+
+    teacher: Encoder
+    name: str
+    states: Sequence[int]
+    spec: DistillationSpec
+    task: Task
+
+    def __call__(
+        self,
+        network: Encoder,
+        share: Batch,
+        whole: Batch,
+        noise: Noise | None,
+        step: int | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        layout = layout_of(share, self.spec)
+        with paddle.no_grad():
+            found = self.teacher.encode(*share.inputs, layout=layout)
+        targets = EncoderStates([found.hidden[state] for state in self.states], found.logits)
+        yield (
+            self.name,
+            distillation_loss(
+                network.encode(*share.inputs, layout=layout, noise=noise),
+                targets,
+                share,
+                layout,
+                self.spec,
+                self.task,
+                share_of=whole,
+            ),
+        )
+
+
 def losses_of_each(
     supernet: Encoder,
     subnetworks: Sequence[Subnetwork],
@@ -258,5 +298,36 @@ def distil_depth(
         DepthLosses(frozen, sampled, spec, task),
         seed=seed,
         replicas=replicas,
+        on_step=on_step,
+    )
+
+
+def distil_alone(
+    network: Encoder,
+    teacher: Encoder,
+    subnetwork: Subnetwork,
+    data: Encoded,
+    spec: DistillationSpec,
+    task: Task,
+    surroundings: Surroundings = DISTILLATION,
+    *,
+    seed: int,
+    on_step: Callable[[Step], None],
+    replicas: int = 1,
+) -> TrainingReport:
+    """Trains a cut-out network in place, `subnetwork` of a supernet of the teacher's shape.
+
+    Where layers are left out, its states learn those of the teacher that they stand for.
+    """
+    states = replaced_states(teacher.config.layers, subnetwork.depth_mult)
+    return train(
+        network,
+        data,
+        spec,
+        surroundings,
+        AloneLosses(teacher, subnetwork.name, states, spec, task),
+        seed=seed,
+        replicas=replicas,
+        keep_length=spec.padded_mean,
         on_step=on_step,
     )

@@ -52,10 +52,9 @@ def evolve(
 
     def add(genes: Genes) -> bool:
         subnetwork = space.subnetwork(genes, "candidate")
-        key = (subnetwork.layers, subnetwork.heads, subnetwork.ffn)
-        if key in known or not fits(subnetwork):
+        if subnetwork.shape in known or not fits(subnetwork):
             return False
-        known[key] = Scored(genes, subnetwork, score(subnetwork), cost(subnetwork))
+        known[subnetwork.shape] = Scored(genes, subnetwork, score(subnetwork), cost(subnetwork))
         on_scored(len(known))
         return True
 

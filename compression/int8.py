@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +61,12 @@ class Judge:
         )
         outcomes = self.task.outcomes(found, self.dev)
         accuracy = self.task.metrics_of(outcomes)[self.task.main_metric]
+        resampled = resampled_metric(self.task, outcomes)
         return Verdict(
             accuracy=accuracy,
             accuracy_drop=100 * (self.teacher_accuracy - accuracy),
-            accuracy_drop_intervals=drop_intervals(
-                reference=self.teacher_resampled, own=resampled_metric(self.task, outcomes)
-            ),
+            accuracy_drop_intervals=drop_intervals(reference=self.teacher_resampled, own=resampled),
+            resampled=resampled,
             flipped=flipped_share(self.task, found, self.expected, self.dev),
         )
 
@@ -98,16 +98,21 @@ def loses_at_most(
 
 @dataclass(frozen=True)
 class Verdict:
-    """`accuracy` is the main metric on dev, `accuracy_drop` in points, `flipped` in 0..1."""
+    """`accuracy` is the main metric on dev, `accuracy_drop` in points, `flipped` in 0..1.
+
+    `resampled`: the metric on each resample of dev, as `resampled_metric` has it.
+    """
 
     accuracy: float
     accuracy_drop: float
     accuracy_drop_intervals: Intervals
     flipped: float
+    resampled: np.ndarray = field(compare=False, repr=False)
 
     def told(self, report: FormatReport) -> FormatReport:
         """The format's report with these figures."""
-        return report.model_copy(update=vars(self))
+        figures = {name: value for name, value in vars(self).items() if name != "resampled"}
+        return report.model_copy(update=figures)
 
 
 @dataclass(frozen=True)

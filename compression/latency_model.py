@@ -14,6 +14,8 @@ import numpy as np
 
 from compression.supernet import Subnetwork
 
+HELD_OUT_SHARE = 4  # of the measured sub-networks, one in so many is not fitted
+
 
 @dataclass(frozen=True)
 class LatencyModel:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +32,7 @@ from compression.checkpoint import (
     resumed_replicas,
 )
 from compression.device_profile import DeviceProfile, Predictor, job_predictor
-from compression.distillation import distil, distil_depth
+from compression.distillation import distil, distil_alone, distil_depth
 from compression.encoder import (
     Encoder,
     build_encoder,
@@ -76,6 +75,7 @@ from compression.int8 import (
     served_predictions,
 )
 from compression.manifest import Provenance, code_digest
+from compression.networks import Networks
 from compression.plan import (
     AnyExamples,
     Plan,
@@ -108,7 +108,6 @@ from compression.report import (
     LatencyReport,
     OnProgress,
     Progress,
-    SearchReport,
     Selection,
     SubnetworkReport,
     TeacherReport,
@@ -117,7 +116,7 @@ from compression.report import (
 )
 from compression.runtime_env import core_count, replica_count
 from compression.sampling import Sandwich
-from compression.search import Found, search, space_of, with_gain
+from compression.search import Found, Memory, search, space_of, with_gain
 from compression.search_space import SearchSpace
 from compression.spec import (
     FP16_GATE,
@@ -130,7 +129,7 @@ from compression.spec import (
     fp32_format,
     gate_of,
 )
-from compression.supernet import FULL, Subnetwork, extract_weights, subnetwork_of
+from compression.supernet import FULL, Subnetwork, subnetwork_of
 from compression.tables import Columns, profile, read_splits, shared_rows
 from compression.tasks import Predictions, Task, make_task
 from compression.teacher_states import KeptStates, states_bytes
@@ -154,6 +153,7 @@ SECTIONS = {  # of trainings
     "distil": "distillation",
     "depth": "depth",
     "final": "final",
+    "finalists": "distillation",
 }
 UNITS = ("heads", "neurons")
 TEACHER = "teacher"
@@ -222,10 +222,20 @@ def compress(
         learnt = learn(job, checkpoints, stages, group, run_dir / "work")
     teacher = learnt.teacher
     with stages("search") as advance:
-        found, search_warnings = search_widths(job, learnt, checkpoints, run_dir / "work", advance)
+        found, search_warnings = search_widths(
+            job, learnt, predictor, checkpoints, run_dir / "work", advance
+        )
+    with stages("finalists") as advance:
+        alone, finalists_trainings = distil_finalists(
+            job, learnt, found, checkpoints, stages.stop, advance
+        )
     subnetworks = [*learnt.subnetworks, *(found.subnetworks if found else ())]
-    supernet = job.with_own_vocabulary(learnt.supernet)
-    trainings, teacher_accuracy = learnt.trainings, learnt.teacher_metrics[job.task.main_metric]
+    networks = Networks(
+        job.with_own_vocabulary(learnt.supernet),
+        {name: job.with_own_vocabulary(network) for name, network in alone.items()},
+    )
+    trainings = learnt.trainings | finalists_trainings
+    teacher_accuracy = learnt.teacher_metrics[job.task.main_metric]
     with stages("evaluate") as advance:
         dev, teachers_dev = job.own["dev"], job.splits["dev"]
         judged = job.task.judged(learnt.teacher_dev, teachers_dev)
@@ -233,24 +243,24 @@ def compress(
             job.task, job.task.outcomes(learnt.teacher_dev, teachers_dev)
         )
         metrics, drops_within, regressions, dev_logits = [], [], [], {}
-        resampled = {}
+        resampled: dict[tuple[str, Format], np.ndarray] = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
-            predictions = predict(supernet, dev, subnetwork=subnetwork, threads=job.replicas)
+            predictions = networks.predict(subnetwork, dev, threads=job.replicas)
             dev_logits[subnetwork.name] = predictions
             outcomes = job.task.outcomes(predictions, dev)
             metrics.append(job.task.metrics_of(outcomes))
-            resampled[subnetwork.name] = own = resampled_metric(job.task, outcomes)
+            own = resampled_metric(job.task, outcomes)
+            resampled |= dict.fromkeys(((subnetwork.name, fmt) for fmt in spec.export.formats), own)
             drops_within.append(drop_intervals(reference=teacher_resampled, own=own))
             regressions.append(regression(job, "dev", judged, predictions))
             accuracy = metrics[-1][job.task.main_metric]
             advance(i, len(subnetworks), subnetwork=subnetwork.name, accuracy=accuracy)
     with stages("export") as advance:
-        weights = numpy_weights(supernet)
         names = [subnetwork.name for subnetwork in subnetworks]
         int8 = int8_sources(job, [*names, TEACHER], run_dir / "work" / INT8)
         exported = {}
         for i, subnetwork in enumerate(subnetworks, start=1):
-            small = extract(job.own_config(teacher.config), weights, subnetwork)
+            small = networks.extracted(subnetwork, job.own_config(teacher.config))
             exported[subnetwork.name] = export_formats(
                 spec.export.formats,
                 small,
@@ -292,9 +302,12 @@ def compress(
                 teacher_accuracy=teacher_accuracy,
                 teacher_resampled=teacher_resampled,
             )
+            for fmt, outcome in rounded.items():
+                if outcome.verdict is not None:
+                    resampled[subnetwork.name, fmt] = outcome.verdict.resampled
             formats[subnetwork.name] = pass_parity_gate(
                 job,
-                supernet,
+                networks,
                 subnetwork,
                 exported[subnetwork.name],
                 rounded,
@@ -326,7 +339,7 @@ def compress(
             for subnetwork, own_metrics, own_drops, flips in zip(
                 subnetworks, metrics, drops_within, regressions, strict=True
             )
-            for config in [subnetwork.config(supernet.config)]
+            for config in [subnetwork.config(networks.config)]
         ]
         if predictor is not None:
             reports = predictor.all_told(reports)
@@ -345,7 +358,7 @@ def compress(
             reports, test_warnings = judged_on_test(
                 reports,
                 job,
-                supernet,
+                networks,
                 chosen,
                 artifacts,
                 run_dir / "work" / INT8,
@@ -417,8 +430,8 @@ def compress(
                 subnetwork=subnetwork_report,
                 provenance=provenance,
                 environment=report.environment,
-                pad_token_id=supernet.config.pad_token_id,
-                inputs=graph_inputs(supernet.config),
+                pad_token_id=networks.config.pad_token_id,
+                inputs=graph_inputs(networks.config),
                 trainings=report.trainings,
                 reorder_max_abs=report.reorder_max_abs,
                 vocabulary=report.vocabulary,
@@ -1073,19 +1086,35 @@ def fine_tune_subnetworks(
 
 
 def search_widths(
-    job: Job, learnt: Learnt, checkpoints: Checkpoints, work: Path, advance: Advance
+    job: Job,
+    learnt: Learnt,
+    predictor: Predictor | None,
+    checkpoints: Checkpoints,
+    work: Path,
+    advance: Advance,
 ) -> tuple[Found | None, tuple[str, ...]]:
     """Sub-networks with a width for each layer, where the spec asks for them; and why none.
 
-    Those of a checkpoint from this kind of host; another one's latency is measured anew.
+    What was timed and scored is kept in checkpoints: as often as in trainings, and at the end.
     """
     asked = job.spec.supernet.per_layer
     if asked is None or job.holdout is None:
         return None, ()
-    state = checkpoints[SEARCH]
-    if state is not None and checkpoints.is_same_host:
-        return found_before(state.figures), ()
     folder = work / SEARCH
+    memory = Memory.restored(checkpoints[SEARCH], fingerprint(libraries(job.spec)))
+
+    def keep(*, done: bool = False) -> None:
+        checkpoints.save(SEARCH, memory.state(learnt.supernet.config.layers, done=done))
+
+    def on_progress(step: int, total: int, what: str) -> None:
+        try:
+            advance(step, total, what)
+        except Interrupted:
+            keep()
+            raise
+        if checkpoints.is_due:
+            keep()
+
     try:
         found = search(
             job.spec,
@@ -1095,39 +1124,91 @@ def search_widths(
             job.task,
             job.holdout,
             learnt.subnetworks,
+            memory,
+            predictor=predictor,
             seq_len=job.seq_len,
             threads=job.replicas,
             folder=folder,
-            on_progress=lambda done, total, what: advance(done, total, what),
+            on_progress=on_progress,
+            on_timed=keep,
         )
     except ExportFailed as failure:
         return None, (f"widths for each layer were not searched for: {failure.message}",)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # exports may need the room
-    figures = {
-        "report": found.report.model_dump(mode="json"),
-        "subnetworks": [
-            {**vars(each), "depth_mult": str(each.depth_mult)} for each in found.subnetworks
-        ],
-    }
-    checkpoints.save(SEARCH, StageState(found.report.scored, True, figures))
+    keep(done=True)
     return found, ()
 
 
-def found_before(figures: Mapping[str, Any]) -> Found:
-    """What a finished search kept in a checkpoint."""
-    subnetworks = [
-        Subnetwork(
-            name=each["name"],
-            width_mult=None,
-            depth_mult=Fraction(each["depth_mult"]),
-            layers=tuple(each["layers"]),
-            heads=tuple(each["heads"]),
-            ffn=tuple(each["ffn"]),
+def distil_finalists(
+    job: Job,
+    learnt: Learnt,
+    found: Found | None,
+    checkpoints: Checkpoints,
+    stop: Callable[[], bool],
+    advance: Advance,
+) -> tuple[dict[str, Encoder], dict[str, TrainingReport]]:
+    """The finalists with weights of their own, where the spec gives them steps; and how it went.
+
+    In this process alone: they are small, and their trainings short.
+    """
+    asked = job.spec.supernet.per_layer
+    if found is None or asked is None or asked.finalist_steps == 0:
+        return {}, {}
+    spec = job.spec.distillation.model_copy(update={"max_steps": asked.finalist_steps})
+    until = deadlines(job.spec, job.plan)["finalists"]
+    networks: dict[str, Encoder] = {}
+    trainings: dict[str, TrainingReport] = {}
+    for i, subnetwork in enumerate(found.subnetworks):
+        left = len(found.subnetworks) - i
+        now, training = checkpoints.seconds, f"finalists {subnetwork.name}"
+        around = Surroundings(
+            # Checkpoints know it by its shape: on another machine p1 may be another one.
+            f"{training} {digest(str(subnetwork.shape))[:8]}",
+            SECTIONS["finalists"],
+            checkpoints,
+            None if until is None else now + max(0.0, until - now) / left,
+            stop,
+            precision=job.spec.precision,
         )
-        for each in figures["subnetworks"]
-    ]
-    return Found(subnetworks, SearchReport.model_validate(figures["report"]))
+
+        def on_step(step: Step, before: int = i) -> None:
+            total = len(found.subnetworks) * step.total
+            advance(before * step.total + step.done, total, losses=dict(step.losses))
+
+        network, trainings[training] = distil_finalist(
+            job, learnt, subnetwork, spec, around, on_step
+        )
+        networks[subnetwork.name] = network
+    return networks, trainings
+
+
+def distil_finalist(
+    job: Job,
+    learnt: Learnt,
+    subnetwork: Subnetwork,
+    spec: DistillationSpec,
+    surroundings: Surroundings,
+    on_step: Callable[[Step], None],
+) -> tuple[Encoder, TrainingReport]:
+    """One of them, cut out of the supernet with the dropout that that learns with."""
+    network = Networks(learnt.supernet).extracted(subnetwork, learnt.supernet.config)
+    return network, finished(
+        network,
+        surroundings,
+        lambda: distil_alone(
+            network,
+            learnt.teacher,
+            subnetwork,
+            imitated_rows(job),
+            spec,
+            job.task,
+            surroundings,
+            seed=job.spec.seed,
+            replicas=job.replicas,
+            on_step=on_step,
+        ),
+    )
 
 
 def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderConfig:
@@ -1137,26 +1218,16 @@ def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderCon
     return dataclasses.replace(config, hidden_dropout=spec.dropout, attention_dropout=spec.dropout)
 
 
-def extract(
-    config: EncoderConfig, weights: Mapping[str, np.ndarray], subnetwork: Subnetwork
-) -> Encoder:
-    """The physically smaller network; its config keeps the model's dropout."""
-    return build_encoder(
-        subnetwork.config(config),
-        extract_weights(config, weights, subnetwork),
-    )
-
-
 def pass_parity_gate(
     job: Job,
-    supernet: Encoder,
+    networks: Networks,
     subnetwork: Subnetwork,
     exported: Mapping[Format, Exported],
     rounded: Mapping[Format, Outcome],
     artifacts: Path,
     work: Path,
 ) -> list[FormatReport]:
-    """Compares each format, reloaded in a fresh process, with the supernet on dev rows.
+    """Compares each format, reloaded in a fresh process, with the sub-network on dev rows.
 
     Of formats that round, whose own gate `rounded` tells of, logits must only be finite and as
     many.
@@ -1165,8 +1236,8 @@ def pass_parity_gate(
     folder = work / "parity" / subnetwork.name
     folder.mkdir(parents=True)
     batch, reference = folder / "batch.npz", folder / "reference.npz"
-    np.savez(batch, **pad(rows, range(len(rows)), pad_id=supernet.config.pad_token_id))
-    np.savez(reference, logits=padded_logits(predict(supernet, rows, subnetwork=subnetwork)))
+    np.savez(batch, **pad(rows, range(len(rows)), pad_id=networks.config.pad_token_id))
+    np.savez(reference, logits=padded_logits(networks.predict(subnetwork, rows)))
     reports = []
     for fmt, files in exported.items():
         parity, outcome = None, rounded.get(fmt)
@@ -1393,7 +1464,7 @@ def regression(
 def judged_on_test(
     reports: Sequence[SubnetworkReport],
     job: Job,
-    supernet: Encoder,
+    networks: Networks,
     chosen: Selection,
     artifacts: Path,
     work: Path,
@@ -1410,7 +1481,7 @@ def judged_on_test(
     judged = with_test(
         reports,
         job,
-        supernet,
+        networks,
         teacher_accuracy=teacher_accuracy,
         teacher_on_test=teacher_on_test,
         rounded=rounded,
@@ -1440,7 +1511,7 @@ def rounded_on_test(
 def with_test(
     reports: Sequence[SubnetworkReport],
     job: Job,
-    supernet: Encoder,
+    networks: Networks,
     *,
     teacher_accuracy: float,
     teacher_on_test: Predictions,
@@ -1458,8 +1529,7 @@ def with_test(
     rows, task = job.own["test"], job.task
 
     def on_test(report: SubnetworkReport) -> Predictions:
-        subnetwork = subnetwork_in(report)
-        return predict(supernet, rows, subnetwork=subnetwork, threads=job.replicas)
+        return networks.predict(subnetwork_in(report), rows, threads=job.replicas)
 
     name, other, other_rows = TEACHER, teacher_on_test, job.splits["test"]
     largest = (r for r in reports if r.width_mult == r.depth_mult == 1)
@@ -1598,7 +1668,7 @@ def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> It
                 f"step {training.best_step}"
             )
         yield from training.notes
-        section = getattr(spec, SECTIONS[stage])
+        section = getattr(spec, SECTIONS[stage.split()[0]])
         if training.micro_batch is not None and section.micro_batch == "auto":
             yield (
                 f"the memory was too small for a whole batch in {stage}: {training.micro_batch} "

@@ -33,6 +33,7 @@ from compression.examples import (
     refuse_defects,
     sequence_columns,
 )
+from compression.latency_model import HELD_OUT_SHARE
 from compression.report import METRIC_NAMES
 from compression.sampling import RANDOM
 from compression.selection import check_latency_at
@@ -82,7 +83,6 @@ DEV_SHARE = 10  # one row in ten of train becomes dev where there is none
 FEW_DEV_ROWS = 100
 HOLDOUT_SHARE = 5  # one row in so many of train scores candidates, at most
 FEW_HOLDOUT_ROWS = 8
-UNFITTED_SHARE = 4  # of the timed sub-networks, one in so many: what search.py leaves out
 
 # Assumptions of predicted_seconds. Effective, not peak: a distillation step of MiniLM-L6 on
 # two CPU cores is 150 GFLOP and takes 2.4 seconds.
@@ -183,7 +183,8 @@ class Plan(Frozen):
     )
     predicted_stage_seconds: Mapping[str, float] = Field(
         description='The same, apart: "teacher" (its fine-tuning), "importance", "distil", '
-        '"depth", "final", and "finish" for all after them. A time budget is shared out by these.',
+        '"depth", "final", "search", "finalists" (their own distillation), and "finish" for all '
+        "after them. A time budget is shared out by these.",
     )
     warnings: tuple[str, ...]
 
@@ -648,6 +649,11 @@ def held_out_rows(spec: Spec, train: int) -> int:
     return 0 if asked is None else min(asked.holdout_rows, train // HOLDOUT_SHARE)
 
 
+def _times_samples(spec: Spec) -> bool:
+    """Whether a search measures sub-networks for a latency model."""
+    return spec.constraints.bounds_latency and spec.constraints.latency_on is None
+
+
 def _check_per_layer(spec: Spec, train: int) -> None:
     pointer = "/supernet/per_layer"
     constraints = spec.constraints
@@ -666,19 +672,12 @@ def _check_per_layer(spec: Spec, train: int) -> None:
             "constraints.max_latency_ms, min_speedup or max_size_mb, or leave per_layer out",
             pointer=pointer,
         )
-    if constraints.latency_on is not None and budget[:2] != (None, None):
+    count = spec.supernet.per_layer.latency_samples
+    fitted = count - count // HELD_OUT_SHARE
+    if _times_samples(spec) and fitted <= len(spec.supernet.width_mults):
         raise InvalidSpec(
-            "widths for each layer are searched for by latency as this worker measures it, and "
-            "latency_on means another device's: leave per_layer out, or bound max_size_mb alone, "
-            "and ask the finished job for a latency",
-            pointer=pointer,
-        )
-    asked, widths = spec.supernet.per_layer.latency_samples, len(spec.supernet.width_mults)
-    if asked - asked // UNFITTED_SHARE < widths:
-        raise InvalidSpec(
-            f"of {asked} sub-networks that are timed a quarter is not fitted, and the rest is "
-            f"fewer than the {widths} widths that the latency model is to know: set it to at "
-            f"least {widths + (widths - 1) // (UNFITTED_SHARE - 1)}",
+            f"three quarters of the {count} measured sub-networks are too few to fit a latency "
+            f"model of {len(spec.supernet.width_mults)} widths: name more",
             pointer=f"{pointer}/latency_samples",
         )
     if held_out_rows(spec, train) < FEW_HOLDOUT_ROWS:
@@ -799,12 +798,23 @@ def _predicted_stage_seconds(
     # What rounds answers dev in one more process a file.
     exports = len(subnetworks) * (len(spec.export.formats) + len(rounded))
     exports += len(baselines) + len(teacher_rounded)
+    flops |= {"search": 0.0, "finalists": 0.0}
+    samples = 0
     if (asked := spec.supernet.per_layer) is not None:
-        mean = students / len(subnetworks)
-        scored = asked.population * (asked.generations + 1) * held_out_rows(spec, rows["train"])
-        flops["finish"] += scored * mean + 2 * spec.latency.rounds * asked.latency_samples * mean
-        exports += asked.latency_samples + asked.finalists * len(spec.export.formats)
+        mean, budgets = students / len(subnetworks), len(asked.budget_shares)
+        scored = budgets * asked.population * (asked.generations + 1)
+        flops["search"] += scored * held_out_rows(spec, rows["train"]) * mean
+        exports += budgets * asked.finalists * (len(spec.export.formats) + len(rounded))
+        if _times_samples(spec):
+            flops["search"] += 2 * spec.latency.rounds * asked.latency_samples * mean
+            samples = asked.latency_samples * (2 if rounded else 1) + len(served)
+        if asked.finalist_steps:
+            alone = spec.distillation.model_copy(update={"max_steps": asked.finalist_steps})
+            learnt = _trained_rows(alone, rows["train"] + rows.get("unlabelled", 0))
+            each = learnt * (teacher + BACKWARD_AND_FORWARD * mean)
+            flops["finalists"] = budgets * asked.finalists * each
     seconds = {stage: count / FLOPS_PER_SECOND for stage, count in flops.items()}
+    seconds["search"] += samples * SECONDS_PER_EXPORT
     seconds["finish"] += exports * SECONDS_PER_EXPORT
     return seconds
 
@@ -812,21 +822,24 @@ def _predicted_stage_seconds(
 def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
     """When each training must stop, in seconds of the job; None without a time budget.
 
-    What the stages after the trainings are predicted to take is set aside; of the rest, each
-    training may take the share that it is predicted to need.
+    What the stages between and after the trainings are predicted to take is set aside; of the
+    rest, each training may take the share that it is predicted to need.
     """
+    trainings = ("teacher", "distil", "depth", "final", "finalists")
     if spec.max_minutes is None:
-        return {"teacher": None, "distil": None, "depth": None, "final": None}
+        return dict.fromkeys(trainings)
     predicted = plan.predicted_stage_seconds
-    left = max(0.0, 60 * spec.max_minutes - predicted["finish"])
+    left = max(0.0, 60 * spec.max_minutes - predicted["search"] - predicted["finish"])
     distilled = predicted["teacher"] + predicted["importance"] + predicted["distil"]
     deepened = distilled + predicted["depth"]
-    share = left / (deepened + predicted["final"])
+    tuned = deepened + predicted["final"]
+    share = left / (tuned + predicted["finalists"])
     return {
         "teacher": predicted["teacher"] * share,
         "distil": distilled * share,
         "depth": deepened * share,
-        "final": left,
+        "final": tuned * share,
+        "finalists": left + predicted["search"],
     }
 
 

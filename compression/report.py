@@ -47,6 +47,7 @@ STAGES = (
     "depth",
     "final",
     "search",
+    "finalists",
     "evaluate",
     "export",
     "verify",
@@ -396,16 +397,20 @@ class Finalist(Frozen):
     holdout_accuracy: float = Field(description="The main metric on rows held out of train.")
     predicted_ms: Mapping[int, float] = Field(description="By percentile, where fitted.")
     predicted_mb: float
+    budget_share: float = Field(1.0, description="Of the budget that it was searched for under.")
 
 
 class PerLayerGain(Frozen):
-    """On dev, the best finalist against the best sub-network of one width, both as measured.
+    """On dev, the best finalist against the best sub-network of one width, each in a format.
 
-    Both are the best on dev of those that hold the budget: it flatters both.
+    Both are the best on dev of those that hold the budget: it flatters both. A finalist may have
+    had a distillation of its own (`trainings`), which no other sub-network had.
     """
 
     subnetwork: str
+    format: Format | None = Field(None, description="null in reports that predate it.")
     reference: str
+    reference_format: Format | None = None
     points: float = Field(description="Of the main metric; negative where the finalist is worse.")
     intervals: Intervals = Field(description="Paired, over dev's rows.")
 
@@ -413,9 +418,16 @@ class PerLayerGain(Frozen):
 class SearchReport(Frozen):
     """What the search over per-layer widths did."""
 
-    format: Format
+    format: Format = Field(
+        description="That the budget was held in while searching: the fastest of those asked for."
+    )
     setting: LatencySetting
-    budget: tuple[str, ...] = Field(description="In words.")
+    latency_on: ProfiledDevice | None = Field(
+        None,
+        description="Whose profile predicted latency; null where sub-networks were timed on the "
+        "worker's device, and `latency_models` were fitted to them.",
+    )
+    budget: tuple[str, ...] = Field(description="In words; the widest, of several.")
     holdout_rows: int
     latency_models: tuple[LatencyModelReport, ...] = Field(
         description="Of each percentile that the budget speaks of."
@@ -502,7 +514,7 @@ class CompressionReport(Frozen):
     trainings: Mapping[str, TrainingReport] = Field(
         default_factory=dict,
         description='By stage: "teacher" where it was fine-tuned, "distil", "depth" and "final" '
-        "where the spec asks for them.",
+        'where the spec asks for them; "finalists p1" of a finalist that has weights of its own.',
     )
     environment: Mapping[str, str] = Field(description="Device and library versions measured on.")
     device: DeviceFingerprint | None = Field(None, description="The machine that measured.")

@@ -1,35 +1,43 @@
 """The stage that looks for sub-networks with widths of their own in each layer, under a budget.
 
-Some are exported and timed on this machine, a latency model is fitted to them, and an evolutionary
-search looks for those that are most accurate on rows held out of train among those that the
-models let through. What it finds is exported, measured and judged as any other sub-network.
+An evolutionary search looks for those that are most accurate on rows held out of train among those
+that the budget lets through. What it finds is exported, measured and judged as any other
+sub-network. All that takes long is remembered, so that a job that goes on does not do it again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from compression import cost, latency
+from compression import cost
 from compression.batches import Encoded
-from compression.constraints import DropBound, bounds_of, in_mb, in_ms
-from compression.encoder import Encoder, build_encoder, numpy_weights
-from compression.errors import ExportFailed
+from compression.budget import (
+    Budget,
+    Timings,
+    measured_budget,
+    predicted_budget,
+    samples,
+    size_budget,
+    time_subnetworks,
+)
+from compression.checkpoint import StageState
+from compression.constraints import DropBound, bounds_of
+from compression.device_profile import Predictor
+from compression.encoder import Encoder, numpy_weights
 from compression.evaluate import predict
 from compression.evolution import Scored, evolve
-from compression.export import export_formats
 from compression.intervals import intervals
-from compression.latency_model import LatencyModel, fit, relative_errors
-from compression.plan import file_bytes
 from compression.report import (
     METRIC_NAMES,
     Candidate,
+    DeviceFingerprint,
     Finalist,
-    LatencyModelReport,
     LatencyReport,
     PerLayerGain,
     SearchReport,
@@ -37,26 +45,12 @@ from compression.report import (
 )
 from compression.search_space import SearchSpace
 from compression.selection import candidates
-from compression.spec import (
-    SERVED_FORMATS,
-    Format,
-    LatencyAt,
-    LatencySetting,
-    Percentile,
-    PerLayerSpec,
-    Spec,
-    fp32_format,
-)
-from compression.supernet import FULL, Subnetwork, extract_weights
+from compression.spec import Format, PerLayerSpec, Spec
+from compression.supernet import Subnetwork
 from compression.tasks.base import Task
 from compression.teachers.config import EncoderConfig
-from compression.token_rows import WORD
 
-TIMED_VOCABULARY = 512  # rows of the word embedding of what is timed: its size costs no time
-HELD_OUT_SHARE = 4  # of the measured sub-networks, one in so many is not fitted
-TEACHER = "teacher"
-
-Timed = Mapping[str, LatencyReport]
+Shape = tuple[tuple[int, ...], ...]  # Subnetwork.shape
 
 
 def space_of(spec: Spec, config: EncoderConfig) -> SearchSpace:
@@ -68,124 +62,51 @@ def space_of(spec: Spec, config: EncoderConfig) -> SearchSpace:
     )
 
 
-def searched_format(spec: Spec) -> Format:
-    """The first served format of the export, in fp32: what the latency model is of."""
-    return next(fp32_format(fmt) for fmt in spec.export.formats if fmt in SERVED_FORMATS)
+# --- what a search remembers ------------------------------------------------------------------
 
 
-def searched_setting(spec: Spec, *, seq_len: int) -> LatencySetting:
-    """The setting that the constraints mean by latency."""
-    own = LatencySetting(spec.latency.batch_size, seq_len, spec.latency.threads)
-    at = spec.constraints.latency_at or LatencyAt()
-    return LatencySetting(*(getattr(at, name) or getattr(own, name) for name in own._fields))
+@dataclass
+class Memory:
+    """What was timed on `device`, and the accuracy on the hold-out of each shape so far."""
 
+    device: DeviceFingerprint
+    timings: Timings | None = None
+    accuracies: dict[Shape, float] = field(default_factory=dict)
 
-# --- the latency model ------------------------------------------------------------------------
+    @classmethod
+    def restored(cls, state: StageState | None, device: DeviceFingerprint) -> Memory:
+        """Without the times where they are another device's."""
+        memory = cls(device)
+        if state is None:
+            return memory
+        for (heads, ffn), accuracy in zip(
+            state.tensors["shapes"], state.tensors["accuracies"], strict=True
+        ):
+            kept = np.flatnonzero(heads)
+            shape = tuple(tuple(each.tolist()) for each in (kept, heads[kept], ffn[kept]))
+            memory.accuracies[shape] = float(accuracy)
+        figures = state.figures
+        if figures["format"] is not None and figures["device"] == device.model_dump(mode="json"):
+            timed = {
+                name: LatencyReport.model_validate(each) for name, each in figures["timed"].items()
+            }
+            memory.timings = Timings(figures["format"], timed)
+        return memory
 
-
-@dataclass(frozen=True)
-class Limit:
-    """At most `max_ms` at a percentile, as a model predicts it."""
-
-    percentile: Percentile
-    model: LatencyModel
-    report: LatencyModelReport
-    max_ms: float
-
-    def holds(self, subnetwork: Subnetwork) -> bool:
-        """With room for the model's mean error: what is found is measured, and may then miss."""
-        return self.model.predict(subnetwork) * (1 + self.report.mean_error) <= self.max_ms
-
-
-def samples(space: SearchSpace, count: int, *, seed: int) -> list[Subnetwork]:
-    """Every width at full depth, so that each size of a layer is among them, and random ones."""
-    generator = np.random.default_rng([seed, 8])
-    genes = [space.uniform(width, FULL) for width in space.widths]
-    genes += [space.random(generator) for _ in range(count - len(genes))]
-    return [space.subnetwork(each, f"sample{number}") for number, each in enumerate(genes)]
-
-
-def time_subnetworks(
-    subnetworks: Sequence[Subnetwork],
-    config: EncoderConfig,
-    weights: Mapping[str, np.ndarray],
-    spec: Spec,
-    *,
-    seq_len: int,
-    folder: Path,
-    on_round: latency.OnRound,
-) -> Timed:
-    """Latency of each and of the whole network (TEACHER) in the setting of the constraints.
-
-    ExportFailed where one cannot be written or run.
-    """
-    fmt, setting = searched_format(spec), searched_setting(spec, seq_len=seq_len)
-    vocabulary = min(TIMED_VOCABULARY, config.vocab_size)
-    lean = dataclasses.replace(config, vocab_size=vocabulary)
-    rows = {**weights, WORD: weights[WORD][:vocabulary]}
-    whole = Subnetwork(TEACHER, FULL, FULL, tuple(range(config.layers)), config.heads, config.ffn)
-    served = {}
-    for subnetwork in (*subnetworks, whole):
-        small = build_encoder(subnetwork.config(lean), extract_weights(lean, rows, subnetwork))
-        done = export_formats([fmt], small, folder / subnetwork.name, labels=None)[fmt]
-        if done.error is not None:
-            raise ExportFailed(done.error)
-        served[subnetwork.name] = latency.Served(fmt, done.folder)
-    once = spec.latency.model_copy(
-        update={
-            "batch_size": setting.batch_size,
-            "seq_len": setting.seq_len,
-            "threads": setting.threads,
-            **dict.fromkeys(("batch_sizes", "seq_lens", "thread_counts"), ()),
+    def state(self, layers: int, *, done: bool) -> StageState:
+        """For a checkpoint; `layers`: the supernet's."""
+        shapes = np.zeros((len(self.accuracies), 2, layers), np.int64)
+        for row, (kept, heads, ffn) in zip(shapes, self.accuracies, strict=True):
+            row[:, list(kept)] = heads, ffn
+        timed = self.timings.timed if self.timings is not None else {}
+        figures: dict[str, Any] = {
+            "device": self.device.model_dump(mode="json"),
+            "format": self.timings.format if self.timings is not None else None,
+            "timed": {name: each.model_dump(mode="json") for name, each in timed.items()},
         }
-    )
-    timed = latency.measure(
-        served,
-        once,
-        seq_len=setting.seq_len,
-        vocab_size=vocabulary,
-        on_round=on_round,
-    )
-    return {name: reports[0] for name, reports in timed.items()}
-
-
-def fitted(
-    subnetworks: Sequence[Subnetwork], timed: Timed, percentile: Percentile
-) -> tuple[LatencyModel, LatencyModelReport]:
-    """The model of a percentile; the last quarter of the sub-networks says how wrong it is."""
-    measured = [
-        (each, float(getattr(timed[each.name], f"p{percentile}_ms"))) for each in subnetworks
-    ]
-    held_out = len(measured) // HELD_OUT_SHARE
-    model = fit(measured[: len(measured) - held_out])
-    wrong = np.abs(relative_errors(model, measured[len(measured) - held_out :]))
-    return model, LatencyModelReport(
-        percentile=percentile,
-        call_ms=model.call_ms,
-        heads_ms=model.heads_ms,
-        ffn_ms=model.ffn_ms,
-        fitted=len(measured) - held_out,
-        held_out=held_out,
-        mean_error=float(wrong.mean()),
-        max_error=float(wrong.max()),
-    )
-
-
-def limits_of(spec: Spec, subnetworks: Sequence[Subnetwork], timed: Timed) -> list[Limit]:
-    """What the constraints say of latency, as limits in milliseconds.
-
-    A speed-up is one of p50 against the whole network, timed in the same rounds.
-    """
-    constraints, found = spec.constraints, []
-    if constraints.max_latency_ms is not None:
-        percentile = (constraints.latency_at or LatencyAt()).percentile
-        found.append((percentile, constraints.max_latency_ms))
-    if constraints.min_speedup is not None:
-        found.append((50, timed[TEACHER].p50_ms / constraints.min_speedup))
-    return [
-        Limit(percentile, *fitted(subnetworks, timed, percentile), max_ms)
-        for percentile, max_ms in found
-    ]
+        accuracies = np.array(list(self.accuracies.values()), np.float64)
+        tensors = {"shapes": shapes, "accuracies": accuracies}
+        return StageState(len(self.accuracies), done, figures, tensors)
 
 
 # --- the search -------------------------------------------------------------------------------
@@ -193,7 +114,7 @@ def limits_of(spec: Spec, subnetworks: Sequence[Subnetwork], timed: Timed) -> li
 
 @dataclass(frozen=True)
 class Found:
-    """The finalists, the best on the hold-out first, and how they were found."""
+    """The finalists, of each budget the best on the hold-out first, and how they were found."""
 
     subnetworks: list[Subnetwork]
     report: SearchReport
@@ -207,102 +128,121 @@ def search(
     task: Task,
     holdout: Encoded,
     named: Sequence[Subnetwork],
+    memory: Memory,
     *,
+    predictor: Predictor | None,
     seq_len: int,
     threads: int,
     folder: Path,
     on_progress: Callable[[int, int, str], None],
+    on_timed: Callable[[], None] = lambda: None,
 ) -> Found:
     """The sub-networks with a width for each layer that are most accurate under the budget.
 
     `config` is what is exported, `named` those that the job has anyway: none of them is found
-    again. ExportFailed where what is to be timed cannot be written or run.
+    again. What `memory` knows is not done again, and it learns the rest; `on_timed` is called
+    when it has learnt all times. `predictor`: where the constraints mean another device's latency.
+    ExportFailed where what is to be timed cannot be written or run.
     """
     space = space_of(spec, config)
-    drawn = samples(space, asked.latency_samples, seed=spec.seed)
-    limits: list[Limit] = []
-    if spec.constraints.max_latency_ms is not None or spec.constraints.min_speedup is not None:
-        timed = time_subnetworks(
-            drawn,
-            config,
-            numpy_weights(supernet),
-            spec,
-            seq_len=seq_len,
-            folder=folder,
-            on_round=lambda done, total: on_progress(done, total, "latency"),
-        )
-        limits = limits_of(spec, drawn, timed)
-    fmt, max_mb = searched_format(spec), spec.constraints.max_size_mb
-
-    def megabytes(subnetwork: Subnetwork) -> float:
-        return file_bytes(fmt, subnetwork.config(config)) / 1e6
-
-    def fits(subnetwork: Subnetwork) -> bool:
-        small = max_mb is None or megabytes(subnetwork) <= max_mb
-        return small and all(limit.holds(subnetwork) for limit in limits)
+    if not spec.constraints.bounds_latency:
+        budget = size_budget(spec, config, seq_len=seq_len)
+    elif predictor is not None:
+        budget = predicted_budget(spec, config, predictor)
+    else:
+        drawn = samples(space, asked.latency_samples, seed=spec.seed)
+        if memory.timings is None:
+            memory.timings = time_subnetworks(
+                drawn,
+                config,
+                numpy_weights(supernet),
+                spec,
+                seq_len=seq_len,
+                folder=folder,
+                on_progress=on_progress,
+            )
+            on_timed()
+        budget = measured_budget(spec, config, drawn, memory.timings, seq_len=seq_len)
 
     def score(subnetwork: Subnetwork) -> float:
-        logits = predict(supernet, holdout, subnetwork=subnetwork, threads=threads)
-        return task.score(logits, holdout)
+        known = memory.accuracies
+        if subnetwork.shape not in known:
+            logits = predict(supernet, holdout, subnetwork=subnetwork, threads=threads)
+            known[subnetwork.shape] = task.score(logits, holdout)
+        return known[subnetwork.shape]
 
     def price(subnetwork: Subnetwork) -> float:
-        if limits:
-            return limits[0].model.predict(subnetwork)
+        if budget.limits:
+            return budget.limits[0].milliseconds(subnetwork)
         return float(cost.parameters(subnetwork.config(config)))
 
+    shares = sorted(asked.budget_shares, reverse=True)
     at_most = asked.population * (asked.generations + 1)
-    scored = evolve(
-        space,
-        first=[space.uniform(width, depth) for width in space.widths for depth in space.depths],
-        fits=fits,
-        score=score,
-        cost=price,
-        population=asked.population,
-        generations=asked.generations,
-        seed=spec.seed,
-        on_scored=lambda count: on_progress(min(count, at_most), at_most, "candidates"),
+    best: list[tuple[Scored, float]] = []
+    scored: set[Shape] = set()
+    for i, share in enumerate(shares):
+        ranked = evolve(
+            space,
+            first=[space.uniform(width, depth) for width in space.widths for depth in space.depths],
+            fits=lambda subnetwork, share=share: budget.holds(subnetwork, share),
+            score=score,
+            cost=price,
+            population=asked.population,
+            generations=asked.generations,
+            seed=spec.seed,
+            on_scored=lambda count, i=i: on_progress(
+                i * at_most + min(count, at_most), len(shares) * at_most, "candidates"
+            ),
+        )
+        scored |= {each.subnetwork.shape for each in ranked}
+        taken = [*named, *(each.subnetwork for each, _ in best)]
+        new = finalists(ranked, taken, asked.finalists, first=len(best) + 1)
+        best += [(each, share) for each in new]
+    return Found(
+        [each.subnetwork for each, _ in best],
+        report_of(budget, best, holdout_rows=len(holdout), scored=len(scored)),
     )
-    best = finalists(scored, named, asked.finalists)
-    setting = searched_setting(spec, seq_len=seq_len)
-    report = SearchReport(
-        format=fmt,
-        setting=setting,
-        budget=(
-            *(f"p{each.percentile} of {in_ms(each.max_ms)} ({setting})" for each in limits),
-            *((in_mb(max_mb),) if max_mb is not None else ()),
-        ),
-        holdout_rows=len(holdout),
-        latency_models=tuple(limit.report for limit in limits),
-        scored=len(scored),
+
+
+def report_of(
+    budget: Budget, best: Sequence[tuple[Scored, float]], *, holdout_rows: int, scored: int
+) -> SearchReport:
+    """`best`: the finalists, each with the share of the budget that it was found under."""
+    return SearchReport(
+        format=budget.format,
+        setting=budget.setting,
+        budget=budget.words,
+        latency_on=budget.on,
+        holdout_rows=holdout_rows,
+        latency_models=budget.models,
+        scored=scored,
         finalists=tuple(
             Finalist(
                 subnetwork=each.subnetwork.name,
                 holdout_accuracy=each.accuracy,
                 predicted_ms={
-                    limit.percentile: limit.model.predict(each.subnetwork) for limit in limits
+                    limit.percentile: limit.milliseconds(each.subnetwork) for limit in budget.limits
                 },
-                predicted_mb=megabytes(each.subnetwork),
+                predicted_mb=budget.megabytes(each.subnetwork),
+                budget_share=share,
             )
-            for each in best
+            for each, share in best
         ),
         note="" if best else "no sub-network with a width for each layer is predicted to hold it",
     )
-    return Found([each.subnetwork for each in best], report)
 
 
-def finalists(scored: Sequence[Scored], named: Sequence[Subnetwork], count: int) -> list[Scored]:
-    """The first `count` that are no other sub-network of the job, called p1, p2, ..."""
-    taken = {(each.layers, each.heads, each.ffn) for each in named}
-    new = [
-        each
-        for each in scored
-        if (each.subnetwork.layers, each.subnetwork.heads, each.subnetwork.ffn) not in taken
-    ]
+def finalists(
+    scored: Sequence[Scored], taken: Sequence[Subnetwork], count: int, *, first: int = 1
+) -> list[Scored]:
+    """The first `count` that are none of those taken, called p1, p2, ... or from `first` on."""
+    shapes = {each.shape for each in taken}
+    new = [each for each in scored if each.subnetwork.shape not in shapes]
     return [
         dataclasses.replace(
             each, subnetwork=dataclasses.replace(each.subnetwork, name=f"p{number}")
         )
-        for number, each in enumerate(new[:count], start=1)
+        for number, each in enumerate(new[:count], start=first)
     ]
 
 
@@ -313,12 +253,13 @@ def with_gain(
     report: SearchReport,
     spec: Spec,
     subnetworks: Sequence[SubnetworkReport],
-    resampled: Mapping[str, np.ndarray],
+    resampled: Mapping[tuple[str, Format], np.ndarray],
 ) -> SearchReport:
     """The report with the finalists' gain on dev over the sub-networks of one width.
 
-    Only what holds the budget as measured counts, in the format that was searched for.
-    `resampled`: each sub-network's main metric on the resamples of dev.
+    Only what holds the budget, as measured (or predicted for the device that the constraints
+    name), counts: on both sides the best pair of sub-network and format. `resampled`: each pair's
+    main metric on the resamples of dev.
     """
     metric = METRIC_NAMES[spec.task.main_metric]
     bounds = [
@@ -330,22 +271,28 @@ def with_gain(
     choices = [
         each
         for each in candidates(subnetworks, spec.constraints)
-        if each.format == report.format and all(bound.holds(each) for bound in bounds)
+        if all(bound.holds(each) for bound in bounds)
     ]
     best = _most_accurate([each for each in choices if each.subnetwork in found])
     uniform = _most_accurate([each for each in choices if each.subnetwork not in found])
     if best is None or uniform is None:
         what = "finalist" if best is None else "sub-network of one width"
-        note = report.note or f"no {what} holds the budget as measured"
-        return report.model_copy(update={"note": note})
-    gained = 100 * (resampled[best.subnetwork] - resampled[uniform.subnetwork])
+        held = (
+            "is predicted to hold the budget"
+            if report.latency_on
+            else "holds the budget as measured"
+        )
+        return report.model_copy(update={"note": report.note or f"no {what} {held}"})
+    own, other = ((each.subnetwork, each.format) for each in (best, uniform))
     return report.model_copy(
         update={
             "gain": PerLayerGain(
                 subnetwork=best.subnetwork,
+                format=best.format,
                 reference=uniform.subnetwork,
+                reference_format=uniform.format,
                 points=uniform.accuracy_drop - best.accuracy_drop,
-                intervals=intervals(gained),
+                intervals=intervals(100 * (resampled[own] - resampled[other])),
             )
         }
     )

@@ -250,8 +250,8 @@ class PerLayerSpec(_Asked):
 
     The budget is the constraints' (max_latency_ms, min_speedup, max_size_mb): in it, those that
     are most accurate on rows held out of train are looked for, by evolution. The supernet then
-    also learns random widths for each layer. Latency is this worker's, no profile's, and predicted
-    in the first served format of the export, in fp32.
+    also learns random widths for each layer. Latency is predicted in the fastest served format of
+    the export; accuracy is scored in fp32.
     """
 
     holdout_rows: int = Field(
@@ -262,18 +262,43 @@ class PerLayerSpec(_Asked):
     )
     latency_samples: int = Field(
         24,
-        ge=12,
+        ge=4,
         le=200,
         description="Sub-networks that are measured for the latency model; a quarter of them are "
-        "not fitted and say how wrong it is.",
+        "not fitted and say how wrong it is. The others must be more than there are widths.",
     )
     population: int = Field(
         32, ge=4, le=1000, description="Candidates that a generation scores, at most."
     )
     generations: int = Field(8, ge=0, le=1000, description="After the first.")
     finalists: int = Field(
-        3, ge=1, le=16, description="Exported, measured and judged on dev as any other."
+        3,
+        ge=1,
+        le=16,
+        description="The best of each budget: exported, measured and judged on dev as any other.",
     )
+    finalist_steps: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Of a distillation of its own that each finalist gets from the teacher, at "
+        "most, as `distillation` says; its weights are then no longer the supernet's. 0: none.",
+    )
+    budget_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (1.0,),
+        min_length=1,
+        max_length=8,
+        description="Of the latency and the size that the constraints allow: each is a budget, "
+        "searched for by itself. Smaller ones serve a finished job that is asked again under "
+        "tighter constraints.",
+    )
+
+    @field_validator("budget_shares")
+    @classmethod
+    def _distinct(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("each share may be named once")
+        return value
 
 
 class SupernetSpec(_Asked):
@@ -504,6 +529,10 @@ class ConstraintSpec(_Asked):
         "up to the worse end of the interval that has this confidence. null: as measured.",
         json_schema_extra={"enum": [*CONFIDENCES, None]},
     )
+
+    @property
+    def bounds_latency(self) -> bool:
+        return self.max_latency_ms is not None or self.min_speedup is not None
 
     @field_validator("confidence")
     @classmethod

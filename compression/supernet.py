@@ -37,6 +37,11 @@ class Subnetwork:
     heads: tuple[int, ...]
     ffn: tuple[int, ...]
 
+    @property
+    def shape(self) -> tuple[tuple[int, ...], ...]:
+        """What it computes, whatever it is called."""
+        return self.layers, self.heads, self.ffn
+
     def config(self, full: EncoderConfig) -> EncoderConfig:
         """That of the physically smaller network; `full` is the supernet's."""
         return dataclasses.replace(full, layers=len(self.layers), heads=self.heads, ffn=self.ffn)

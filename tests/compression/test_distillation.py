@@ -10,8 +10,10 @@ import pytest
 
 from compression.batches import make_batch
 from compression.distillation import (
+    AloneLosses,
     DepthLosses,
     distil,
+    distil_alone,
     distil_depth,
     distillation_loss,
     layout_of,
@@ -20,9 +22,10 @@ from compression.distillation import (
 from compression.encoder import Encoder, numpy_weights
 from compression.evaluate import predict
 from compression.layout import Layout, Packed, Padded
+from compression.networks import Networks
 from compression.sampling import Sandwich
 from compression.spec import DepthSpec, DistillationSpec
-from compression.supernet import subnetwork_of
+from compression.supernet import Subnetwork, replaced_states, subnetwork_of
 from tests.encoders import CLASSIFICATION, clear, gradients, random_rows, tiny_encoder
 
 SPEC = DistillationSpec()
@@ -329,3 +332,52 @@ def test_micro_batches_of_the_depth_stage_change_nothing_but_rounding() -> None:
     for name, value in ends[0].items():
         if not name.endswith("key.bias"):  # without a gradient: AdamW scales rounding up
             np.testing.assert_allclose(ends[1][name], value, atol=2e-5, err_msg=name)
+
+
+# --- a network that was cut out ---------------------------------------------------------------
+
+CUT = Subnetwork("p1", None, Fraction(1, 2), (0, 2), (2, 4), (16, 8))  # of DEEP
+
+
+def test_a_cut_out_networks_states_learn_those_that_they_stand_for() -> None:
+    supernet, teacher, data = tiny_encoder(1, **DEEP), tiny_encoder(2, **DEEP), random_rows(5)
+    network = Networks(supernet).extracted(CUT, supernet.config)
+    batch = make_batch(data, range(5), pad_id=0)
+    spec = DistillationSpec(lambda_rep=0.7, lambda_logit=0.3)
+    states = replaced_states(4, CUT.depth_mult)
+    losses = AloneLosses(teacher, "p1", states, spec, CLASSIFICATION)
+    ((name, loss),) = losses(network, batch, batch, None)
+    own = supernet.encode(*batch.inputs, subnetwork=CUT)
+    target = teacher.encode(*batch.inputs)
+    real = batch.attention_mask.numpy().astype(bool)
+    distance = sum(
+        np.square(own.hidden[i].numpy() - target.hidden[j].numpy())[real].mean()
+        for i, j in ((0, 0), (1, 2), (2, 4))
+    )
+    logits = CLASSIFICATION.logit_loss(student=own.logits, teacher=target.logits, batch=batch)
+    assert name == "p1"
+    assert float(loss) == pytest.approx(0.7 * distance + 0.3 * float(logits), rel=1e-5)
+
+
+def test_a_cut_out_network_comes_nearer_to_the_teacher_and_its_supernet_stays() -> None:
+    supernet, teacher, data = tiny_encoder(1, **DEEP), tiny_encoder(1, **DEEP), random_rows(64)
+    before = numpy_weights(supernet)
+    network = Networks(supernet).extracted(CUT, supernet.config)
+    losses: list[float] = []
+    report = distil_alone(
+        network,
+        teacher,
+        CUT,
+        data,
+        DistillationSpec(
+            epochs=100, max_steps=80, batch_size=16, learning_rate=5e-3, lambda_logit=0
+        ),
+        CLASSIFICATION,
+        seed=0,
+        on_step=lambda step: losses.append(step.losses["p1"]),
+    )
+    assert report.steps == len(losses) == 80
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])  # an epoch has four batches
+    assert gradients(teacher) == {}
+    for name, value in numpy_weights(supernet).items():
+        np.testing.assert_array_equal(value, before[name])

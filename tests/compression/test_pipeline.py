@@ -25,6 +25,7 @@ from compression.encoder import Encoder, build_encoder
 from compression.errors import CheckpointRefused, DeviceUnavailable, Interrupted, InvalidSpec
 from compression.export import Exported, Parity, verify
 from compression.latency import Served
+from compression.networks import Networks
 from compression.pipeline import compress, learning_config
 from compression.report import STAGES, CompressionReport, Progress, Selection, SubnetworkReport
 from compression.selection import reselect
@@ -229,7 +230,7 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
     judged = pipeline.with_test(
         reports,
         job,
-        network,
+        Networks(network),
         teacher_accuracy=teacher_accuracy,
         teacher_on_test=wrong,
         rounded=None,
@@ -271,7 +272,7 @@ def test_figures_of_test_say_which_file_answered(tmp_path: Path, fmt: Format | N
     (judged,) = pipeline.with_test(
         [selected_narrowest(job)],
         job,
-        network,
+        Networks(network),
         teacher_accuracy=0.9,
         teacher_on_test=right,
         rounded=None if fmt is None else (fmt, right),
@@ -292,7 +293,7 @@ def test_a_job_stands_where_its_int8_file_cannot_be_run_on_test(tmp_path: Path) 
     reports, warnings = pipeline.judged_on_test(
         [report],
         job,
-        build_encoder(job.checkpoint.config, job.checkpoint.tensors),
+        Networks(build_encoder(job.checkpoint.config, job.checkpoint.tensors)),
         Selection(subnetwork=report.name, format="onnx-int8-static", reason="the fastest"),
         tmp_path / "no-artifacts",
         work,
@@ -757,7 +758,7 @@ def test_a_job_goes_on_from_any_stage_and_ends_with_the_same_weights(tmp_path: P
         "goes on from step 3 of distil",
         "goes on from step 2 of depth",
         "goes on from step 2 of final",
-        "goes on from the end of final",
+        "goes on from step 1 of search",
         "goes on from the end of search",
     ]
     _, parts, _ = newest_snapshot(out / "checkpoints")

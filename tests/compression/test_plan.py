@@ -187,28 +187,36 @@ def test_a_width_for_each_layer_needs_a_budget_two_widths_and_rows() -> None:
     assert few.startswith("a fifth of the 38 rows of train are too few")
     one = {**budget, "supernet": {"per_layer": {}, "width_mults": ["1/2"]}}
     assert "at least two width_mults" in refused_spec("/supernet/per_layer", one)
-    elsewhere = {**searched, "constraints": {"min_speedup": 2, "latency_on": "prf_1"}}
-    assert "another device's" in refused_spec("/supernet/per_layer", elsewhere)
-    elsewhere["constraints"] = {"max_size_mb": 1, "latency_on": "prf_1"}
-    assert plan_of(elsewhere, train=TRAIN, dev=DEV).subnetworks
-    plan, plain = plan_of(budget, train=TRAIN, dev=DEV), plan_of(train=TRAIN, dev=DEV)
-    finish = "finish"
-    assert plan.predicted_stage_seconds[finish] > plain.predicted_stage_seconds[finish] + 24 * 6
+    timed = {"constraints": {"max_latency_ms": 1}}
+    few = refused_spec(
+        "/supernet/per_layer/latency_samples",
+        {**timed, "supernet": {"per_layer": {"latency_samples": 5}}},
+        train=TRAIN,
+        dev=DEV,
+    )
+    assert few.startswith("three quarters of the 5 measured sub-networks are too few")
 
 
-def test_every_width_is_among_what_the_latency_model_is_fitted_to() -> None:
-    widths = [f"{count}/12" for count in range(1, 13)]
-    info = model(hidden=96, heads=(12, 12), ffn=(120, 120))
+def test_what_a_search_adds_to_the_time() -> None:
+    size, time = {"constraints": {"max_size_mb": 1}}, {"constraints": {"max_latency_ms": 1}}
 
-    def spec(samples: int) -> dict[str, Any]:
-        return {
-            "supernet": {"width_mults": widths, "per_layer": {"latency_samples": samples}},
-            "constraints": {"max_latency_ms": 1},
-        }
+    def seconds(stage: str, changes: dict[str, Any] = size, **per_layer: Any) -> float:
+        spec = {"supernet": {"per_layer": per_layer}, **changes} if per_layer else changes
+        return plan_of(spec, train=TRAIN, dev=DEV).predicted_stage_seconds[stage]
 
-    few = refused_spec("/supernet/per_layer/latency_samples", spec(14), info)
-    assert few.endswith("set it to at least 15")
-    assert plan_of(spec(15), info, train=TRAIN, dev=DEV).subnetworks
+    plain, exported = seconds("finish"), 3 * 3 * 6  # three finalists in three formats
+    assert seconds("finish", finalists=3) == pytest.approx(plain + exported)
+    more = seconds("finish", finalists=3, budget_shares=[1, 0.5])
+    assert more == pytest.approx(plain + 2 * exported)
+    assert seconds("search") == seconds("finalists") == 0
+    assert 0 < seconds("search", finalists=3) < 6
+    timed = seconds("search", time, latency_samples=24)
+    assert timed > 24 * 6
+    assert seconds("search", time, latency_samples=48) > timed + 24 * 6
+    alone = seconds("finalists", finalists=3, finalist_steps=2)
+    assert alone > 0
+    assert seconds("finalists", finalists=3, finalist_steps=4) == pytest.approx(2 * alone)
+    assert seconds("finalists", finalists=6, finalist_steps=2) == pytest.approx(2 * alone)
 
 
 def test_a_width_must_suit_every_layer() -> None:
@@ -330,6 +338,7 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
         "distil": None,
         "depth": None,
         "final": None,
+        "finalists": None,
     }
     spec = {"max_minutes": 2}
     plan = plan_of(spec, large, train=TRAIN, dev=DEV)
@@ -351,6 +360,17 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
     later = deadlines(Spec.model_validate(tuned), plan_of(tuned, large, train=TRAIN, dev=DEV))
     assert later["final"] == until["final"]
     assert later["distil"] is not None and later["distil"] < until["distil"]
+    searched = {
+        "max_minutes": 10,
+        "constraints": {"max_latency_ms": 1},
+        "supernet": {"per_layer": {"latency_samples": 12, "finalist_steps": 2}},
+    }
+    plan_with_finalists = plan_of(searched, large, train=TRAIN, dev=DEV)
+    parts = plan_with_finalists.predicted_stage_seconds
+    last = deadlines(Spec.model_validate(searched), plan_with_finalists)
+    assert last["finalists"] == pytest.approx(600 - parts["finish"])
+    assert last["final"] is not None and last["finalists"] is not None
+    assert last["finalists"] - last["final"] > parts["search"] > 12 * 6
     # A model that keeps its head is not fine-tuned, and a budget can be too small for anything.
     kept = plan_of({}, model(hidden=3200, head_dim=800), train=TRAIN, dev=DEV)
     assert kept.predicted_stage_seconds["teacher"] == 0

@@ -344,6 +344,7 @@ def test_a_judge_with_a_confidence_is_not_content_with_the_point_alone(
         accuracy_drop=0.0,
         accuracy_drop_intervals=(Interval(confidence=0.9, low=-1.0, high=1.5),),
         flipped=0.0,
+        resampled=np.ones(3),
     )
     judge = judge_of(case, tmp_path / "judge", max_drop=1.0)
     assert judge.is_content_with(verdict)

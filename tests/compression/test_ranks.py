@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from safetensors.numpy import load_file
 
-from compression.checkpoint import newest_snapshot
+from compression.checkpoint import StageState, newest_snapshot
 from compression.precision import Precision
 from compression.ranks import ALONE, Group, free_endpoints
 from compression.spec import Spec
@@ -49,7 +48,7 @@ class JobFiles:
             "supernet": {"width_mults": ["1", "1/2"]},
             "importance": {"rows": 64},
             "latency": {"rounds": 5, "baselines": []},
-            "export": {"formats": ["safetensors", "onnx"]},
+            "export": {"formats": ["onnx"]},
             **changes,
         }
         spec = self.root / f"{name}.json"
@@ -58,16 +57,32 @@ class JobFiles:
         arguments += ["--out", self.root / name]
         return [sys.executable, "-m", "compression", *map(str, arguments), *options]
 
-    def run(
-        self, name: str, *options: str, network: str = "w1", **changes: Any
-    ) -> dict[str, np.ndarray]:
-        """The weights of a sub-network that the job ends with."""
-        done = subprocess.run(
-            self.command(name, *options, **changes), cwd=REPOSITORY, capture_output=True, text=True
+    def start(self, name: str, *options: str, **changes: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(name, *options, **changes),
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-        assert done.returncode == 0, done.stderr
-        folder = self.root / name / "artifacts" / network
-        return load_file(folder / "safetensors" / "model.safetensors")
+
+    def state(self, name: str, stage: str) -> StageState | None:
+        """What the job's newest checkpoint knows of a stage."""
+        _, snapshot, _ = newest_snapshot(self.root / name / "checkpoints")
+        return None if snapshot is None else snapshot.stages.get(stage)
+
+    def learn(self, name: str, *options: str, last: str, **changes: Any) -> dict[str, np.ndarray]:
+        """The supernet's weights after the training `last`; what follows is spared."""
+        process = self.start(name, *options, **changes)
+
+        def is_learnt() -> bool:
+            state = self.state(name, last)
+            return process.poll() is not None or (state is not None and state.done)
+
+        wait_until(is_learnt, f"the end of {last}", seconds=240)
+        assert stopped(process) == 3
+        state = self.state(name, last)
+        assert state is not None and state.done
+        return dict(state.tensors)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +111,14 @@ def late_pair() -> Iterator[tuple[subprocess.Popen[bytes], ...]]:
         second.kill()
 
 
+def stopped(process: subprocess.Popen[str]) -> int:
+    """The status that it ends with when it is told to stop."""
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors, errors
+    return process.returncode
+
+
 def others_of(pid: int) -> list[int]:
     """The processes that this one has started and that train with it."""
     found = []
@@ -113,14 +136,12 @@ def others_of(pid: int) -> list[int]:
 def test_two_processes_end_with_the_weights_of_one(files: JobFiles) -> None:
     """All four trainings, early stopping among them; a layer is in none of the last two."""
     supernet = {"width_mults": ["1", "1/2"], "depth_mults": ["1/2"]}
-    one = files.run("one", network="w1-d1_2", supernet=supernet)
-    two = files.run("two", network="w1-d1_2", supernet=supernet, processes=2)
+    one = files.learn("one", last="final", supernet=supernet)
+    two = files.learn("two", last="final", supernet=supernet, processes=2)
     assert one.keys() == two.keys()
     for name, array in one.items():
         if not name.endswith("key.bias"):  # without effect: AdamW scales rounding up
             np.testing.assert_allclose(two[name], array, atol=1e-5, err_msg=name)
-    report = json.loads((files.root / "two" / "report.json").read_text())
-    assert report["environment"]["processes"] == "2"
 
 
 def test_two_processes_are_stopped_and_resumed(files: JobFiles) -> None:
@@ -131,37 +152,29 @@ def test_two_processes_are_stopped_and_resumed(files: JobFiles) -> None:
         "final": {"when": "never"},
         "processes": 2,
     }
-    whole = files.run("whole", **long)
-    process = subprocess.Popen(
-        files.command("parts", **long), cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
-    )
-    checkpoints = files.root / "parts" / "checkpoints"
-    wait_until(lambda: len(list(checkpoints.glob("*.safetensors"))) > 1, "checkpoints", seconds=120)
+    whole = files.learn("whole", last="distil", **long)
+    process = files.start("parts", **long)
+    wait_until(lambda: files.state("parts", "importance") is not None, "a checkpoint", seconds=120)
     (other,) = others_of(process.pid)
     time.sleep(0.5)  # into distillation, which takes longer than that
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 3, errors
+    assert stopped(process) == 3
     assert not Path(f"/proc/{other}").exists()
-    _, snapshot, _ = newest_snapshot(checkpoints)
-    assert snapshot is not None
-    state = snapshot.stages["distil"]
-    assert not state.done
+    state = files.state("parts", "distil")
+    assert state is not None and not state.done
     assert 0 < state.step < 150
-    parts = files.run("parts", "--resume", **long)
+    parts = files.learn("parts", "--resume", last="distil", **long)
     for name, array in whole.items():
         np.testing.assert_array_equal(parts[name], array, err_msg=name)
+    finished = files.start("parts", "--resume", **long)
+    _, errors = finished.communicate(timeout=240)
+    assert finished.returncode == 0, errors
+    report = json.loads((files.root / "parts" / "report.json").read_text())
+    assert report["environment"]["processes"] == "2"
 
 
 def test_a_process_that_dies_ends_the_job(files: JobFiles) -> None:
-    process = subprocess.Popen(
-        files.command("dead", processes=2, distillation={"max_steps": 300, "epochs": 100}),
-        cwd=REPOSITORY,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    checkpoints = files.root / "dead" / "checkpoints"
-    wait_until(lambda: len(list(checkpoints.glob("*.safetensors"))) > 1, "checkpoints", seconds=120)
+    process = files.start("dead", processes=2, distillation={"max_steps": 300, "epochs": 100})
+    wait_until(lambda: files.state("dead", "importance") is not None, "a checkpoint", seconds=120)
     (other,) = others_of(process.pid)
     os.kill(other, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)

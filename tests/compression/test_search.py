@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tarfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,35 @@ import pytest
 
 from compression import pipeline, search
 from compression.batches import make_batch
-from compression.checkpoint import Checkpoints, host_facts
-from compression.encoder import build_encoder, numpy_weights
+from compression.budget import Timings
+from compression.checkpoint import Checkpoints, host_facts, newest_snapshot
+from compression.encoder import Encoder, build_encoder, numpy_weights
+from compression.errors import Interrupted
 from compression.evolution import Scored
-from compression.latency_model import LatencyModel
-from compression.plan import UNFITTED_SHARE
 from compression.report import (
     CompressionReport,
+    DeviceFingerprint,
     Finalist,
     FormatReport,
-    LatencyModelReport,
     LatencyReport,
     Progress,
     SearchReport,
     SubnetworkReport,
 )
+from compression.search import Memory
 from compression.search_space import SearchSpace
-from compression.spec import LatencySetting, Spec
+from compression.spec import LatencySetting, PerLayerSpec, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.teachers import read_checkpoint
 from tests.builders import WORDS, tiny_bert, tiny_dataset
-from tests.encoders import clear, gradients, random_rows, tiny_config, tiny_encoder
+from tests.encoders import (
+    CLASSIFICATION,
+    clear,
+    gradients,
+    random_rows,
+    tiny_config,
+    tiny_encoder,
+)
 
 WIDTHS = (Fraction(1), Fraction(1, 2), Fraction(1, 4))
 DEEP = {"layers": 4, "heads": (4,) * 4, "ffn": (16,) * 4}
@@ -59,61 +68,6 @@ def test_a_network_with_a_width_for_each_layer_equals_its_slices_and_no_more() -
         assert np.abs(out[:neurons]).max() > 0 and not out[neurons:].any()
 
 
-def test_what_is_timed_has_every_size_of_a_layer() -> None:
-    space = SearchSpace(tiny_config(**DEEP), WIDTHS, (Fraction(1), Fraction(1, 2)))
-    assert search.HELD_OUT_SHARE == UNFITTED_SHARE
-    drawn = search.samples(space, 12, seed=0)
-    assert len(drawn) == 12
-    fitted = drawn[: 12 - 12 // search.HELD_OUT_SHARE]
-    assert {n for each in fitted for n in each.heads} == {4, 2, 1}
-    assert {n for each in fitted for n in each.ffn} == {16, 8, 4}
-
-
-def latency_report(milliseconds: float, speedup: float | None = None) -> LatencyReport:
-    return LatencyReport(
-        p50_ms=milliseconds,
-        p95_ms=2 * milliseconds,
-        p99_ms=3 * milliseconds,
-        rounds=5,
-        batch_size=1,
-        seq_len=8,
-        threads=1,
-        speedup=speedup,
-    )
-
-
-def test_limits_are_the_constraints_percentile_and_the_teachers_own_time() -> None:
-    space = SearchSpace(tiny_config(**DEEP), WIDTHS, (Fraction(1),))
-    drawn = search.samples(space, 16, seed=0)
-    timed = {each.name: latency_report(float(sum(each.heads) + sum(each.ffn))) for each in drawn}
-    timed[search.TEACHER] = latency_report(80.0)
-    spec = Spec.model_validate(
-        {
-            "constraints": {
-                "max_latency_ms": 100, "min_speedup": 2, "latency_at": {"percentile": 95},
-            }
-        }
-    )  # fmt: skip
-    late, fast = search.limits_of(spec, drawn, timed)
-    assert (late.percentile, late.max_ms, fast.percentile, fast.max_ms) == (95, 100, 50, 40)
-    assert late.report.held_out == 4 and late.report.fitted == 12
-    assert late.report.max_error < 1e-9  # it is a sum over layers
-    half = subnetwork_of(tiny_config(**DEEP), Fraction(1, 2))  # 8 heads and 32 neurons: 40 and 80
-    assert late.model.predict(half) == pytest.approx(80)
-    assert late.holds(half) and not fast.holds(subnetwork_of(tiny_config(**DEEP), Fraction(1)))
-
-
-def test_a_models_error_is_room_that_is_left() -> None:
-    report = LatencyModelReport(
-        percentile=50, call_ms=1, heads_ms={}, ffn_ms={}, fitted=9, held_out=3,
-        mean_error=0.1, max_error=0.2,
-    )  # fmt: skip
-    model = LatencyModel(1.0, {4: 1.0}, {16: 1.0})
-    one = Subnetwork("x", None, Fraction(1), (0,), (4,), (16,))  # 3 ms
-    assert search.Limit(50, model, report, 3.31).holds(one)
-    assert not search.Limit(50, model, report, 3.29).holds(one)
-
-
 def test_finalists_are_no_sub_network_that_the_job_has_anyway() -> None:
     config = tiny_config(**DEEP)
     space = SearchSpace(config, WIDTHS, (Fraction(1),))
@@ -126,10 +80,27 @@ def test_finalists_are_no_sub_network_that_the_job_has_anyway() -> None:
     found = search.finalists(scored, [subnetwork_of(config, Fraction(1, 2))], 2)
     assert [each.subnetwork.name for each in found] == ["p1", "p2"]
     assert [each.genes for each in found] == others[:2]
+    (more,) = search.finalists(scored, [each.subnetwork for each in found], 1, first=3)
+    assert (more.subnetwork.name, more.genes) == ("p3", half)
 
 
-def network(name: str, drop: float, milliseconds: float, **changes: Any) -> SubnetworkReport:
-    own = latency_report(milliseconds, speedup=2.0)
+def latency_report(milliseconds: float) -> LatencyReport:
+    return LatencyReport(
+        p50_ms=milliseconds,
+        p95_ms=2 * milliseconds,
+        p99_ms=3 * milliseconds,
+        rounds=5,
+        batch_size=1,
+        seq_len=8,
+        threads=1,
+        speedup=2.0,
+    )
+
+
+def network(
+    name: str, drop: float, milliseconds: float, *int8: FormatReport, **changes: Any
+) -> SubnetworkReport:
+    own = latency_report(milliseconds)
     fmt = FormatReport(
         format="onnx", published=True, size_bytes=10, latency=own, latencies=(own,), speedup=2.0
     )
@@ -142,7 +113,21 @@ def network(name: str, drop: float, milliseconds: float, **changes: Any) -> Subn
         flops=1,
         accuracy=0.9 - drop / 100,
         accuracy_drop=drop,
-        formats=(fmt.model_copy(update=changes),),
+        formats=(fmt.model_copy(update=changes), *int8),
+    )
+
+
+def in_int8(drop: float, milliseconds: float) -> FormatReport:
+    own = latency_report(milliseconds)
+    return FormatReport(
+        format="onnx-int8-dynamic",
+        published=True,
+        size_bytes=5,
+        accuracy=0.9 - drop / 100,
+        accuracy_drop=drop,
+        latency=own,
+        latencies=(own,),
+        speedup=2.0,
     )
 
 
@@ -160,7 +145,11 @@ def gain_of(*networks: SubnetworkReport) -> SearchReport:
         ),
     )
     spec = Spec.model_validate({"constraints": {"max_latency_ms": 5, "max_accuracy_drop": 0.1}})
-    resampled = {each.name: np.full(9, each.accuracy) for each in networks}
+    resampled = {
+        (each.name, fmt.format): np.full(9, fmt.accuracy or each.accuracy)
+        for each in networks
+        for fmt in each.formats
+    }
     return search.with_gain(report, spec, networks, resampled)
 
 
@@ -181,6 +170,19 @@ def test_the_gain_is_that_of_the_best_of_both_kinds_that_hold_the_budget_as_meas
     assert worse is not None and worse.points == pytest.approx(-0.4)
 
 
+def test_the_gain_is_that_of_the_best_file_of_each_in_whichever_format() -> None:
+    gain = gain_of(
+        network("w1", 0.0, 9.0, in_int8(0.4, 4.9)),
+        network("w1_2", 1.5, 4.9, in_int8(1.9, 2.0)),
+        network("p1", 0.1, 8.0, in_int8(0.2, 4.8)),
+    ).gain
+    assert gain is not None
+    assert (gain.subnetwork, gain.format) == ("p1", "onnx-int8-dynamic")
+    assert (gain.reference, gain.reference_format) == ("w1", "onnx-int8-dynamic")
+    assert gain.points == pytest.approx(0.2)
+    assert gain.intervals[0].low == pytest.approx(0.2)
+
+
 def test_without_both_kinds_there_is_no_gain_and_a_reason() -> None:
     slow = gain_of(network("w1_2", 1.0, 4.0), network("p1", 0.0, 9.0))
     assert slow.gain is None and slow.note == "no finalist holds the budget as measured"
@@ -190,75 +192,228 @@ def test_without_both_kinds_there_is_no_gain_and_a_reason() -> None:
     assert unpublished.gain is None
 
 
+# --- what it remembers ----------------------------------------------------------------------
+
+
+def device(cpu: str = "Test CPU") -> DeviceFingerprint:
+    return DeviceFingerprint(
+        cpu=cpu,
+        cores=2,
+        threads=2,
+        instruction_sets=(),
+        memory_bytes=None,
+        gpus=(),
+        platform="Linux",
+        python="3.11",
+        libraries={},
+    )
+
+
+def found_with(memory: Memory, supernet: Encoder, folder: Path, **changes: Any) -> search.Found:
+    """The search of a tiny supernet under a budget of megabytes, unless told otherwise."""
+    asked = PerLayerSpec(
+        holdout_rows=8, population=4, generations=2, finalists=2, budget_shares=(1, 0.9)
+    )
+    spec = Spec.model_validate(
+        {
+            "supernet": {"width_mults": ["1", "1/2", "1/4"], "per_layer": asked.model_dump()},
+            "constraints": {"max_size_mb": 0.15},
+            "export": {"formats": ["onnx"]},
+            **changes,
+        }
+    )
+    return search.search(
+        spec,
+        asked,
+        supernet,
+        supernet.config,
+        CLASSIFICATION,
+        random_rows(8),
+        [subnetwork_of(supernet.config, width) for width in WIDTHS],
+        memory,
+        predictor=None,
+        seq_len=8,
+        threads=1,
+        folder=folder,
+        on_progress=lambda done, total, what: None,
+    )
+
+
+def test_each_share_of_the_budget_has_finalists_of_its_own(tmp_path: Path) -> None:
+    report = found_with(Memory(device()), tiny_encoder(**DEEP), tmp_path).report
+    assert report.budget == ("0.15 MB",) and report.latency_models == ()
+    assert [(each.subnetwork, each.budget_share) for each in report.finalists] == [
+        ("p1", 1), ("p2", 1), ("p3", 0.9), ("p4", 0.9)
+    ]  # fmt: skip
+    for each in report.finalists:
+        assert each.predicted_mb <= 0.15 * each.budget_share
+    assert report.finalists[0].holdout_accuracy >= report.finalists[1].holdout_accuracy
+
+
+def test_what_was_scored_is_not_scored_again(tmp_path: Path) -> None:
+    """A search that goes on finds the same with a supernet that would score otherwise."""
+    memory = Memory(device())
+    whole = found_with(memory, tiny_encoder(**DEEP), tmp_path)
+    other = found_with(Memory(device()), tiny_encoder(1, **DEEP), tmp_path)
+    assert whole.report.scored == len(memory.accuracies)
+    state = memory.state(4, done=True)
+    assert state.step == whole.report.scored
+    json.dumps(state.figures)  # what a checkpoint takes
+    again = Memory.restored(state, device())
+    assert again.accuracies == memory.accuracies
+    assert found_with(again, tiny_encoder(1, **DEEP), tmp_path) == whole != other
+
+
+def test_times_are_those_of_the_same_machine() -> None:
+    timings = Timings("onnx", {"sample0": latency_report(1.5), "teacher": latency_report(3.0)})
+    state = Memory(device(), timings, {((0, 2), (1, 4), (16, 8)): 0.75}).state(4, done=False)
+    assert Memory.restored(state, device()).timings == timings
+    elsewhere = Memory.restored(state, device(cpu="Another"))
+    assert elsewhere.timings is None
+    assert elsewhere.accuracies == {((0, 2), (1, 4), (16, 8)): 0.75}
+    assert Memory.restored(None, device()) == Memory(device())
+
+
 # --- the whole job --------------------------------------------------------------------------
+
+
+PER_LAYER = {
+    "holdout_rows": 16, "latency_samples": 4, "population": 4, "generations": 2, "finalists": 1,
+    "finalist_steps": 2,
+}  # fmt: skip
 
 
 def job_spec(**changes: Any) -> Spec:
     values = {
         "task": {"max_seq_len": 32},
         "distillation": {"max_steps": 3, "learning_rate": 1e-3},
-        "depth": {"max_steps": 2},
-        "supernet": {
-            "width_mults": ["1", "1/2"],
-            "depth_mults": ["1", "1/2"],
-            "per_layer": {
-                "holdout_rows": 16, "latency_samples": 12, "population": 4, "generations": 2,
-                "finalists": 2,
-            },
-        },
+        "supernet": {"width_mults": ["1", "1/2"], "per_layer": PER_LAYER},
         "importance": {"rows": 32},
         "latency": {"rounds": 5, "baselines": []},
         "constraints": {"max_latency_ms": 10_000, "objective": "accuracy"},
-        "export": {"formats": ["onnx", "safetensors"]},
+        "export": {"formats": ["onnx-int8-dynamic", "safetensors"]},
     }  # fmt: skip
     return Spec.model_validate({**values, **changes})
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A job that is stopped when its search has scored two candidates, and when its finalist has
+    learnt one step, and goes on."""
     root = tmp_path_factory.mktemp("search")
     model = tiny_bert(root / "model", num_labels=2, layers=2, seed=1)
     dataset = tiny_dataset(root / "dataset", rows={"train": 100, "dev": 40, "test": 20}, seed=1)
     seen: list[Progress] = []
-    report = pipeline.compress(job_spec(), model, dataset, root / "run", seen.append)
-    return {"root": root, "report": report, "seen": seen, "model": model, "dataset": dataset}
+
+    def run(*until: object) -> tuple[CompressionReport | None, list[Progress]]:
+        """Until a stage's message and step."""
+        before = len(seen)
+
+        def is_reached() -> bool:
+            last = seen[-1] if seen else Progress("load")
+            return (last.stage, last.message, last.step) == until
+
+        try:
+            report = pipeline.compress(
+                job_spec(), model, dataset, root / "run", seen.append, stop=is_reached
+            )
+        except Interrupted:
+            return None, seen[before:]
+        return report, seen[before:]
+
+    _, first = run("search", "candidates", 2)
+    _, stopped, _ = newest_snapshot(root / "run" / "checkpoints")
+    _, second = run("finalists", "", 1)
+    report, third = run()
+    return {
+        "root": root, "report": report, "model": model, "dataset": dataset, "stopped": stopped,
+        "first": first, "second": second, "third": third,
+    }  # fmt: skip
+
+
+def test_a_stopped_search_goes_on_with_its_times_and_scores(finished: dict[str, Any]) -> None:
+    kept = finished["stopped"].stages["search"]
+    assert (kept.step, kept.done, kept.figures["format"]) == (2, False, "onnx-int8-dynamic")
+    assert kept.figures["timed"].keys() == {"teacher", *(f"sample{i}" for i in range(4))}
+
+    def told(run: str) -> set[str]:
+        return {p.message for p in finished[run] if p.stage == "search"}
+
+    assert told("first") == {"", "samples", "latency", "candidates"}
+    assert told("second") == {"", "candidates"}
+
+    def went_on(run: str) -> str:
+        (message,) = (p.message for p in finished[run] if p.stage == "load" and p.step == 1)
+        return str(message)
+
+    assert went_on("second") == "goes on from step 2 of search"
+    assert went_on("third").startswith("goes on from step 1 of finalists p1")
+    (model,) = finished["report"].search.latency_models
+    measured = kept.figures["timed"]["sample0"]["p50_ms"]  # of the full width
+    whole = 2 * (model.heads_ms[4] + model.ffn_ms[64])
+    assert model.call_ms + whole == pytest.approx(measured, rel=0.5)
 
 
 def test_finalists_are_sub_networks_like_all_others(finished: dict[str, Any]) -> None:
     report: CompressionReport = finished["report"]
     assert report.search is not None
     names = [finalist.subnetwork for finalist in report.search.finalists]
-    assert names == ["p1", "p2"]
-    assert [each.name for each in report.subnetworks] == [
-        "w1", "w1-d1_2", "w1_2", "w1_2-d1_2", "p1", "p2"
-    ]  # fmt: skip
-    shapes = {(each.layers, each.heads, each.ffn) for each in report.subnetworks}
-    assert len(shapes) == 6
-    for each in report.subnetworks[-2:]:
-        assert each.width_mult is None
-        assert all(fmt.published for fmt in each.formats), each.formats
-        assert each.regression is not None
-        folder = finished["root"] / "run" / "artifacts" / each.name
-        assert read_checkpoint(folder / "safetensors").config.heads == each.heads
-        assert (folder / "bundle.tar.gz").stat().st_size > 0
+    assert names == ["p1"]
+    assert [each.name for each in report.subnetworks] == ["w1", "w1_2", "p1"]
+    assert len({(each.heads, each.ffn) for each in report.subnetworks}) == 3
+    found = report.subnetworks[-1]
+    assert found.width_mult is None
+    assert all(fmt.published for fmt in found.formats), found.formats
+    in_int8 = next(fmt for fmt in found.formats if fmt.format == "onnx-int8-dynamic")
+    assert in_int8.latency is not None and in_int8.accuracy is not None
+    assert found.regression is not None
+    folder = finished["root"] / "run" / "artifacts" / "p1"
+    assert read_checkpoint(folder / "safetensors").config.heads == found.heads
+    assert (folder / "bundle.tar.gz").stat().st_size > 0
     text = (finished["root"] / "run" / "report.json").read_text()
     assert CompressionReport.model_validate_json(text) == report
     assert json.loads(text)["search"]["latency_models"][0]["heads_ms"].keys() == {"2", "4"}
 
 
+def test_a_finalist_has_weights_of_its_own_where_it_is_given_steps(
+    finished: dict[str, Any],
+) -> None:
+    report: CompressionReport = finished["report"]
+    training = report.trainings["finalists p1"]
+    assert (training.steps, training.ended) == (2, "complete")
+    artifacts = finished["root"] / "run" / "artifacts"
+    whole, own = (read_checkpoint(artifacts / name / "safetensors") for name in ("w1", "p1"))
+    found = pipeline.subnetwork_in(report.subnetworks[-1])
+    shared = extract_weights(whole.config, whole.tensors, found)
+    assert shared.keys() == own.tensors.keys()
+    moved = {name: np.abs(own.tensors[name] - each).max() for name, each in shared.items()}
+    assert max(moved.values()) > 1e-4
+    assert moved["layers.0.ffn.output.weight"] > 0
+    with tarfile.open(artifacts / "p1" / "bundle.tar.gz") as bundle:
+        card = next(name for name in bundle.getnames() if name.endswith("MODEL_CARD.md"))
+        file = bundle.extractfile(card)
+        assert file is not None
+        assert b"It was then distilled alone for 2 of 2 steps." in file.read()
+
+
 def test_the_report_says_what_was_searched_and_what_it_gained(finished: dict[str, Any]) -> None:
     found = finished["report"].search
-    assert found.format == "onnx"
+    assert found.format == "onnx-int8-dynamic"
     assert found.holdout_rows == 16
     (model,) = found.latency_models
-    assert (model.percentile, model.fitted, model.held_out) == (50, 9, 3)
+    assert (model.percentile, model.fitted, model.held_out) == (50, 3, 1)
     assert 0 <= model.mean_error <= model.max_error
     assert 4 <= found.scored <= 4 * 3
     assert found.gain is not None
     named = {each.name: each for each in finished["report"].subnetworks}
     best, uniform = named[found.gain.subnetwork], named[found.gain.reference]
     assert best.width_mult is None and uniform.width_mult is not None
-    assert found.gain.points == pytest.approx(100 * (best.accuracy - uniform.accuracy))
+    in_int8 = [
+        next(fmt.accuracy for fmt in each.formats if fmt.format == found.gain.format)
+        for each in (best, uniform)
+    ]
+    assert found.gain.format == found.gain.reference_format == "onnx-int8-dynamic"
+    assert found.gain.points == pytest.approx(100 * (in_int8[0] - in_int8[1]))
     for within in found.gain.intervals:
         assert within.low <= found.gain.points <= within.high
     notes = finished["report"].dataset.notes
@@ -266,9 +421,22 @@ def test_the_report_says_what_was_searched_and_what_it_gained(finished: dict[str
     assert finished["report"].dataset.rows["train"] == 100
 
 
-def test_each_step_learns_one_network_with_a_width_for_each_layer(finished: dict[str, Any]) -> None:
+def test_each_step_learns_one_network_with_a_width_for_each_layer(
+    finished: dict[str, Any], tmp_path: Path
+) -> None:
+    spec = job_spec(
+        supernet={
+            "width_mults": ["1", "1/2"], "depth_mults": ["1", "1/2"], "per_layer": PER_LAYER
+        },
+        depth={"max_steps": 2},
+    )  # fmt: skip
+    seen: list[Progress] = []
+    arguments = (spec, finished["model"], finished["dataset"], tmp_path, seen.append)
+    with pytest.raises(Interrupted):
+        pipeline.compress(*arguments, stop=lambda: bool(seen) and seen[-1].stage == "final")
+
     def losses(stage: str) -> list[set[str]]:
-        own = [p for p in finished["seen"] if p.stage == stage and "losses" in p.figures]
+        own = [p for p in seen if p.stage == stage and "losses" in p.figures]
         return [set(p.figures["losses"]) for p in own]
 
     assert losses("distil") == [{"w1", "w1_2", "per-layer 1", "per-layer 2"}] * 3
@@ -277,62 +445,30 @@ def test_each_step_learns_one_network_with_a_width_for_each_layer(finished: dict
         assert len(step) == 4
 
 
-def trained_job(root: Path, **changes: Any) -> tuple[pipeline.Job, pipeline.Learnt]:
-    """A job whose trainings have learnt nothing, before its search."""
-    model = tiny_bert(root / "model", num_labels=2, words=(*WORDS, *map(str, range(5000))))
-    dataset = tiny_dataset(root / "dataset", rows={"train": 60, "dev": 20}, seed=1)
-    job = pipeline.load(job_spec(**changes), model, dataset, 1)
-    network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
-    subnetworks = pipeline.planned_subnetworks(job, network)
-    return job, pipeline.Learnt(network, {}, [], network, 0.0, subnetworks, {})
-
-
-def searched(job: pipeline.Job, learnt: pipeline.Learnt, root: Path, cpu: str) -> search.Found:
-    checkpoints = Checkpoints(
-        root / "checkpoints",
-        identity={},
-        host={**host_facts({}), "cpu": cpu},
-        every_seconds=math.inf,
-    )
-    found, warnings = pipeline.search_widths(
-        job, learnt, checkpoints, root / "work", lambda *told: None
-    )
-    assert found is not None and warnings == ()
-    return found
-
-
 def test_sizes_are_searched_by_as_they_are_exported_with_the_smaller_vocabulary(
     tmp_path: Path,
 ) -> None:
-    job, learnt = trained_job(
-        tmp_path,
+    model = tiny_bert(tmp_path / "model", num_labels=2, words=(*WORDS, *map(str, range(5000))))
+    dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 60, "dev": 20}, seed=1)
+    spec = job_spec(
         vocabulary={"remove_unused": True},
         constraints={"max_size_mb": 0.4, "objective": "accuracy"},
         export={"formats": ["onnx"]},
     )
-    found = searched(job, learnt, tmp_path, "this one")
+    job = pipeline.load(spec, model, dataset, 1)
+    network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
+    subnetworks = pipeline.planned_subnetworks(job, network)
+    learnt = pipeline.Learnt(network, {}, [], network, 0.0, subnetworks, {})
+    checkpoints = Checkpoints(
+        tmp_path / "checkpoints", identity={}, host=host_facts({}), every_seconds=math.inf
+    )
+    found, warnings = pipeline.search_widths(
+        job, learnt, None, checkpoints, tmp_path / "work", lambda *told: None
+    )
+    assert found is not None and warnings == ()
     assert found.subnetworks  # with all 5,000 tokens each would have 0.7 MB
     for finalist in found.report.finalists:
         assert finalist.predicted_mb < 0.4
-
-
-def test_a_job_that_goes_on_has_the_finalists_that_it_had_on_the_same_kind_of_host(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job, learnt = trained_job(tmp_path)
-    found = searched(job, learnt, tmp_path, "this one")
-    assert found.subnetworks and found.report.latency_models
-    anew = []
-
-    def search_anew(*args: Any, **options: Any) -> search.Found:
-        anew.append(args)
-        return found
-
-    monkeypatch.setattr(pipeline, "search", search_anew)
-    assert searched(job, learnt, tmp_path, "this one") == found
-    assert not anew
-    searched(job, learnt, tmp_path, "another one")
-    assert len(anew) == 1
 
 
 def test_nothing_is_trained_on_the_rows_that_score(finished: dict[str, Any]) -> None:
