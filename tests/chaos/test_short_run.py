@@ -16,18 +16,10 @@ MINUTES = 9
 
 
 def test_six_jobs_outlive_every_fault() -> None:
-    asked = [
-        "--seed",
-        "1",
-        "--jobs",
-        str(JOBS),
-        "--faults",
-        str(len(Kind)),
-        "--minutes",
-        str(MINUTES),
-    ]
+    asked = {"--seed": 1, "--jobs": JOBS, "--faults": len(Kind), "--minutes": MINUTES}
+    arguments = [str(each) for pair in asked.items() for each in pair]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.chaos", *asked],
+        [sys.executable, "-m", "tests.chaos", *arguments],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
