@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from compression.precision import Precision
 from compression.ranks import ALONE, Group, free_endpoints
 from compression.spec import Spec
 from tests.builders import tiny_bert, tiny_dataset
-from tests.services import wait_until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -73,12 +72,7 @@ class JobFiles:
     def learn(self, name: str, *options: str, last: str, **changes: Any) -> dict[str, np.ndarray]:
         """The supernet's weights after the training `last`; what follows is spared."""
         process = self.start(name, *options, **changes)
-
-        def is_learnt() -> bool:
-            state = self.state(name, last)
-            return process.poll() is not None or (state is not None and state.done)
-
-        wait_until(is_learnt, f"the end of {last}", seconds=240)
+        wait_for_bar(process, "search:")  # what comes after all trainings
         assert stopped(process) == 3
         state = self.state(name, last)
         assert state is not None and state.done
@@ -109,6 +103,17 @@ def late_pair() -> Iterator[tuple[subprocess.Popen[bytes], ...]]:
         yield first, second
         first.kill()
         second.kill()
+
+
+def wait_for_bar(process: subprocess.Popen[str], pattern: str) -> None:
+    """Until it shows such a progress bar."""
+    assert process.stderr is not None
+    bars = []
+    for bar in process.stderr:  # a bar ends where the next one overwrites it
+        bars.append(bar)
+        if re.search(pattern, bar):
+            return
+    raise AssertionError(f"it ended before {pattern}: {bars[-5:]}")
 
 
 def stopped(process: subprocess.Popen[str]) -> int:
@@ -148,20 +153,19 @@ def test_two_processes_are_stopped_and_resumed(files: JobFiles) -> None:
     long = {
         "teacher": {"max_steps": 2},
         "supernet": {"width_mults": ["1"]},
-        "distillation": {"max_steps": 150, "epochs": 100},
+        "distillation": {"max_steps": 40, "epochs": 100},
         "final": {"when": "never"},
         "processes": 2,
     }
     whole = files.learn("whole", last="distil", **long)
     process = files.start("parts", **long)
-    wait_until(lambda: files.state("parts", "importance") is not None, "a checkpoint", seconds=120)
+    wait_for_bar(process, r"distil:.*\| [1-9][0-9]*/")
     (other,) = others_of(process.pid)
-    time.sleep(0.5)  # into distillation, which takes longer than that
     assert stopped(process) == 3
     assert not Path(f"/proc/{other}").exists()
     state = files.state("parts", "distil")
     assert state is not None and not state.done
-    assert 0 < state.step < 150
+    assert 0 < state.step < 40
     parts = files.learn("parts", "--resume", last="distil", **long)
     for name, array in whole.items():
         np.testing.assert_array_equal(parts[name], array, err_msg=name)
@@ -174,7 +178,7 @@ def test_two_processes_are_stopped_and_resumed(files: JobFiles) -> None:
 
 def test_a_process_that_dies_ends_the_job(files: JobFiles) -> None:
     process = files.start("dead", processes=2, distillation={"max_steps": 300, "epochs": 100})
-    wait_until(lambda: files.state("dead", "importance") is not None, "a checkpoint", seconds=120)
+    wait_for_bar(process, "distil:")
     (other,) = others_of(process.pid)
     os.kill(other, signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
