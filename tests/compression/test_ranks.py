@@ -69,9 +69,9 @@ class JobFiles:
         _, snapshot, _ = newest_snapshot(self.root / name / "checkpoints")
         return None if snapshot is None else snapshot.stages.get(stage)
 
-    def learn(self, name: str, *, last: str, **changes: Any) -> dict[str, np.ndarray]:
+    def learn(self, name: str, *options: str, last: str, **changes: Any) -> dict[str, np.ndarray]:
         """The supernet's weights after the training `last`; what follows is spared."""
-        process = self.start(name, **changes)
+        process = self.start(name, *options, **changes)
         wait_for_bar(process, "search:")  # what comes after all trainings
         assert stopped(process) == 3
         state = self.state(name, last)
@@ -166,14 +166,12 @@ def test_two_processes_are_stopped_and_resumed(files: JobFiles) -> None:
     state = files.state("parts", "distil")
     assert state is not None and not state.done
     assert 0 < state.step < 40
-    resumed = files.start("parts", "--resume", **long)
-    wait_for_bar(resumed, "search:")
-    parts = files.state("parts", "distil")
-    assert parts is not None and parts.done
+    parts = files.learn("parts", "--resume", last="distil", **long)
     for name, array in whole.items():
-        np.testing.assert_array_equal(parts.tensors[name], array, err_msg=name)
-    _, errors = resumed.communicate(timeout=240)
-    assert resumed.returncode == 0, errors
+        np.testing.assert_array_equal(parts[name], array, err_msg=name)
+    finished = files.start("parts", "--resume", **long)
+    _, errors = finished.communicate(timeout=240)
+    assert finished.returncode == 0, errors
     report = json.loads((files.root / "parts" / "report.json").read_text())
     assert report["environment"]["processes"] == "2"
 
