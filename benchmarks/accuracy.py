@@ -44,7 +44,7 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
     from compression.encoder import build_encoder, with_new_head
     from compression.evaluate import predict
     from compression.importance import measure_importance
-    from compression.pipeline import learning_config
+    from compression.learning import learning_config
     from compression.reorder import descending, reorder
     from compression.spec import DistillationSpec, TaskSpec
     from compression.supernet import subnetwork_of

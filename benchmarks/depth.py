@@ -118,7 +118,7 @@ def width_stage(seed: Seed) -> tuple[Encoder, Encoder]:
     from compression.distillation import distil
     from compression.encoder import build_encoder, numpy_weights
     from compression.importance import measure_importance
-    from compression.pipeline import learning_config
+    from compression.learning import learning_config
     from compression.reorder import descending, reorder
     from compression.spec import DistillationSpec, FineTuneSpec
     from compression.supernet import subnetwork_of

@@ -90,7 +90,7 @@ class Turns:
 def play_ours(args: argparse.Namespace) -> None:
     from compression.distillation import distil
     from compression.encoder import build_encoder
-    from compression.pipeline import learning_config
+    from compression.learning import learning_config
     from compression.spec import DistillationSpec, TaskSpec
     from compression.supernet import subnetwork_of
     from compression.tasks import make_task

@@ -42,7 +42,7 @@ def compare(seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     from compression.encoder import build_encoder, numpy_weights
     from compression.evaluate import predict
     from compression.importance import measure_importance
-    from compression.pipeline import learning_config
+    from compression.learning import learning_config
     from compression.reference import run as reference
     from compression.reference.exchange import Orders, Request
     from compression.reorder import descending, reorder

@@ -64,7 +64,8 @@ def scores(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """The main metric on test of the teacher and of each width, by name."""
     from compression.encoder import build_encoder
     from compression.evaluate import predict
-    from compression.pipeline import compress, load
+    from compression.job import load
+    from compression.pipeline import compress
     from compression.report import CompressionReport
     from compression.teachers import read_checkpoint
 

@@ -329,6 +329,21 @@ class Checkpoints:
         self._on_saved(saved)
 
 
+def resumption(checkpoints: Checkpoints) -> str:
+    """One sentence: where the job goes on, and what is not as it was; empty at its start."""
+    found = [*checkpoints.warnings]
+    if checkpoints.resumed is not None:
+        state = checkpoints[checkpoints.resumed]
+        assert state is not None
+        where = (
+            f"the end of {checkpoints.resumed}"
+            if state.done
+            else (f"step {state.step} of {checkpoints.resumed}")
+        )
+        found.insert(0, f"goes on from {where}")
+    return "; ".join(found)
+
+
 def _refuse_another_job(then: Mapping[str, str], now: Mapping[str, str], folder: Path) -> None:
     differing = [name for name in now if then.get(name) != now[name]]
     if differing:

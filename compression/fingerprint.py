@@ -17,6 +17,7 @@ from compression.runtime_env import (
     memory_bytes,
     paddle_version,
 )
+from compression.spec import Spec
 
 GPU_QUERY = "name,driver_version,memory.total"
 QUERY_SECONDS = 20.0
@@ -35,6 +36,31 @@ def fingerprint(libraries: Sequence[str]) -> DeviceFingerprint:
         python=platform.python_version(),
         libraries={"paddlepaddle": paddle_version(), **{name: version(name) for name in libraries}},
     )
+
+
+def environment(spec: Spec, replicas: int, device: DeviceFingerprint) -> dict[str, str]:
+    """The device, the libraries and the threads that the figures were measured with."""
+    gpus = [f"{gpu.name} (driver {gpu.driver})" for gpu in device.gpus]
+    return {
+        "device": spec.device,
+        "cpu": device.cpu,
+        "cores": str(device.cores),
+        "instruction_sets": " ".join(device.instruction_sets),
+        **({"gpus": ", ".join(gpus)} if gpus else {}),
+        "replicas": str(replicas),
+        "processes": str(spec.processes),
+        "precision": spec.precision,
+        "kernel_threads": os.environ.get("OMP_NUM_THREADS", "1"),
+        "platform": device.platform,
+        "python": device.python,
+        **device.libraries,
+    }
+
+
+def libraries(spec: Spec) -> list[str]:
+    """Distributions whose version a figure may depend on, beside paddle."""
+    names = ["onnxruntime", "paddle2onnx", "numpy", "tokenizers", "safetensors"]
+    return names + (["paddleslim", "paddlenlp"] if spec.engine == "paddleslim" else [])
 
 
 def gpus(query: Callable[[], str] | None = None) -> tuple[Gpu, ...]:

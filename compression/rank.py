@@ -33,7 +33,7 @@ def main() -> None:
             sys.exit("the job's process is gone")
 
     from compression.errors import CompressionError, Interrupted
-    from compression.pipeline import follow
+    from compression.learning import follow
     from compression.ranks import LINGER_SECONDS
     from compression.spec import Spec
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compression import pipeline
+from compression import judging
 from compression.batches import Encoded, pad
 from compression.export import EXPORTERS, Exported, Int8Source
 from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.int8 import Judge, Outcome, pass_gate
+from compression.job import load
 from compression.pipeline import compress
 from compression.report import CompressionReport
 from compression.selection import candidates
@@ -41,7 +42,7 @@ def test_a_job_publishes_the_int8_file_that_holds_and_withholds_the_one_that_fli
             judge = dataclasses.replace(judge, expected=-np.asarray(judge.expected))
         return pass_gate(exporter, files, judge, source)
 
-    monkeypatch.setattr(pipeline, "pass_gate", gate)
+    monkeypatch.setattr(judging, "pass_gate", gate)
     spec = Spec.model_validate(
         {
             "task": {"max_seq_len": 32},
@@ -132,11 +133,11 @@ def test_a_teacher_in_int8_that_cannot_be_run_is_told_and_holds_nothing_back(
 ) -> None:
     model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
     dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20}, seed=1)
-    job = pipeline.load(Spec.model_validate({"task": {"max_seq_len": 32}}), model, dataset, 1)
+    job = load(Spec.model_validate({"task": {"max_seq_len": 32}}), model, dataset, 1)
     formats: tuple[Format, ...] = ("onnx", DYNAMIC, STATIC)
     files = {fmt: Exported(fmt, tmp_path / fmt, (), 0.0) for fmt in formats}
     files[STATIC] = dataclasses.replace(files[STATIC], error="no operator")
-    found, verdicts = pipeline.judge_baselines(
+    found, verdicts = judging.judge_baselines(
         job,
         files,
         Int8Source(tmp_path / "calibration.npz", tmp_path),
@@ -148,5 +149,5 @@ def test_a_teacher_in_int8_that_cannot_be_run_is_told_and_holds_nothing_back(
     assert found["onnx"] == files["onnx"] and found[STATIC] == files[STATIC]
     error = found[DYNAMIC].error
     assert error is not None and "model.onnx" in error
-    (warning,) = pipeline.export_warnings([], ["onnx"], {DYNAMIC: found[DYNAMIC]})
+    (warning,) = judging.export_warnings([], ["onnx"], {DYNAMIC: found[DYNAMIC]})
     assert warning.startswith(f"the baseline in {DYNAMIC} could not be measured: ")

@@ -17,16 +17,18 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from compression import batches, distillation, evaluate, pipeline
+from compression import batches, distillation, evaluate, judging, learning
 from compression.__main__ import main
 from compression.batches import Encoded, pad
 from compression.checkpoint import newest_snapshot
 from compression.encoder import Encoder, build_encoder
 from compression.errors import CheckpointRefused, DeviceUnavailable, Interrupted, InvalidSpec
 from compression.export import Exported, Parity, verify
+from compression.job import Job, load
 from compression.latency import Served
+from compression.learning import learning_config
 from compression.networks import Networks
-from compression.pipeline import compress, learning_config
+from compression.pipeline import compress, conclude
 from compression.report import STAGES, CompressionReport, Progress, Selection, SubnetworkReport
 from compression.selection import reselect
 from compression.spec import (
@@ -91,10 +93,10 @@ def test_a_report_that_cannot_be_written_leaves_what_the_job_needs_to_go_on(
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "report.json").mkdir()
     with pytest.raises(IsADirectoryError):
-        pipeline.conclude(finished["report"], tmp_path)
+        conclude(finished["report"], tmp_path)
     assert (tmp_path / "checkpoints").is_dir()
     (tmp_path / "report.json").rmdir()
-    pipeline.conclude(finished["report"], tmp_path)
+    conclude(finished["report"], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
@@ -208,7 +210,7 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
 ) -> None:
     model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
     dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
-    job = pipeline.load(small_spec(), model, dataset, 1)
+    job = load(small_spec(), model, dataset, 1)
     network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
     labels = job.splits["test"].labels
     assert labels is not None
@@ -227,7 +229,7 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
         )
         for planned in job.plan.subnetworks
     ]
-    judged = pipeline.with_test(
+    judged = judging.with_test(
         reports,
         job,
         Networks(network),
@@ -245,7 +247,7 @@ def test_dev_says_what_the_selected_one_is_held_against_on_test(
         assert comparison.accuracy == full
 
 
-def selected_narrowest(job: pipeline.Job) -> SubnetworkReport:
+def selected_narrowest(job: Job) -> SubnetworkReport:
     planned = job.plan.subnetworks[-1]
     return SubnetworkReport(
         name=planned.name,
@@ -264,12 +266,12 @@ def selected_narrowest(job: pipeline.Job) -> SubnetworkReport:
 def test_figures_of_test_say_which_file_answered(tmp_path: Path, fmt: Format | None) -> None:
     model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
     dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
-    job = pipeline.load(small_spec(), model, dataset, 1)
+    job = load(small_spec(), model, dataset, 1)
     network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
     rows = job.splits["test"]
     assert rows.labels is not None
     right = np.eye(2)[rows.labels]
-    (judged,) = pipeline.with_test(
+    (judged,) = judging.with_test(
         [selected_narrowest(job)],
         job,
         Networks(network),
@@ -286,11 +288,11 @@ def test_figures_of_test_say_which_file_answered(tmp_path: Path, fmt: Format | N
 def test_a_job_stands_where_its_int8_file_cannot_be_run_on_test(tmp_path: Path) -> None:
     model = tiny_bert(tmp_path / "model", num_labels=2, seed=1)
     dataset = tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20, "test": 30}, seed=1)
-    job = pipeline.load(small_spec(), model, dataset, 1)
+    job = load(small_spec(), model, dataset, 1)
     report = selected_narrowest(job)
     work = tmp_path / "work"
     work.mkdir()
-    reports, warnings = pipeline.judged_on_test(
+    reports, warnings = judging.judged_on_test(
         [report],
         job,
         Networks(build_encoder(job.checkpoint.config, job.checkpoint.tensors)),
@@ -313,7 +315,7 @@ def test_speed_ups_are_against_the_teacher_in_fp32_of_the_same_runtime() -> None
         "w1_2/paddle": "paddle",  # its teacher could not be written
     }
     served = {name: Served(fmt, Path(name)) for name, fmt in files.items()}
-    assert pipeline.references(served) == {
+    assert judging.references(served) == {
         "teacher/onnx-int8-static": "teacher/onnx",
         "w1_2/onnx-int8-static": "teacher/onnx",
     }
@@ -323,7 +325,7 @@ def test_a_teacher_that_cannot_be_written_holds_back_what_is_timed_against_it() 
     def failed(fmt: Format) -> Exported:
         return Exported(fmt, Path(fmt), (), 0.0, error="no operator")
 
-    warnings = pipeline.export_warnings(
+    warnings = judging.export_warnings(
         [],
         ["onnx-int8-dynamic", "onnx-int8-static", "safetensors"],
         {fmt: failed(fmt) for fmt in ("onnx", "paddle", "onnx-int8-static")},
@@ -399,9 +401,9 @@ def test_pairs_without_dev_test_or_width_1_and_a_format_that_drifts(
             return Parity(0.5, "logits differ from the supernet's by 0.5")
         return verify(fmt, folder, **options)
 
-    monkeypatch.setattr(pipeline, "sorted_rows", sorted_rows)
-    monkeypatch.setattr(pipeline, "predict", logits_of)
-    monkeypatch.setattr(pipeline, "verify", gate)
+    monkeypatch.setattr(learning, "sorted_rows", sorted_rows)
+    monkeypatch.setattr(learning, "predict", logits_of)
+    monkeypatch.setattr(judging, "verify", gate)
     spec = small_spec(
         supernet={"width_mults": ["1/4", "1/2"]},
         distillation={"max_steps": 2},
@@ -525,7 +527,7 @@ def test_chinese_rows_of_several_labels_with_unlabelled_ones_and_a_last_fine_tun
         learnt.append(data)
         return distillation.distil(supernet, teacher, data, *args, **kw)
 
-    monkeypatch.setattr(pipeline, "distil", distil_rows)
+    monkeypatch.setattr(learning, "distil", distil_rows)
     seen: list[Progress] = []
     spec = small_spec(
         task={"kind": "multi_label", "max_seq_len": 32},

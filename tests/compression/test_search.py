@@ -12,13 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compression import pipeline, search
+from compression import search
 from compression.batches import make_batch
 from compression.budget import Timings
 from compression.checkpoint import Checkpoints, host_facts, newest_snapshot
 from compression.encoder import Encoder, build_encoder, numpy_weights
 from compression.errors import Interrupted
 from compression.evolution import Scored
+from compression.finalists import search_widths
+from compression.job import load
+from compression.judging import subnetwork_in
+from compression.learning import Learnt, planned_subnetworks
+from compression.pipeline import compress
 from compression.report import (
     CompressionReport,
     DeviceFingerprint,
@@ -314,7 +319,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             return (last.stage, last.message, last.step) == until
 
         try:
-            report = pipeline.compress(
+            report = compress(
                 job_spec(), model, dataset, root / "run", seen.append, stop=is_reached
             )
         except Interrupted:
@@ -383,7 +388,7 @@ def test_a_finalist_has_weights_of_its_own_where_it_is_given_steps(
     assert (training.steps, training.ended) == (2, "complete")
     artifacts = finished["root"] / "run" / "artifacts"
     whole, own = (read_checkpoint(artifacts / name / "safetensors") for name in ("w1", "p1"))
-    found = pipeline.subnetwork_in(report.subnetworks[-1])
+    found = subnetwork_in(report.subnetworks[-1])
     shared = extract_weights(whole.config, whole.tensors, found)
     assert shared.keys() == own.tensors.keys()
     moved = {name: np.abs(own.tensors[name] - each).max() for name, each in shared.items()}
@@ -433,7 +438,7 @@ def test_each_step_learns_one_network_with_a_width_for_each_layer(
     seen: list[Progress] = []
     arguments = (spec, finished["model"], finished["dataset"], tmp_path, seen.append)
     with pytest.raises(Interrupted):
-        pipeline.compress(*arguments, stop=lambda: bool(seen) and seen[-1].stage == "final")
+        compress(*arguments, stop=lambda: bool(seen) and seen[-1].stage == "final")
 
     def losses(stage: str) -> list[set[str]]:
         own = [p for p in seen if p.stage == stage and "losses" in p.figures]
@@ -455,14 +460,14 @@ def test_sizes_are_searched_by_as_they_are_exported_with_the_smaller_vocabulary(
         constraints={"max_size_mb": 0.4, "objective": "accuracy"},
         export={"formats": ["onnx"]},
     )
-    job = pipeline.load(spec, model, dataset, 1)
+    job = load(spec, model, dataset, 1)
     network = build_encoder(job.checkpoint.config, job.checkpoint.tensors)
-    subnetworks = pipeline.planned_subnetworks(job, network)
-    learnt = pipeline.Learnt(network, {}, [], network, 0.0, subnetworks, {})
+    subnetworks = planned_subnetworks(job, network)
+    learnt = Learnt(network, {}, [], network, 0.0, subnetworks, {})
     checkpoints = Checkpoints(
         tmp_path / "checkpoints", identity={}, host=host_facts({}), every_seconds=math.inf
     )
-    found, warnings = pipeline.search_widths(
+    found, warnings = search_widths(
         job, learnt, None, checkpoints, tmp_path / "work", lambda *told: None
     )
     assert found is not None and warnings == ()
@@ -472,10 +477,10 @@ def test_sizes_are_searched_by_as_they_are_exported_with_the_smaller_vocabulary(
 
 
 def test_nothing_is_trained_on_the_rows_that_score(finished: dict[str, Any]) -> None:
-    job = pipeline.load(job_spec(), finished["model"], finished["dataset"], 1)
+    job = load(job_spec(), finished["model"], finished["dataset"], 1)
     assert job.holdout is not None
     assert (len(job.holdout), len(job.splits["train"])) == (16, 84)
     learnt = {tuple(ids) for ids in job.splits["train"].input_ids}
     assert learnt.isdisjoint(tuple(ids) for ids in job.holdout.input_ids)
-    again = pipeline.load(job_spec(), finished["model"], finished["dataset"], 1)
+    again = load(job_spec(), finished["model"], finished["dataset"], 1)
     assert again.holdout is not None and again.holdout.input_ids == job.holdout.input_ids

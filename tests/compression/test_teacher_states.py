@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from compression.batches import Encoded, make_batch
 from compression.distillation import SupernetLosses, distil
 from compression.encoder import Encoder, numpy_weights
+from compression.job import Job
 from compression.layout import Padded
-from compression.pipeline import Job, kept_states
+from compression.learning import kept_states
 from compression.spec import DistillationSpec, Spec
 from compression.supernet import subnetwork_of
 from compression.teacher_states import KeptStates, states_bytes

@@ -21,7 +21,9 @@ from compression.batches import Encoded, pad
 from compression.encoder import build_encoder
 from compression.errors import InvalidModel, InvalidSpec
 from compression.export.fresh import fresh_environment
-from compression.pipeline import compress, load, regression
+from compression.job import load
+from compression.judging import regression
+from compression.pipeline import compress
 from compression.report import CompressionReport, VocabularyReport
 from compression.spec import Spec
 from compression.teachers import read_checkpoint, read_config
