@@ -418,7 +418,7 @@ def _steps(facts: BundleFacts) -> list[str]:
         "neurons a layer."
         + (
             f" It was then distilled alone{_training_words(facts, alone)}."
-            if (alone := f"finalists {subnetwork.name}") in facts.trainings
+            if (alone := f"refine {subnetwork.name}") in facts.trainings
             else ""
         )
         + (" Tokens that its data never uses were removed." if facts.vocabulary else "")

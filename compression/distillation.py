@@ -19,7 +19,7 @@ from compression.layout import Layout, Packed, Padded
 from compression.noise import Noise
 from compression.report import TrainingReport
 from compression.sampling import Sandwich, taken
-from compression.spec import DepthSpec, DistillationSpec
+from compression.spec import DepthSpec, DistillationSpec, RefinementSpec
 from compression.supernet import Subnetwork, deepened, replaced_states
 from compression.tasks.base import Count, Task
 from compression.teacher_states import KeptStates
@@ -27,6 +27,7 @@ from compression.training import Step, Surroundings, train
 
 DISTILLATION = Surroundings("distil", "distillation")  # with nothing to go on from, and no limit
 DEPTH = Surroundings("depth", "depth")  # the same
+REFINEMENT = Surroundings("refine", "refinement")
 
 
 class LossWeights(Protocol):
@@ -180,7 +181,7 @@ class AloneLosses:
     teacher: Encoder
     name: str
     states: Sequence[int]
-    spec: DistillationSpec
+    spec: RefinementSpec
     task: Task
 
     def __call__(
@@ -307,9 +308,9 @@ def distil_alone(
     teacher: Encoder,
     subnetwork: Subnetwork,
     data: Encoded,
-    spec: DistillationSpec,
+    spec: RefinementSpec,
     task: Task,
-    surroundings: Surroundings = DISTILLATION,
+    surroundings: Surroundings = REFINEMENT,
     *,
     seed: int,
     on_step: Callable[[Step], None],

@@ -1,7 +1,7 @@
 """The stages that learn: teacher, importance, reordering, widths, depths and the last fine-tuning.
 
 `learn` takes the job's process through them, `follow` the others that share its trainings. The
-finalists, which learn after a search, are those of `compression.finalists`.
+sub-networks that learn alone, after a search, are those of `compression.refinement`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One compression job from folders to a report: DynaBERT's method, a call a stage.
 
-What the calls do: `job` reads, `learning` and `finalists` train, `judging` judges; the order of
+What the calls do: `job` reads, `learning` and `refinement` train, `judging` judges; the order of
 the stages and the report that they end in are here.
 """
 
@@ -23,7 +23,6 @@ from compression.device import device_model, use_device
 from compression.device_profile import DeviceProfile
 from compression.evaluate import drop_intervals, predict, resampled_metric
 from compression.export import Int8Source, export_formats, graph_inputs
-from compression.finalists import distil_finalists, search_widths
 from compression.fingerprint import environment, fingerprint, libraries
 from compression.job import Job, identity, load, predictor_of, row_notes, vocabulary_notes
 from compression.judging import (
@@ -42,6 +41,7 @@ from compression.learning import learn, training_warnings
 from compression.manifest import Provenance, code_digest
 from compression.networks import Networks
 from compression.ranks import ALONE, join, started
+from compression.refinement import refine
 from compression.report import (
     CompressionReport,
     DatasetReport,
@@ -51,6 +51,7 @@ from compression.report import (
     TeacherReport,
 )
 from compression.search import with_gain
+from compression.search_stage import search_widths
 from compression.spec import ROUNDED_FORMATS, SERVED_FORMATS, Format, Spec, fp32_format
 from compression.stages import Stages
 
@@ -117,16 +118,14 @@ def compress(
         found, search_warnings = search_widths(
             job, learnt, predictor, checkpoints, run_dir / "work", advance
         )
-    with stages("finalists") as advance:
-        alone, finalists_trainings = distil_finalists(
-            job, learnt, found, checkpoints, stages.stop, advance
-        )
+    with stages("refine") as advance:
+        alone, refinements = refine(job, learnt, found, checkpoints, stages.stop, advance)
     subnetworks = [*learnt.subnetworks, *(found.subnetworks if found else ())]
     networks = Networks(
         job.with_own_vocabulary(learnt.supernet),
         {name: job.with_own_vocabulary(network) for name, network in alone.items()},
     )
-    trainings = learnt.trainings | finalists_trainings
+    trainings = learnt.trainings | refinements
     teacher_accuracy = learnt.teacher_metrics[job.task.main_metric]
     with stages("evaluate") as advance:
         dev, teachers_dev = job.own["dev"], job.splits["dev"]

@@ -38,6 +38,7 @@ from compression.report import METRIC_NAMES
 from compression.sampling import RANDOM
 from compression.selection import check_latency_at
 from compression.spec import (
+    FINALISTS,
     ROUNDED_FORMATS,
     SERVED_FORMATS,
     DepthMult,
@@ -183,7 +184,7 @@ class Plan(Frozen):
     )
     predicted_stage_seconds: Mapping[str, float] = Field(
         description='The same, apart: "teacher" (its fine-tuning), "importance", "distil", '
-        '"depth", "final", "search", "finalists" (their own distillation), and "finish" for all '
+        '"depth", "final", "search", "refine" (sub-networks alone), and "finish" for all '
         "after them. A time budget is shared out by these.",
     )
     warnings: tuple[str, ...]
@@ -278,6 +279,7 @@ def make_plan(
     full = dataclasses.replace(encoder, num_labels=len(label_names), head=spec.task.head)
     networks = _subnetworks(spec, model, full)
     configs = [network.config(full) for network in networks]
+    alone = _refined(spec, networks)
     if spec.engine == "paddleslim":
         check_paddleslim(spec, encoder)
     rows = {split: dataset.splits[split].rows for split in SPLITS if split in dataset.splits}
@@ -318,6 +320,7 @@ def make_plan(
         spec,
         full,
         configs,
+        [network.config(full) for network in alone],
         {split: math.ceil(count * windows) for split, count in rows.items()},
         tokens=_tokens(spec, dataset, columns, percentile_95=False),
         seq_len=seq_len,
@@ -716,6 +719,26 @@ def _subnetworks(spec: Spec, model: ModelInfo, encoder: EncoderConfig) -> list[S
     ]
 
 
+def _refined(spec: Spec, networks: Sequence[Subnetwork]) -> list[Subnetwork]:
+    """Those that are to be distilled alone, without what a search will find."""
+    by_name = {network.name: network for network in networks}
+    for i, name in enumerate(spec.refinement.subnetworks):
+        pointer = f"/refinement/subnetworks/{i}"
+        if name == FINALISTS:
+            if spec.supernet.per_layer is None:
+                raise InvalidSpec(
+                    "finalists are what a search for widths of each layer finds, and the spec "
+                    "asks for none: add supernet.per_layer, or leave them out",
+                    pointer=pointer,
+                )
+        elif name not in by_name:
+            known = ", ".join(by_name)
+            raise InvalidSpec(
+                f"{name!r} is no sub-network of this job: there are {known}", pointer=pointer
+            )
+    return [by_name[name] for name in spec.refinement.subnetworks if name != FINALISTS]
+
+
 def _tokens(
     spec: Spec, dataset: DatasetProfile, columns: _TaskColumns, *, percentile_95: bool
 ) -> int:
@@ -750,6 +773,7 @@ def _predicted_stage_seconds(
     spec: Spec,
     full: EncoderConfig,
     subnetworks: Sequence[EncoderConfig],
+    refined: Sequence[EncoderConfig],
     rows: Mapping[str, int],
     *,
     tokens: int,
@@ -798,7 +822,9 @@ def _predicted_stage_seconds(
     # What rounds answers dev in one more process a file.
     exports = len(subnetworks) * (len(spec.export.formats) + len(rounded))
     exports += len(baselines) + len(teacher_rounded)
-    flops |= {"search": 0.0, "finalists": 0.0}
+    learnt = _trained_rows(spec.refinement, rows["train"] + rows.get("unlabelled", 0))
+    alone = [float(cost.flops(config, tokens)) for config in refined]
+    flops["search"] = 0.0
     samples = 0
     if (asked := spec.supernet.per_layer) is not None:
         mean, budgets = students / len(subnetworks), len(asked.budget_shares)
@@ -808,11 +834,9 @@ def _predicted_stage_seconds(
         if _times_samples(spec):
             flops["search"] += 2 * spec.latency.rounds * asked.latency_samples * mean
             samples = asked.latency_samples * (2 if rounded else 1) + len(served)
-        if asked.finalist_steps:
-            alone = spec.distillation.model_copy(update={"max_steps": asked.finalist_steps})
-            learnt = _trained_rows(alone, rows["train"] + rows.get("unlabelled", 0))
-            each = learnt * (teacher + BACKWARD_AND_FORWARD * mean)
-            flops["finalists"] = budgets * asked.finalists * each
+        if FINALISTS in spec.refinement.subnetworks:
+            alone += budgets * asked.finalists * [mean]
+    flops["refine"] = learnt * sum(teacher + BACKWARD_AND_FORWARD * each for each in alone)
     seconds = {stage: count / FLOPS_PER_SECOND for stage, count in flops.items()}
     seconds["search"] += samples * SECONDS_PER_EXPORT
     seconds["finish"] += exports * SECONDS_PER_EXPORT
@@ -825,7 +849,7 @@ def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
     What the stages between and after the trainings are predicted to take is set aside; of the
     rest, each training may take the share that it is predicted to need.
     """
-    trainings = ("teacher", "distil", "depth", "final", "finalists")
+    trainings = ("teacher", "distil", "depth", "final", "refine")
     if spec.max_minutes is None:
         return dict.fromkeys(trainings)
     predicted = plan.predicted_stage_seconds
@@ -833,13 +857,13 @@ def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
     distilled = predicted["teacher"] + predicted["importance"] + predicted["distil"]
     deepened = distilled + predicted["depth"]
     tuned = deepened + predicted["final"]
-    share = left / (tuned + predicted["finalists"])
+    share = left / (tuned + predicted["refine"])
     return {
         "teacher": predicted["teacher"] * share,
         "distil": distilled * share,
         "depth": deepened * share,
         "final": tuned * share,
-        "finalists": left + predicted["search"],
+        "refine": left + predicted["search"],
     }
 
 

@@ -47,7 +47,7 @@ STAGES = (
     "depth",
     "final",
     "search",
-    "finalists",
+    "refine",
     "evaluate",
     "export",
     "verify",
@@ -403,8 +403,8 @@ class Finalist(Frozen):
 class PerLayerGain(Frozen):
     """On dev, the best finalist against the best sub-network of one width, each in a format.
 
-    Both are the best on dev of those that hold the budget: it flatters both. A finalist may have
-    had a distillation of its own (`trainings`), which no other sub-network had.
+    Both are the best on dev of those that hold the budget: it flatters both. Where one has had a
+    distillation of its own (`trainings`) and the other none, the gain is not the search's alone.
     """
 
     subnetwork: str
@@ -514,7 +514,7 @@ class CompressionReport(Frozen):
     trainings: Mapping[str, TrainingReport] = Field(
         default_factory=dict,
         description='By stage: "teacher" where it was fine-tuned, "distil", "depth" and "final" '
-        'where the spec asks for them; "finalists p1" of a finalist that has weights of its own.',
+        'where the spec asks for them; "refine w1_4" of a sub-network that has weights of its own.',
     )
     environment: Mapping[str, str] = Field(description="Device and library versions measured on.")
     device: DeviceFingerprint | None = Field(None, description="The machine that measured.")

@@ -277,13 +277,6 @@ class PerLayerSpec(_Asked):
         le=16,
         description="The best of each budget: exported, measured and judged on dev as any other.",
     )
-    finalist_steps: int = Field(
-        0,
-        ge=0,
-        le=1_000_000,
-        description="Of a distillation of its own that each finalist gets from the teacher, at "
-        "most, as `distillation` says; its weights are then no longer the supernet's. 0: none.",
-    )
     budget_shares: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (1.0,),
         min_length=1,
@@ -333,14 +326,27 @@ class SupernetSpec(_Asked):
         return value
 
 
-class DistillationSpec(TrainingSpec):
-    """DynaBERT's width stage; the loss weights are named as in the paper (equation 3)."""
+class ImitationSpec(TrainingSpec):
+    """A training on the answers of another network, with DynaBERT's loss (equation 3): the sum of
+    both parts, each weighted by its `lambda`."""
+
+    lambda_rep: float = Field(1.0, ge=0)
+    lambda_logit: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> ImitationSpec:
+        if self.lambda_rep == 0 and self.lambda_logit == 0:
+            raise ValueError("lambda_rep and lambda_logit are both 0: nothing would be learnt")
+        return self
+
+
+class DistillationSpec(ImitationSpec):
+    """DynaBERT's width stage."""
 
     dropout: float | None = Field(
         0.0, ge=0, lt=1, description="Of the supernet while it learns; null: the model's own."
     )
     lambda_rep: float = Field(0.1, ge=0)
-    lambda_logit: float = Field(1.0, ge=0)
     padded_mean: bool = Field(
         False,
         description="The mean of lambda_rep is over padding too, as PaddleSlim takes it: for "
@@ -356,15 +362,22 @@ class DistillationSpec(TrainingSpec):
     )
 
     @model_validator(mode="after")
-    def _some_loss(self) -> DistillationSpec:
-        if self.lambda_rep == 0 and self.lambda_logit == 0:
-            raise ValueError("lambda_rep and lambda_logit are both 0: nothing would be learnt")
+    def _keeps_what_it_needs(self) -> DistillationSpec:
         if self.teacher_cache_mb and self.padded_mean:
             raise ValueError("teacher_cache_mb keeps no states of padding, which padded_mean needs")
         return self
 
 
-class DepthSpec(TrainingSpec):
+class LaterDistillationSpec(ImitationSpec):
+    """One after the width stage."""
+
+    @property
+    def padded_mean(self) -> bool:
+        """As in DistillationSpec, but there is nothing to compare these with."""
+        return False
+
+
+class DepthSpec(LaterDistillationSpec):
     """DynaBERT's second stage, with its defaults; only where `supernet.depth_mults` asks for it.
 
     The teacher is the supernet of the width stage, frozen, at full depth and the same width. Each
@@ -373,19 +386,32 @@ class DepthSpec(TrainingSpec):
     """
 
     learning_rate: float = Field(2e-5, gt=0, lt=1)
-    lambda_rep: float = Field(1.0, ge=0)
-    lambda_logit: float = Field(1.0, ge=0)
 
-    @property
-    def padded_mean(self) -> bool:
-        """As in DistillationSpec, but there is nothing to compare this stage with."""
-        return False
 
-    @model_validator(mode="after")
-    def _some_loss(self) -> DepthSpec:
-        if self.lambda_rep == 0 and self.lambda_logit == 0:
-            raise ValueError("lambda_rep and lambda_logit are both 0: nothing would be learnt")
-        return self
+FINALISTS = "finalists"
+
+
+class RefinementSpec(LaterDistillationSpec):
+    """A distillation of its own, from the teacher, of each sub-network that is named here.
+
+    After all that the supernet learns, and after the search. Such a sub-network is cut out and
+    trained alone, which takes a fraction of the supernet's step; its weights are then no longer
+    the supernet's. With distillation's dropout.
+    """
+
+    subnetworks: tuple[str, ...] = Field(
+        (),
+        max_length=64,
+        description=f'By name, as "w1_4" or "w1_2-d2_3"; "{FINALISTS}": all that the search for '
+        "widths of each layer finds. None: there is no such training.",
+    )
+
+    @field_validator("subnetworks")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("each sub-network may be named once")
+        return value
 
 
 class FinalSpec(TrainingSpec):
@@ -680,6 +706,7 @@ class Spec(_Asked):
     distillation: DistillationSpec = DistillationSpec()
     depth: DepthSpec = DepthSpec()
     final: FinalSpec = FinalSpec()
+    refinement: RefinementSpec = RefinementSpec()
     latency: LatencySpec = LatencySpec()
     constraints: ConstraintSpec = ConstraintSpec()
     export: ExportSpec = ExportSpec()

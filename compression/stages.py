@@ -15,7 +15,7 @@ SECTIONS = {  # of trainings
     "distil": "distillation",
     "depth": "depth",
     "final": "final",
-    "finalists": "distillation",
+    "refine": "refinement",
 }
 Advance = Callable[..., None]
 

@@ -24,7 +24,7 @@ from compression.evaluate import predict
 from compression.layout import Layout, Packed, Padded
 from compression.networks import Networks
 from compression.sampling import Sandwich
-from compression.spec import DepthSpec, DistillationSpec
+from compression.spec import DepthSpec, DistillationSpec, RefinementSpec
 from compression.supernet import Subnetwork, replaced_states, subnetwork_of
 from tests.encoders import CLASSIFICATION, clear, gradients, random_rows, tiny_encoder
 
@@ -343,7 +343,7 @@ def test_a_cut_out_networks_states_learn_those_that_they_stand_for() -> None:
     supernet, teacher, data = tiny_encoder(1, **DEEP), tiny_encoder(2, **DEEP), random_rows(5)
     network = Networks(supernet).extracted(CUT, supernet.config)
     batch = make_batch(data, range(5), pad_id=0)
-    spec = DistillationSpec(lambda_rep=0.7, lambda_logit=0.3)
+    spec = RefinementSpec(lambda_rep=0.7, lambda_logit=0.3)
     states = replaced_states(4, CUT.depth_mult)
     losses = AloneLosses(teacher, "p1", states, spec, CLASSIFICATION)
     ((name, loss),) = losses(network, batch, batch, None)
@@ -369,9 +369,7 @@ def test_a_cut_out_network_comes_nearer_to_the_teacher_and_its_supernet_stays() 
         teacher,
         CUT,
         data,
-        DistillationSpec(
-            epochs=100, max_steps=80, batch_size=16, learning_rate=5e-3, lambda_logit=0
-        ),
+        RefinementSpec(epochs=100, max_steps=80, batch_size=16, learning_rate=5e-3, lambda_logit=0),
         CLASSIFICATION,
         seed=0,
         on_step=lambda step: losses.append(step.losses["p1"]),

@@ -201,22 +201,48 @@ def test_what_a_search_adds_to_the_time() -> None:
     size, time = {"constraints": {"max_size_mb": 1}}, {"constraints": {"max_latency_ms": 1}}
 
     def seconds(stage: str, changes: dict[str, Any] = size, **per_layer: Any) -> float:
-        spec = {"supernet": {"per_layer": per_layer}, **changes} if per_layer else changes
+        spec = {**size, "supernet": {"per_layer": per_layer}, **changes} if per_layer else changes
         return plan_of(spec, train=TRAIN, dev=DEV).predicted_stage_seconds[stage]
 
     plain, exported = seconds("finish"), 3 * 3 * 6  # three finalists in three formats
     assert seconds("finish", finalists=3) == pytest.approx(plain + exported)
     more = seconds("finish", finalists=3, budget_shares=[1, 0.5])
     assert more == pytest.approx(plain + 2 * exported)
-    assert seconds("search") == seconds("finalists") == 0
+    assert seconds("search") == seconds("refine") == 0
     assert 0 < seconds("search", finalists=3) < 6
     timed = seconds("search", time, latency_samples=24)
     assert timed > 24 * 6
     assert seconds("search", time, latency_samples=48) > timed + 24 * 6
-    alone = seconds("finalists", finalists=3, finalist_steps=2)
-    assert alone > 0
-    assert seconds("finalists", finalists=3, finalist_steps=4) == pytest.approx(2 * alone)
-    assert seconds("finalists", finalists=6, finalist_steps=2) == pytest.approx(2 * alone)
+    alone = {"refinement": {"subnetworks": ["finalists"], "max_steps": 2}}
+    assert seconds("refine", alone, finalists=3) > 0
+    assert seconds("refine", alone, finalists=6) == pytest.approx(
+        2 * seconds("refine", alone, finalists=3)
+    )
+
+
+def test_what_a_refinement_adds_to_the_time() -> None:
+    def seconds(*names: str, steps: int = 2) -> float:
+        spec = {"refinement": {"subnetworks": names, "max_steps": steps}}
+        return plan_of(spec, train=TRAIN, dev=DEV).predicted_stage_seconds["refine"]
+
+    assert seconds() == 0
+    assert 0 < seconds("w1_4") < seconds("w1_2")
+    assert seconds("w1_4", "w1_2") == pytest.approx(seconds("w1_4") + seconds("w1_2"))
+    assert seconds("w1_4", steps=4) == pytest.approx(2 * seconds("w1_4"))
+
+
+@pytest.mark.parametrize(
+    ("names", "place", "words"),
+    [
+        (["w1_2", "w1_3"], 1, "'w1_3' is no sub-network of this job: there are w1, w3_4, w1_2"),
+        (["w1_2-d1_2"], 0, "'w1_2-d1_2' is no sub-network of this job"),
+        (["finalists"], 0, "the spec asks for none: add supernet.per_layer"),
+    ],
+)
+def test_only_sub_networks_of_the_job_are_refined(names: list[str], place: int, words: str) -> None:
+    with pytest.raises(InvalidSpec, match=words) as refused:
+        plan_of({"refinement": {"subnetworks": names}}, train=TRAIN, dev=DEV)
+    assert refused.value.pointer == f"/refinement/subnetworks/{place}"
 
 
 def test_a_width_must_suit_every_layer() -> None:
@@ -338,7 +364,7 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
         "distil": None,
         "depth": None,
         "final": None,
-        "finalists": None,
+        "refine": None,
     }
     spec = {"max_minutes": 2}
     plan = plan_of(spec, large, train=TRAIN, dev=DEV)
@@ -363,14 +389,15 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
     searched = {
         "max_minutes": 10,
         "constraints": {"max_latency_ms": 1},
-        "supernet": {"per_layer": {"latency_samples": 12, "finalist_steps": 2}},
+        "supernet": {"per_layer": {"latency_samples": 12}},
+        "refinement": {"subnetworks": ["finalists"], "max_steps": 2},
     }
-    plan_with_finalists = plan_of(searched, large, train=TRAIN, dev=DEV)
-    parts = plan_with_finalists.predicted_stage_seconds
-    last = deadlines(Spec.model_validate(searched), plan_with_finalists)
-    assert last["finalists"] == pytest.approx(600 - parts["finish"])
-    assert last["final"] is not None and last["finalists"] is not None
-    assert last["finalists"] - last["final"] > parts["search"] > 12 * 6
+    plan_with_refinement = plan_of(searched, large, train=TRAIN, dev=DEV)
+    parts = plan_with_refinement.predicted_stage_seconds
+    last = deadlines(Spec.model_validate(searched), plan_with_refinement)
+    assert last["refine"] == pytest.approx(600 - parts["finish"])
+    assert last["final"] is not None and last["refine"] is not None
+    assert last["refine"] - last["final"] > parts["search"] > 12 * 6
     # A model that keeps its head is not fine-tuned, and a budget can be too small for anything.
     kept = plan_of({}, model(hidden=3200, head_dim=800), train=TRAIN, dev=DEV)
     assert kept.predicted_stage_seconds["teacher"] == 0

@@ -19,7 +19,6 @@ from compression.checkpoint import Checkpoints, host_facts, newest_snapshot
 from compression.encoder import Encoder, build_encoder, numpy_weights
 from compression.errors import Interrupted
 from compression.evolution import Scored
-from compression.finalists import search_widths
 from compression.job import load
 from compression.judging import subnetwork_in
 from compression.learning import Learnt, planned_subnetworks
@@ -36,6 +35,7 @@ from compression.report import (
 )
 from compression.search import Memory
 from compression.search_space import SearchSpace
+from compression.search_stage import search_widths
 from compression.spec import LatencySetting, PerLayerSpec, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.teachers import read_checkpoint
@@ -284,7 +284,6 @@ def test_times_are_those_of_the_same_machine() -> None:
 
 PER_LAYER = {
     "holdout_rows": 16, "latency_samples": 4, "population": 4, "generations": 2, "finalists": 1,
-    "finalist_steps": 2,
 }  # fmt: skip
 
 
@@ -293,6 +292,7 @@ def job_spec(**changes: Any) -> Spec:
         "task": {"max_seq_len": 32},
         "distillation": {"max_steps": 3, "learning_rate": 1e-3},
         "supernet": {"width_mults": ["1", "1/2"], "per_layer": PER_LAYER},
+        "refinement": {"subnetworks": ["finalists", "w1_2"], "max_steps": 2, "learning_rate": 1e-3},
         "importance": {"rows": 32},
         "latency": {"rounds": 5, "baselines": []},
         "constraints": {"max_latency_ms": 10_000, "objective": "accuracy"},
@@ -304,7 +304,7 @@ def job_spec(**changes: Any) -> Spec:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A job that is stopped when its search has scored two candidates, and when its finalist has
-    learnt one step, and goes on."""
+    learnt one step alone (after two of another sub-network), and goes on."""
     root = tmp_path_factory.mktemp("search")
     model = tiny_bert(root / "model", num_labels=2, layers=2, seed=1)
     dataset = tiny_dataset(root / "dataset", rows={"train": 100, "dev": 40, "test": 20}, seed=1)
@@ -328,7 +328,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     _, first = run("search", "candidates", 2)
     _, stopped, _ = newest_snapshot(root / "run" / "checkpoints")
-    _, second = run("finalists", "", 1)
+    _, second = run("refine", "", 3)
     report, third = run()
     return {
         "root": root, "report": report, "model": model, "dataset": dataset, "stopped": stopped,
@@ -352,7 +352,7 @@ def test_a_stopped_search_goes_on_with_its_times_and_scores(finished: dict[str, 
         return str(message)
 
     assert went_on("second") == "goes on from step 2 of search"
-    assert went_on("third").startswith("goes on from step 1 of finalists p1")
+    assert went_on("third").startswith("goes on from step 1 of refine p1")
     (model,) = finished["report"].search.latency_models
     measured = kept.figures["timed"]["sample0"]["p50_ms"]  # of the full width
     whole = 2 * (model.heads_ms[4] + model.ffn_ms[64])
@@ -380,22 +380,22 @@ def test_finalists_are_sub_networks_like_all_others(finished: dict[str, Any]) ->
     assert json.loads(text)["search"]["latency_models"][0]["heads_ms"].keys() == {"2", "4"}
 
 
-def test_a_finalist_has_weights_of_its_own_where_it_is_given_steps(
-    finished: dict[str, Any],
-) -> None:
+@pytest.mark.parametrize("name", ["w1_2", "p1"])
+def test_what_the_spec_refines_has_weights_of_its_own(finished: dict[str, Any], name: str) -> None:
     report: CompressionReport = finished["report"]
-    training = report.trainings["finalists p1"]
+    training = report.trainings[f"refine {name}"]
     assert (training.steps, training.ended) == (2, "complete")
+    assert "refine w1" not in report.trainings
     artifacts = finished["root"] / "run" / "artifacts"
-    whole, own = (read_checkpoint(artifacts / name / "safetensors") for name in ("w1", "p1"))
-    found = subnetwork_in(report.subnetworks[-1])
+    whole, own = (read_checkpoint(artifacts / each / "safetensors") for each in ("w1", name))
+    found = subnetwork_in(next(each for each in report.subnetworks if each.name == name))
     shared = extract_weights(whole.config, whole.tensors, found)
     assert shared.keys() == own.tensors.keys()
     moved = {name: np.abs(own.tensors[name] - each).max() for name, each in shared.items()}
     assert max(moved.values()) > 1e-4
     assert moved["layers.0.ffn.output.weight"] > 0
-    with tarfile.open(artifacts / "p1" / "bundle.tar.gz") as bundle:
-        card = next(name for name in bundle.getnames() if name.endswith("MODEL_CARD.md"))
+    with tarfile.open(artifacts / name / "bundle.tar.gz") as bundle:
+        card = next(each for each in bundle.getnames() if each.endswith("MODEL_CARD.md"))
         file = bundle.extractfile(card)
         assert file is not None
         assert b"It was then distilled alone for 2 of 2 steps." in file.read()
