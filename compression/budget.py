@@ -225,18 +225,21 @@ def measured_budget(
 ) -> Budget:
     """By models fitted to the timings, with their mean error left free: what is found will be
     measured, and may then miss."""
-    limits, models = [], []
-    for percentile, max_ms in bounds(spec, timings.timed[TEACHER].p50_ms):
-        model, report = fitted(subnetworks, timings.timed, percentile)
+    asked = bounds(spec, timings.timed[TEACHER].p50_ms)
+    by_percentile = {
+        percentile: fitted(subnetworks, timings.timed, percentile) for percentile, _ in asked
+    }
+    limits = []
+    for percentile, max_ms in asked:
+        model, report = by_percentile[percentile]
         limits.append(Limit(percentile, max_ms, model.predict, report.mean_error))
-        models.append(report)
     return Budget(
         timings.format,
         searched_setting(spec, seq_len=seq_len),
         config,
         spec.constraints.max_size_mb,
         tuple(limits),
-        tuple(models),
+        tuple(report for _, report in by_percentile.values()),
     )
 
 

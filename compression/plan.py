@@ -44,6 +44,7 @@ from compression.spec import (
     DepthMult,
     Format,
     Frozen,
+    LatencyAt,
     LatencySpec,
     Spec,
     TrainingSpec,
@@ -798,12 +799,16 @@ def _predicted_stage_seconds(
     rounded = served & set(ROUNDED_FORMATS)
     baselines = {*map(fp32_format, served), *spec.baselines}
     teacher_rounded = baselines & set(ROUNDED_FORMATS)
+    asked = spec.supernet.per_layer
+    finalists = 0 if asked is None else len(asked.budget_shares) * asked.finalists
+    # Which are judged, written and measured as the named ones, and taken to be of their mean size.
+    judged = 1 + finalists / len(subnetworks)
     timed = sum(  # a round in each setting, each timed call after an untimed one
         2
         * setting.batch_size
         * (
             len(baselines) * cost.flops(full, setting.seq_len)
-            + len(served) * sum(cost.flops(config, setting.seq_len) for config in subnetworks)
+            + len(served) * judged * _mean_flops(subnetworks, setting.seq_len) * len(subnetworks)
         )
         for setting in spec.latency.settings(seq_len)
     )
@@ -814,28 +819,35 @@ def _predicted_stage_seconds(
         # Teachers: at most, where the four sub-networks of a step are of four widths.
         "depth": deepened * (_of_a_step(widths) + BACKWARD_AND_FORWARD * sampled),
         "final": tuned * BACKWARD_AND_FORWARD * sampled,
-        "finish": (rows["dev"] + rows.get("test", 0)) * (teacher + students)
+        "finish": (rows["dev"] + rows.get("test", 0)) * (teacher + judged * students)
         # The least: once, without parts back in fp32.
-        + rows["dev"] * (len(rounded) * students + len(teacher_rounded) * teacher)
+        + rows["dev"] * (len(rounded) * judged * students + len(teacher_rounded) * teacher)
         + spec.latency.rounds * timed,
     }
     # What rounds answers dev in one more process a file.
-    exports = len(subnetworks) * (len(spec.export.formats) + len(rounded))
+    exports = (len(subnetworks) + finalists) * (len(spec.export.formats) + len(rounded))
     exports += len(baselines) + len(teacher_rounded)
     learnt = _trained_rows(spec.refinement, rows["train"] + rows.get("unlabelled", 0))
     alone = [float(cost.flops(config, tokens)) for config in refined]
     flops["search"] = 0.0
     samples = 0
-    if (asked := spec.supernet.per_layer) is not None:
-        mean, budgets = students / len(subnetworks), len(asked.budget_shares)
-        scored = budgets * asked.population * (asked.generations + 1)
+    if asked is not None:
+        mean = students / len(subnetworks)
+        # The named ones begin the first generation, however many they are.
+        scored = max(asked.population, len(subnetworks)) + asked.population * asked.generations
+        scored *= len(asked.budget_shares)
         flops["search"] += scored * held_out_rows(spec, rows["train"]) * mean
-        exports += budgets * asked.finalists * (len(spec.export.formats) + len(rounded))
         if _times_samples(spec):
-            flops["search"] += 2 * spec.latency.rounds * asked.latency_samples * mean
+            at = spec.constraints.latency_at or LatencyAt()
+            length = at.seq_len or seq_len
+            whole = 1 + (len(served) if len(served) > 1 else 0)  # and in each format, to choose one
+            once = asked.latency_samples * _mean_flops(subnetworks, length)
+            once += whole * cost.flops(full, length)
+            calls = 2 * spec.latency.rounds * (at.batch_size or spec.latency.batch_size)
+            flops["search"] += calls * once
             samples = asked.latency_samples * (2 if rounded else 1) + len(served)
         if FINALISTS in spec.refinement.subnetworks:
-            alone += budgets * asked.finalists * [mean]
+            alone += finalists * [mean]
     flops["refine"] = learnt * sum(teacher + BACKWARD_AND_FORWARD * each for each in alone)
     seconds = {stage: count / FLOPS_PER_SECOND for stage, count in flops.items()}
     seconds["search"] += samples * SECONDS_PER_EXPORT
@@ -865,6 +877,10 @@ def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
         "final": tuned * share,
         "refine": left + predicted["search"],
     }
+
+
+def _mean_flops(configs: Sequence[EncoderConfig], tokens: int) -> float:
+    return sum(cost.flops(config, tokens) for config in configs) / len(configs)
 
 
 def _of_a_step(flops: Sequence[int]) -> float:

@@ -200,7 +200,7 @@ def search(
         best += [(each, share) for each in new]
     return Found(
         [each.subnetwork for each, _ in best],
-        report_of(budget, best, holdout_rows=len(holdout), scored=len(scored)),
+        report_of(budget, best, holdout_rows=len(task.row_lengths(holdout)), scored=len(scored)),
     )
 
 

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -39,8 +40,8 @@ def count(text: str) -> int:
 
 def minutes(text: str) -> float:
     given = float(text)
-    if not 2 <= given <= 24 * 60:
-        raise argparse.ArgumentTypeError("from 2 to 1440")
+    if not 5 <= given <= 24 * 60:  # the last three are what begun jobs need for their ends
+        raise argparse.ArgumentTypeError("from 5 to 1440")
     return given
 
 
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _exit)
     if given.inside is None:
         return _enter(given.keep, arguments if arguments is not None else sys.argv[1:])
+    end_with_standard_input()
     began = time.monotonic()
 
     def say(words: str) -> None:
@@ -107,7 +109,8 @@ def _enter(keep: Path | None, arguments: list[str]) -> int:
         temporary = folder / "tmp"
         temporary.mkdir()
         environment = {**os.environ, "TMPDIR": str(temporary)}
-        inside = subprocess.Popen([*namespaces, *command], env=environment)
+        # It ends when this process does, even by SIGKILL: then its standard input is closed.
+        inside = subprocess.Popen([*namespaces, *command], env=environment, stdin=subprocess.PIPE)
         try:
             return inside.wait()
         finally:
@@ -116,6 +119,18 @@ def _enter(keep: Path | None, arguments: list[str]) -> int:
     finally:
         if keep is None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_with_standard_input() -> None:
+    """Ends this process once nobody holds the other end of its standard input; and with it, if it
+    is the first of a process namespace, all of that."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, name="caller", daemon=True).start()
 
 
 def _exit(number: int, frame: FrameType | None) -> None:

@@ -100,6 +100,9 @@ def _asked(evidence: Evidence) -> Iterator[str]:
         yield f"{id}: the user was told of it, and it is not there"
     for id in sorted(there.keys() - set(evidence.asked)):
         yield f"{id}: nobody asked for it"
+    for id, times in sorted(Counter(evidence.asked).items()):
+        if times > 1:
+            yield f"{id}: it was made for {times} requests, each of which wanted a job of its own"
     for job in evidence.jobs:
         if job.state != "succeeded":
             yield f"{job.id}: it is {job.state} in the end"
@@ -133,7 +136,7 @@ def _duplicates(job: Job) -> int:
 
 
 def _failures(job: Job, injected: Sequence[Injected]) -> Iterator[str]:
-    """A failure is one that a fault explains: a killed process, a full disk."""
+    """A failure is one that a fault explains: a killed process, a full disk. Nobody cancels."""
     workers = {event.fence: str(event.data["worker"]) for event in _of(job, "started")}
     started = {event.fence: event.at for event in _of(job, "started")}
     for event in _of(job, "failed"):
@@ -157,6 +160,8 @@ def _failures(job: Job, injected: Sequence[Injected]) -> Iterator[str]:
             explained = False
         if not explained:
             yield f"run {event.fence} failed, and no fault explains it: {error}"
+    for event in _of(job, "cancelled"):
+        yield f"event {event.number} cancels it, and nobody asked for that"
 
 
 # --- runs and fencing -------------------------------------------------------------------
@@ -194,13 +199,15 @@ def _runs(job: Job) -> Iterator[str]:
 def _steps(job: Job, injected: Sequence[Injected], promises: Promises) -> tuple[int, list[str]]:
     """How many steps were trained again, and what is wrong with that.
 
-    A run goes on from the newest checkpoint, so of what a run before it trained it may do one
-    interval again: as many steps as take no longer, and the one after which a checkpoint would
-    have been written. Beyond that, only steps whose checkpoints could not be stored, as the disk
-    was full or the database away, and those of a job that was retried after its checkpoints' time.
+    A run goes on from the newest checkpoint: no step that one holds is done again. So of what a
+    run before it trained it may do one interval again: as many steps as take no longer, and the
+    one after which a checkpoint would have been written. Beyond that, only steps whose checkpoints
+    could not be stored, as the disk was full or the database away. What was trained before a job
+    was retried after its checkpoints' time does not count.
     """
     wrong: list[str] = []
     trained: dict[int, dict[tuple[int, int], Event]] = {}  # by run, then by stage and step
+    forgotten = _forgotten(job, promises)
     repeated = 0
     for fence, events in _by_run(job).items():
         steps = [event for event in events if _is_step(event)]
@@ -214,11 +221,19 @@ def _steps(job: Job, injected: Sequence[Injected], promises: Promises) -> tuple[
         own = {_place(event): event for event in steps}
         earlier = set().union(*trained.values())
         repeated += len(own.keys() & earlier)
+        lost = max((each for each in forgotten if each < fence), default=0)
+        held = [_place(event) for event in _checkpoints(job) if lost < event.fence < fence]
+        if held and (known := [place for place in sorted(own) if place <= max(held)]):
+            stage, last = max(held)
+            wrong.append(
+                f"run {fence} trained {len(known)} steps again though a checkpoint after step "
+                f"{last} of {TRAININGS[stage]} had been stored"
+            )
         for other, told in trained.items():
             again = [told[place] for place in sorted(own.keys() & told.keys())]
             counted = [event for event in again if not _is_away(event.at, injected)]
             seconds = sum(event.data["figures"]["seconds"] for event in counted[:-1])
-            if seconds > promises.interval_seconds and not _came_late(job, fence, promises):
+            if seconds > promises.interval_seconds and other > lost:
                 wrong.append(
                     f"run {fence} trained again {len(counted)} steps of run {other}, which took "
                     f"{seconds:.2f} s without the last one, and a checkpoint is due after "
@@ -226,13 +241,19 @@ def _steps(job: Job, injected: Sequence[Injected], promises: Promises) -> tuple[
                 )
         trained[fence] = own
         for event in events:
-            if event.kind == "resumed" and event.data.get("passed_over"):
+            is_late = fence - 1 in forgotten  # it may have come while they were being deleted
+            if event.kind == "resumed" and event.data.get("passed_over") and not is_late:
                 wrong.append(f"run {fence} found checkpoints damaged: {event.data['passed_over']}")
     return repeated, wrong
 
 
 def _place(step: Event) -> tuple[int, int]:
     return TRAININGS.index(step.data["stage"]), int(step.data["step"])
+
+
+def _checkpoints(job: Job) -> list[Event]:
+    """Those of trainings that were stored: each tells after which step."""
+    return [event for event in _of(job, "checkpoint") if event.data["stage"] in TRAININGS]
 
 
 def _is_step(event: Event) -> bool:
@@ -251,17 +272,20 @@ def _is_away(at: float, injected: Sequence[Injected]) -> bool:
     return any(_is_during(kind, at, injected) for kind in away)
 
 
-def _came_late(job: Job, fence: int, promises: Promises) -> bool:
-    """Whether the run is the first after a retry for which no checkpoint was kept any more."""
-    ended: float | None = None
+def _forgotten(job: Job, promises: Promises) -> list[int]:
+    """The runs whose failure was retried so late that no checkpoint was kept any more, neither
+    theirs nor those before."""
+    found = []
+    ended: Event | None = None
     for event in job.events:
         if event.kind in ENDS:
-            ended = event.at
-        elif event.kind == "started" and event.fence == fence:
-            return ended is not None and event.at - ended > promises.kept_seconds
-        elif event.kind == "started":
+            ended = event
+        elif event.kind == "queued" and ended is not None:
+            # From here on they are kept for it, however long it waits in the queue.
+            if event.at - ended.at > promises.kept_seconds:
+                found.append(ended.fence)
             ended = None
-    return False
+    return found
 
 
 # --- results ----------------------------------------------------------------------------

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -195,12 +197,11 @@ def read_evidence(address: str, store: Path, **told: Any) -> Evidence:
 def read_store(folder: Path) -> dict[str, Stored]:
     """Every file below the folder, also those that the store itself would not list."""
     found = {}
-    for path in sorted(folder.rglob("*")):
-        try:
-            if path.is_file():
+    # A reconciler may delete files and folders meanwhile: `walk` passes over those that are gone.
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            with suppress(FileNotFoundError):
                 found[path.relative_to(folder).as_posix()] = _stored(path)
-        except FileNotFoundError:
-            continue  # a reconciler has just deleted it
     return found
 
 

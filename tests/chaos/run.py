@@ -21,7 +21,6 @@ TICK_SECONDS = 0.7
 LEAD = 6  # jobs that faults may be ahead of: little is lost of what has hardly begun
 # In peace what was begun ends, and then what nobody will want is swept from the store.
 PEACE_SECONDS = 180.0
-PEACE_SHARE = 0.4  # of a short run
 SWEEP_SECONDS = ORPHAN_GRACE_SECONDS + 15.0
 PROMISES = Promises(
     steps=STEPS,
@@ -73,10 +72,11 @@ class Outcome:
 
 
 def run(options: Options, folder: Path, say: Callable[[str], None]) -> Outcome:
-    """Ends within `options.minutes`, whether or not all was done by then."""
+    """Ends within `options.minutes`, whether or not all was done by then; at once, with an error,
+    where a fault could not be carried out or what dies is no longer started again."""
     began = time.monotonic()
     whole = 60 * options.minutes
-    until = began + whole - min(PEACE_SECONDS, PEACE_SHARE * whole)
+    until = began + whole - PEACE_SECONDS
     with Site(folder) as site:
         user = User(
             site.api_url, site.key, seed=options.seed, jobs=options.jobs, folder=site.folder
@@ -84,9 +84,12 @@ def run(options: Options, folder: Path, say: Callable[[str], None]) -> Outcome:
         storm = _Storm(options, site, user, say)
         storm.start()
         try:
-            while (user.wants_more or not user.has_all or storm.goes_on) and (
-                time.monotonic() < until
+            while (
+                (user.wants_more or not user.has_all or storm.goes_on)
+                and not storm.has_failed
+                and time.monotonic() < until
             ):
+                site.check()
                 user.tick(most=storm.jobs_due)
                 time.sleep(TICK_SECONDS)
         finally:
@@ -97,24 +100,30 @@ def run(options: Options, folder: Path, say: Callable[[str], None]) -> Outcome:
         while not user.has_all and time.monotonic() < began + whole - SWEEP_SECONDS:
             user.tick(most=0)
             time.sleep(TICK_SECONDS)
+        all_ended = user.has_all
         _await_sweep(site, user, storm)
         wrong = site.stop()
         evidence = _evidence(site, user, storm)
     findings = check(evidence, PROMISES)
     findings = Findings(**{**findings.__dict__, "violations": (*findings.violations, *wrong)})
-    fitted = None
-    if findings.jobs < options.jobs or len(storm.injected) < options.faults:
-        fitted = (
-            f"{findings.jobs} of {options.jobs} jobs and {len(storm.injected)} of {options.faults} "
-            f"faults fitted into {options.minutes:g} minutes; what was begun was brought to its end"
-        )
     return Outcome(
         options=options,
         findings=findings,
         injected=storm.injected,
         retries=user.retries,
         seconds=time.monotonic() - began,
-        fitted=fitted,
+        fitted=what_fitted(options, findings.jobs, len(storm.injected), all_ended=all_ended),
+    )
+
+
+def what_fitted(options: Options, jobs: int, faults: int, *, all_ended: bool) -> str | None:
+    """In words, unless all that was asked for did, and ended."""
+    if jobs >= options.jobs and faults >= options.faults and all_ended:
+        return None
+    end = "was brought to its end" if all_ended else "had not all ended when the time was up"
+    return (
+        f"{jobs} of {options.jobs} jobs and {faults} of {options.faults} faults fitted into "
+        f"{options.minutes:g} minutes; what was begun {end}"
     )
 
 
@@ -147,6 +156,10 @@ class _Storm:
     @property
     def goes_on(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
 
     @property
     def jobs_due(self) -> int:

@@ -125,6 +125,7 @@ class Site:
         self._open = ExitStack()
         self._stopping = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
+        self._failure: BaseException | None = None  # of the keeper
         redis_port, postgresql_port = free_port(), free_port()
         records = self._open.enter_context(postgresql_folder())
         self.redis = Server(lambda: redis_server(port=redis_port))
@@ -166,16 +167,26 @@ class Site:
     def key(self) -> str:
         return (self.api.host.data_dir / "api_key").read_text().strip()
 
+    def check(self) -> None:
+        """Raises what ended the keeper before its time, if something did."""
+        if self._failure is not None:
+            raise self._failure
+
     def stop(self) -> list[str]:
         """SIGTERM to API and workers; in words what of them did not end as it should, or stayed."""
         self._stopping.set()
         self._keeper.join()
+        self.check()
         wrong = []
         for kept in (self.api, *self.workers):
+            status = kept.process.poll()
+            if status is not None and not (kept.was_killed or kept.restart_at):
+                words = kept.host.logs()[-1500:]
+                wrong.append(f"{kept.name} ended by itself with {status}: {words}")
             try:
-                if kept.process.poll() is None:
+                if status is None:
                     kept.host.stop()
-            except AssertionError as error:
+            except (AssertionError, subprocess.TimeoutExpired) as error:
                 wrong.append(f"{kept.name} did not stop: {str(error)[-2000:]}")
             wrong += [
                 f"{kept.name} left {line} behind"
@@ -230,6 +241,12 @@ class Site:
             return False
 
     def _keep(self) -> None:
+        try:
+            self._keep_all()
+        except BaseException as failure:
+            self._failure = failure
+
+    def _keep_all(self) -> None:
         while not self._stopping.wait(KEEP_SECONDS):
             with self.lock:
                 for kept in (self.api, *self.workers):

@@ -34,9 +34,11 @@ ROWS = {"train": 32, "dev": 8}
 
 @dataclass
 class _Wanted:
-    """A job that the user wants; `id` once the service has it."""
+    """A job that the user wants; `id` once the service has told of it. One that was asked for may
+    be there without: the answer got lost."""
 
     number: int
+    was_asked_for: bool = False
     id: str | None = None
     state: str = "wanted"
 
@@ -67,24 +69,26 @@ class User:
     @property
     def has_all(self) -> bool:
         """Whether every job that was asked for has succeeded."""
-        return all(job.state == "succeeded" for job in self._wanted if job.id is not None)
+        return all(job.state == "succeeded" for job in self._wanted if job.was_asked_for)
 
     @property
     def wants_more(self) -> bool:
         return any(job.id is None for job in self._wanted)
 
     def want_no_more(self) -> None:
-        """Jobs that the service has not heard of are given up."""
-        self._wanted = [job for job in self._wanted if job.id is not None]
+        """Jobs that the service cannot have heard of are given up."""
+        self._wanted = [job for job in self._wanted if job.was_asked_for]
 
     def tick(self, *, most: int) -> None:
-        """One look at every job; new ones are asked for, up to `most` in all."""
+        """One look at every job; new ones are asked for, up to `most` in all. Those that were, and
+        that nothing was heard of, are asked for again in any case."""
         for job in self._wanted:
             if job.id is not None and job.state != "succeeded":
                 self._look_after(job.id, job)
         open_jobs = sum(job.id is not None and job.state != "succeeded" for job in self._wanted)
         for job in self._wanted:
-            if job.id is None and job.number < most and open_jobs < AT_ONCE:
+            is_due = job.was_asked_for or job.number < most
+            if job.id is None and is_due and open_jobs < AT_ONCE:
                 self._submit(job)  # one that is not taken now does not keep the next from it
                 open_jobs += 1
 
@@ -109,6 +113,7 @@ class User:
                 self._datasets[alike] = dataset
         if self._model is None or alike not in self._datasets:
             return
+        job.was_asked_for = True
         body = {"model": self._model, "dataset": self._datasets[alike], "spec": SPEC}
         created = self._ask(
             "POST",

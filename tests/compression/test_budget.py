@@ -76,6 +76,17 @@ def test_limits_are_the_constraints_percentile_and_the_teachers_own_time() -> No
     assert found.words == (f"p95 of 100 ms {setting}", f"p50 of 50.0 ms {setting}", "1.00 MB")
 
 
+def test_two_bounds_of_one_percentile_have_one_model() -> None:
+    space = SearchSpace(CONFIG, WIDTHS, (Fraction(1),))
+    drawn = budget.samples(space, 16, seed=0)
+    timed = {each.name: latency_report(float(sum(each.heads) + sum(each.ffn))) for each in drawn}
+    timed[budget.TEACHER] = latency_report(80.0)
+    spec = spec_of(max_latency_ms=70, min_speedup=1.6)
+    found = budget.measured_budget(spec, CONFIG, drawn, Timings("onnx", timed), seq_len=8)
+    assert [(each.percentile, each.max_ms) for each in found.limits] == [(50, 70), (50, 50)]
+    assert [each.percentile for each in found.models] == [50]
+
+
 def test_a_models_error_is_room_that_is_left() -> None:
     one = Subnetwork("x", None, Fraction(1), (0,), (4,), (16,))
     assert Limit(50, 3.31, lambda subnetwork: 3.0, 0.1).holds(one)

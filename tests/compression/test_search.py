@@ -255,6 +255,15 @@ def test_each_share_of_the_budget_has_finalists_of_its_own(tmp_path: Path) -> No
     assert report.finalists[0].holdout_accuracy >= report.finalists[1].holdout_accuracy
 
 
+def test_rows_held_out_are_those_of_the_dataset_and_not_their_windows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A question about a long context is asked of several windows."""
+    monkeypatch.setattr(type(CLASSIFICATION), "row_lengths", lambda self, data: data.lengths[::2])
+    report = found_with(Memory(device()), tiny_encoder(**DEEP), tmp_path).report
+    assert report.holdout_rows == 4
+
+
 def test_what_was_scored_is_not_scored_again(tmp_path: Path) -> None:
     """A search that goes on finds the same with a supernet that would score otherwise."""
     memory = Memory(device())

@@ -96,7 +96,9 @@ class Host:
         self._wait_for_the_end()
 
     def logs(self) -> str:
-        return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
+        """Also of a process that was killed in the midst of a letter."""
+        paths = sorted(self.folder.glob("*.log"))
+        return "\n".join(path.read_text(errors="replace") for path in paths)
 
     def _wait_for_the_end(self) -> None:
         for process in self._processes:
