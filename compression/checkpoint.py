@@ -14,7 +14,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -302,6 +302,16 @@ class Checkpoints:
     def __getitem__(self, stage: str) -> StageState | None:
         """None where no checkpoint knows of the stage."""
         return self._stages.get(stage)
+
+    def forget(self, stages: Iterable[str]) -> None:
+        """The next checkpoint does not have these: stages that the job turned out not to run."""
+        for stage in stages:
+            self._stages.pop(stage, None)
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The stages that it has a state of, in their order."""
+        return tuple(self._stages)
 
     @property
     def seconds(self) -> float:

@@ -99,6 +99,8 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
     rows = {split: len(examples[split]) for split in examples}
     train, held_out = without_held_out(spec, examples["train"])
     examples["train"] = train
+    if held_out is not None and "unlabelled" in examples:
+        examples["unlabelled"] = without_texts(examples["unlabelled"], held_out)
     splits = {
         split: task.encode(tokenizer, examples[split], spec.task.max_seq_len) for split in examples
     }
@@ -193,6 +195,12 @@ def without_held_out(spec: Spec, train: AnyExamples) -> tuple[AnyExamples, AnyEx
     return train.take([i for i in range(len(train)) if i not in chosen]), train.take(sorted(picked))
 
 
+def without_texts(rows: AnyExamples, others: AnyExamples) -> AnyExamples:
+    """Those of `rows` whose text, or context, is none of the others'."""
+    known = set(others.groups)
+    return rows.take([i for i, group in enumerate(rows.groups) if group not in known])
+
+
 def smaller_splits(
     spec: Spec,
     task: Task,
@@ -230,7 +238,10 @@ def row_notes(job: Job) -> tuple[str, ...]:
     )
     if job.holdout is None:
         return cut
-    return (*cut, f"{job.held_out} rows of train score the search's candidates and teach nothing")
+    taught = "and teach nothing, nor do unlabelled rows of the same text"
+    if "unlabelled" not in job.splits:
+        taught = "and teach nothing"
+    return (*cut, f"{job.held_out} rows of train score the search's candidates {taught}")
 
 
 def vocabulary_notes(job: Job) -> Iterator[str]:

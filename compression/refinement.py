@@ -35,15 +35,19 @@ def refine(
     chosen = [each for each in learnt.subnetworks if each.name in named]
     if FINALISTS in named and found is not None:
         chosen += found.subnetworks
+    # Checkpoints know it by its shape: on another machine p1 may be another one, and what an
+    # earlier run there began of its own is then nobody's.
+    keys = {each.name: f"refine {each.name} {digest(str(each.shape))[:8]}" for each in chosen}
+    checkpoints.forget(
+        {stage for stage in checkpoints.known if stage.startswith("refine ")} - {*keys.values()}
+    )
     until = deadlines(job.spec, job.plan)["refine"]
     networks: dict[str, Encoder] = {}
     trainings: dict[str, TrainingReport] = {}
     for i, subnetwork in enumerate(chosen):
         left, now = len(chosen) - i, checkpoints.seconds
-        training = f"refine {subnetwork.name}"
         around = Surroundings(
-            # Checkpoints know it by its shape: on another machine p1 may be another one.
-            f"{training} {digest(str(subnetwork.shape))[:8]}",
+            keys[subnetwork.name],
             SECTIONS["refine"],
             checkpoints,
             None if until is None else now + max(0.0, until - now) / left,
@@ -59,8 +63,9 @@ def refine(
                 losses=dict(step.losses),
             )
 
-        network, trainings[training] = refined(job, learnt, subnetwork, around, on_step)
+        network, training = refined(job, learnt, subnetwork, around, on_step)
         networks[subnetwork.name] = network
+        trainings[f"refine {subnetwork.name}"] = training
     return networks, trainings
 
 

@@ -36,7 +36,9 @@ def search_widths(
     if asked is None or job.holdout is None:
         return None, ()
     folder = work / SEARCH
-    memory = Memory.restored(checkpoints[SEARCH], fingerprint(libraries(job.spec)))
+    state = checkpoints[SEARCH]
+    memory = Memory.restored(state, fingerprint(libraries(job.spec)))
+    known, timed = len(memory.accuracies), memory.timings
 
     def keep(*, done: bool = False) -> None:
         checkpoints.save(SEARCH, memory.state(learnt.supernet.config.layers, done=done))
@@ -71,5 +73,8 @@ def search_widths(
         return None, (f"widths for each layer were not searched for: {failure.message}",)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # exports may need the room
-    keep(done=True)
+    # Where it was done before, a checkpoint of a stage after it has all that it knew.
+    is_new = memory.timings is not timed or len(memory.accuracies) > known
+    if state is None or not state.done or is_new:
+        keep(done=True)
     return found, ()

@@ -139,7 +139,7 @@ class Injector:
     def _double_message(self, fault: Fault) -> bool | None:
         """A message that was on its way to a worker comes twice."""
         with redis.Redis.from_url(self._site.redis.url) as client:
-            if (found := self._await(lambda: _take(client))) is None:
+            if (found := self._next_message(fault, client)) is None:
                 return None
             queue, message = found
             client.lpush(queue, message, message)
@@ -147,7 +147,13 @@ class Injector:
 
     def _drop_message(self, fault: Fault) -> bool | None:
         with redis.Redis.from_url(self._site.redis.url) as client:
-            return None if self._await(lambda: _take(client)) is None else True
+            return None if self._next_message(fault, client) is None else True
+
+    def _next_message(self, fault: Fault, client: redis.Redis) -> tuple[bytes, bytes] | None:
+        """None where none comes: jobs that get on undisturbed need one each, and who waited for it
+        would leave them undisturbed. The first of its kind waits, so that each kind is seen."""
+        seconds = WAIT_SECONDS if fault.number < len(Kind) else 0.0
+        return self._await(lambda: _take(client), seconds=seconds)
 
     def _await(self, find: Callable[[], T | None], *, seconds: float = WAIT_SECONDS) -> T | None:
         deadline = time.monotonic() + seconds

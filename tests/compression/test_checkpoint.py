@@ -125,6 +125,16 @@ def test_the_pause_between_checkpoints(tmp_path: Path) -> None:
     assert open_folder(tmp_path, every_seconds=0.0).is_due
 
 
+def test_a_forgotten_stage_is_in_no_later_checkpoint(tmp_path: Path) -> None:
+    checkpoints = open_folder(tmp_path)
+    checkpoints.save("distil", state(1))
+    checkpoints.save("refine p1", state(2))
+    checkpoints.forget(["refine p1", "refine p2"])
+    assert checkpoints.known == ("distil",)
+    checkpoints.save("refine w1_4", state(3))
+    assert open_folder(tmp_path).known == ("distil", "refine w1_4")
+
+
 def test_the_time_of_earlier_runs_counts(tmp_path: Path) -> None:
     checkpoints = open_folder(tmp_path)
     checkpoints.save("distil", state(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tarfile
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,7 @@ from compression.checkpoint import Checkpoints, host_facts, newest_snapshot
 from compression.encoder import Encoder, build_encoder, numpy_weights
 from compression.errors import Interrupted
 from compression.evolution import Scored
-from compression.job import load
+from compression.job import load, row_notes
 from compression.judging import subnetwork_in
 from compression.learning import Learnt, planned_subnetworks
 from compression.pipeline import compress
@@ -318,6 +319,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     model = tiny_bert(root / "model", num_labels=2, layers=2, seed=1)
     dataset = tiny_dataset(root / "dataset", rows={"train": 100, "dev": 40, "test": 20}, seed=1)
     seen: list[Progress] = []
+    saved: list[str] = []
 
     def run(*until: object) -> tuple[CompressionReport | None, list[Progress]]:
         """Until a stage's message and step."""
@@ -329,8 +331,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
         try:
             report = compress(
-                job_spec(), model, dataset, root / "run", seen.append, stop=is_reached
-            )
+                job_spec(), model, dataset, root / "run", seen.append, stop=is_reached,
+                on_checkpoint=lambda each: saved.append(each.stage),
+            )  # fmt: skip
         except Interrupted:
             return None, seen[before:]
         return report, seen[before:]
@@ -341,7 +344,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     report, third = run()
     return {
         "root": root, "report": report, "model": model, "dataset": dataset, "stopped": stopped,
-        "first": first, "second": second, "third": third,
+        "first": first, "second": second, "third": third, "saved": saved,
     }  # fmt: skip
 
 
@@ -361,6 +364,8 @@ def test_a_stopped_search_goes_on_with_its_times_and_scores(finished: dict[str, 
         return str(message)
 
     assert went_on("second") == "goes on from step 2 of search"
+    # When all was timed, when it was stopped and when it was done; not again when that was known.
+    assert finished["saved"].count("search") == 3
     assert went_on("third").startswith("goes on from step 1 of refine p1")
     (model,) = finished["report"].search.latency_models
     measured = kept.figures["timed"]["sample0"]["p50_ms"]  # of the full width
@@ -493,3 +498,20 @@ def test_nothing_is_trained_on_the_rows_that_score(finished: dict[str, Any]) -> 
     assert learnt.isdisjoint(tuple(ids) for ids in job.holdout.input_ids)
     again = load(job_spec(), finished["model"], finished["dataset"], 1)
     assert again.holdout is not None and again.holdout.input_ids == job.holdout.input_ids
+
+
+def test_nor_on_unlabelled_rows_of_their_texts(finished: dict[str, Any], tmp_path: Path) -> None:
+    dataset = Path(shutil.copytree(finished["dataset"], tmp_path / "dataset"))
+    lines = (dataset / "train.tsv").read_text().splitlines()
+    texts = [line.split("\t")[0] for line in lines]
+    (dataset / "unlabelled.tsv").write_text("\n".join(texts) + "\n")
+    job = load(job_spec(), finished["model"], dataset, 1)
+    assert job.holdout is not None
+    assert job.rows["unlabelled"] == 100
+    learnt = {tuple(ids) for ids in job.splits["unlabelled"].input_ids}
+    assert learnt == {tuple(ids) for ids in job.splits["train"].input_ids}
+    assert learnt.isdisjoint(tuple(ids) for ids in job.holdout.input_ids)
+    assert row_notes(job) == (
+        "16 rows of train score the search's candidates and teach nothing, nor do unlabelled rows "
+        "of the same text",
+    )
