@@ -33,7 +33,8 @@ file `api_key` of the data folder. A key belongs to a project, sees what is in i
 else, and has a role: a viewer reads, a submitter also uploads, creates and cancels jobs, an admin
 also makes and revokes keys, sets up webhooks and reads the audit log. `RateLimit` says how many
 requests it has left. Errors are problem+json (RFC 9457). Lists are
-read with `?limit=` and `?after=`, the `next` of the page before. Every POST takes an
+read with `?limit=` and `?after=`, the `next` of the page before. A query parameter that is not
+listed here is refused (422). Every POST takes an
 `Idempotency-Key`, so that it can be sent again when its answer was lost.
 """
 

@@ -78,7 +78,9 @@ def test_a_process_starts_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
         headers = {"Authorization": f"Bearer {key}"}
         with httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
             assert client.get("/readyz").status_code == 200
-            assert client.get(f"/v1/jobs?oops={key}").status_code == 200
+            refused = client.get(f"/v1/jobs?oops={key}")
+            assert refused.status_code == 422
+            assert key not in refused.text
             assert client.get(f"/v1/{key}").status_code == 404
             body = {"name": f"for {key}", "role": "viewer"}
             made = client.post("/v1/keys", json=body, headers={"X-Request-ID": key}).json()["key"]
