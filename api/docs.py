@@ -73,6 +73,12 @@ _UPLOAD_STATUSES = {
     "delete": ["410", "412", "423"],
 }
 
+_DELETES_WHAT_MAY_BE_IN_USE = (
+    "/v1/models/{model_id}",
+    "/v1/datasets/{dataset_id}",
+    "/v1/artifacts/{artifact_id}",
+    "/v1/profiles/{profile_id}",
+)
 _QUEUES_A_JOB = ("/v1/jobs", "/v1/jobs/{job_id}/clone", "/v1/jobs/{job_id}/retry")
 _IDEMPOTENCY_KEY = {
     "name": IDEMPOTENCY_KEY,
@@ -203,8 +209,8 @@ def _statuses(path: str, method: str, operation: Mapping[str, Any]) -> list[str]
         statuses |= {"412", "416"}
     if "{" in path and path.startswith(("/v1/models", "/v1/datasets", "/v1/artifacts")):
         statuses.add("410")
-        if method == "delete":
-            statuses.add("409")
+    if method == "delete" and path in _DELETES_WHAT_MAY_BE_IN_USE:
+        statuses.add("409")
     return sorted(statuses)
 
 

@@ -391,7 +391,8 @@ def cancel_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) ->
     summary="Run a job again that failed or was cancelled",
     description="The same job is queued again, with all its runs and its whole time before it, and "
     "goes on from its last checkpoint, which is kept for an hour unless the installation says "
-    "otherwise. 409 if it succeeded (clone it), has not ended, or its model or dataset is deleted.",
+    "otherwise. 409 if it succeeded (clone it), has not ended, or its model, dataset or profile is "
+    "deleted.",
 )
 def retry_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> JobOut:
     with services.database.transaction() as session:

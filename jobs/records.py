@@ -333,7 +333,7 @@ class Job(Record):
     name: Mapped[str] = mapped_column(String(200))
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
     dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
-    # What the spec's constraints.latency_on names.
+    # What the spec's constraints.latency_on names; null too once that was deleted.
     profile_id: Mapped[str | None] = mapped_column(ForeignKey("profiles.id"))
     spec: Mapped[Any]
     plan: Mapped[Any | None]

@@ -188,9 +188,9 @@ def present(record: R, kind: str) -> R:
     return record
 
 
-def _hold_for_job(session: Session, model_id: str, dataset_id: str) -> None:
+def _hold_for_job(session: Session, model_id: str, dataset_id: str, profile_id: str | None) -> None:
     """Nobody deletes them until the transaction ends: see jobs.deletion."""
-    for record, id in ((Model, model_id), (Dataset, dataset_id)):
+    for record, id in ((Model, model_id), (Dataset, dataset_id), (Profile, profile_id)):
         session.scalars(
             select(record)
             .where(record.id == id)
@@ -250,7 +250,7 @@ def create_job(
     older one.
     QuotaExceeded where the project may not have one more."""
     quotas.check_job(session, project_id)
-    _hold_for_job(session, model_id, dataset_id)
+    _hold_for_job(session, model_id, dataset_id, profile_id)
     get_model(session, model_id, project_id=project_id)
     get_dataset(session, dataset_id, project_id=project_id)
     if profile_id is not None:
@@ -416,17 +416,19 @@ def request_cancel(session: Session, job_id: str, *, project_id: str) -> Job:
 def retry_job(session: Session, job_id: str, *, project_id: str) -> Job:
     """Queues a job that failed or was cancelled again, with all its runs and its whole time before
     it; it goes on from its checkpoints, as long as they are kept. Conflict if it succeeded
-    ("job-succeeded"), has not ended ("job-not-finished"), or its model or dataset was deleted
-    ("input-deleted"); QuotaExceeded as for a new job."""
+    ("job-succeeded"), has not ended ("job-not-finished"), or its model, dataset or profile was
+    deleted ("input-deleted"); QuotaExceeded as for a new job."""
     job = get_job(session, job_id, project_id=project_id)
     _check_retried(job)
     # Its project, then what it needs, then itself: in the order in which others hold them.
     quotas.check_job(session, project_id)
-    _hold_for_job(session, job.model_id, job.dataset_id)
+    _hold_for_job(session, job.model_id, job.dataset_id, job.profile_id)
     try:
         get_model(session, job.model_id, project_id=project_id)
         get_dataset(session, job.dataset_id, project_id=project_id)
-    except Gone as error:
+        if (named := job.spec.get("constraints", {}).get("latency_on")) is not None:
+            get_profile(session, named, project_id=project_id)
+    except NotFound as error:
         raise Conflict(f"The job cannot run again. {error.message}", code="input-deleted") from None
     job = _lock_of_project(session, job_id, project_id)
     _check_retried(job)

@@ -26,7 +26,7 @@ ROUTES = {
     ("delete", "/v1/workers/{worker_id}/drain"),
     ("get", "/v1/artifacts/{artifact_id}"), ("get", "/v1/artifacts/{artifact_id}/content"),
     ("delete", "/v1/models/{model_id}"), ("delete", "/v1/datasets/{dataset_id}"),
-    ("delete", "/v1/artifacts/{artifact_id}"),
+    ("delete", "/v1/artifacts/{artifact_id}"), ("delete", "/v1/profiles/{profile_id}"),
     ("options", "/v1/uploads"), ("post", "/v1/uploads"), ("get", "/v1/uploads"),
     ("get", "/v1/uploads/{upload_id}"), ("patch", "/v1/uploads/{upload_id}"),
     ("delete", "/v1/uploads/{upload_id}"),

@@ -102,6 +102,93 @@ def test_what_a_job_needs_is_not_deleted(
     assert objects.exists(claim.dataset_files[0]["key"])
 
 
+def test_a_profile_goes_once_no_job_needs_it(database: Database) -> None:
+    spec = {"constraints": {"latency_on": "later"}}
+    job_id = seed_job(database, spec=spec, profile={"tables": []})
+    with database.transaction() as session:
+        job = session.get_one(Job, job_id)
+        profile_id = str(job.profile_id)
+        job.spec = {"constraints": {"latency_on": profile_id}}
+        other = Actor(access.add_project(session, name="other").id)
+
+    def delete(actor: Actor = ACTOR) -> None:
+        with database.transaction() as session:
+            deletion.delete_profile(session, actor, profile_id)
+
+    with pytest.raises(NotFound):
+        delete(other)
+    for _ in range(2):  # while it is queued, and while it runs
+        with pytest.raises(Conflict, match=job_id) as refused:
+            delete()
+        assert refused.value.code == "in-use"
+        with database.transaction() as session:
+            claim = store.claim_job(session, job_id, worker="w", lease_seconds=600, max_runs=3)
+        if claim is not None:
+            running = claim
+    assert running.profile == {"tables": []}
+    with database.transaction() as session:
+        store.finish_job(session, running, JobState.FAILED, error={})
+    delete()
+    with pytest.raises(NotFound):
+        delete()
+    with database.reading() as session:
+        assert store.list_profiles(session, project_id=DEFAULT_PROJECT) == []
+        (entry,) = access.list_actions(session, project_id=DEFAULT_PROJECT)
+        assert (entry.action, entry.target) == ("profile.deleted", profile_id)
+    with pytest.raises(Conflict, match=profile_id) as refused:
+        retry(database, job_id)
+    assert refused.value.code == "input-deleted"
+    assert job_of(database, job_id).state == JobState.FAILED
+
+
+@pytest.mark.parametrize("how", ["created", "retried"])
+def test_a_job_that_is_being_queued_wins_or_loses_against_the_deletion_of_its_profile(
+    database: Database, how: str
+) -> None:
+    for _ in range(10):
+        job = job_of(database, seed_job(database, profile={"tables": []}))
+        profile_id = str(job.profile_id)
+        spec = {"constraints": {"latency_on": profile_id}}
+        with database.transaction() as session:
+            session.get_one(Job, job.id).spec = spec
+            store.request_cancel(session, job.id, project_id=DEFAULT_PROJECT)
+        start = threading.Barrier(2)
+
+        def queue(
+            job: Job = job,
+            spec: dict[str, dict[str, str]] = spec,
+            start: threading.Barrier = start,
+        ) -> None:
+            start.wait()
+            try:
+                if how == "retried":
+                    retry(database, job.id)
+                    return
+                with database.transaction() as session:
+                    store.create_job(
+                        session, project_id=DEFAULT_PROJECT, name="j", model_id=job.model_id,
+                        dataset_id=job.dataset_id, spec=spec,
+                        profile_id=spec["constraints"]["latency_on"],
+                    )  # fmt: skip
+            except (NotFound, Conflict):
+                return
+
+        thread = threading.Thread(target=queue)
+        thread.start()
+        start.wait()
+        try:
+            with database.transaction() as session:
+                deletion.delete_profile(session, ACTOR, profile_id)
+            deleted = True
+        except Conflict:
+            deleted = False
+        thread.join()
+        with database.reading() as session:
+            queued = session.query(Job).filter_by(model_id=job.model_id, state="queued").all()
+            assert len(queued) == (0 if deleted else 1)
+            assert {each.profile_id for each in queued} <= {profile_id}
+
+
 def test_another_projects_is_not_there(database: Database, objects: ObjectStore) -> None:
     job = job_of(database, seed_job(database, objects))
     with database.transaction() as session:
