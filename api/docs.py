@@ -78,6 +78,7 @@ _DELETES_WHAT_MAY_BE_IN_USE = (
     "/v1/datasets/{dataset_id}",
     "/v1/artifacts/{artifact_id}",
     "/v1/profiles/{profile_id}",
+    "/v1/jobs/{job_id}",
 )
 _QUEUES_A_JOB = ("/v1/jobs", "/v1/jobs/{job_id}/clone", "/v1/jobs/{job_id}/retry")
 _IDEMPOTENCY_KEY = {

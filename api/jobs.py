@@ -28,7 +28,7 @@ from compression.device_profile import DeviceProfile
 from compression.errors import CompressionError
 from compression.plan import ModelInfo, Plan, make_plan
 from compression.tables import DatasetProfile
-from jobs import access, records, store, workers
+from jobs import access, deletion, records, store, workers
 from jobs.devices import need_of
 from jobs.errors import Conflict, NotFound
 from jobs.schedule import outlook
@@ -369,6 +369,21 @@ def get_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> Jo
     with services.database.reading() as session:
         job = store.get_job(session, job_id, project_id=principal.project_id)
         return JobOut.of(job, outlook(session, job))
+
+
+@router.delete(
+    "/{job_id}",
+    status_code=204,
+    summary="Delete a job",
+    description="One that has ended, with its events, its report and its artifacts; 409 otherwise: "
+    "cancel it first. All of it is 404 from then on and counts no more against the quota. Its "
+    "model, its dataset and the audit log stay.",
+    response_class=Response,
+)
+def delete_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> Response:
+    with services.database.transaction() as session:
+        deletion.delete_job(session, principal.actor, job_id)
+    return Response(status_code=204)
 
 
 @router.post(

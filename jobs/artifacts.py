@@ -46,9 +46,14 @@ _log = structlog.get_logger(__name__)
 Block = bytes | memoryview
 
 
+def job_prefix(job_id: str) -> str:
+    """Where the objects of a job's runs lie, and no others."""
+    return f"jobs/{job_id}/"
+
+
 def run_prefix(job_id: str, fence: int) -> str:
     """Where a run's objects lie."""
-    return f"jobs/{job_id}/{fence}/"
+    return f"{job_prefix(job_id)}{fence}/"
 
 
 def model_key(model_id: str, name: str) -> str:

@@ -1,9 +1,10 @@
-"""Deleting models, datasets and artifacts, by hand and at the end of their retention; profiles, by
-hand.
+"""Deleting models, datasets and artifacts, by hand and at the end of their retention; profiles and
+jobs, by hand.
 
 A record stays, marked, for the jobs and the audit log that name it; its objects go once nothing
 uses them (jobs.blobs), after a grace period. A profile has none, and goes itself. What a queued or
-running job needs is refused.
+running job needs is refused. Nothing needs a job that has ended: its records go, and after the same
+grace period all that its runs have left in the store, of which no other job has anything.
 
 What the retention period would delete, and deleting it now:
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import and_, exists, func, or_, select, update
+from sqlalchemy import and_, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs import access, blobs, store
@@ -28,7 +29,8 @@ from jobs.access import Actor
 from jobs.db import Database, now
 from jobs.errors import Conflict, JobsError, NotFound
 from jobs.migrate import upgrade
-from jobs.records import Artifact, Dataset, Job, Model, Profile
+from jobs.nudges import note_event
+from jobs.records import Artifact, Dataset, Event, Job, Model, Profile, Run
 from jobs.settings import get_settings
 from jobs.states import JobState
 
@@ -94,6 +96,33 @@ def delete_profile(session: Session, actor: Actor, id: str) -> None:
     )
     session.delete(profile)
     access.record_action(session, actor, "profile.deleted", id, name=profile.name)
+
+
+def delete_job(session: Session, actor: Actor, id: str) -> None:
+    """With its events, runs, report and artifacts. Conflict ("job-not-finished") unless it has
+    ended; NotFound if it is not there."""
+    blobs.hold_project(session, actor.project_id)
+    job = session.scalar(
+        select(Job)
+        .where(Job.id == id, Job.project_id == actor.project_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+    if job is None:
+        raise NotFound("job", id)
+    if not job.state.is_final:
+        raise Conflict(
+            f"The job is {job.state}: cancel it first, and delete it once it has ended.",
+            code="job-not-finished",
+        )
+    for record in (Artifact, Event, Run):
+        session.execute(
+            delete(record).where(record.job_id == id).execution_options(synchronize_session=False)
+        )
+    session.delete(job)
+    store.sweep_deleted_job(session, id, project_id=actor.project_id)
+    note_event(session, id)  # whoever watches it learns that there is nothing to come
+    access.record_action(session, actor, "job.deleted", id, name=job.name)
 
 
 DELETE = {"model": delete_model, "dataset": delete_dataset, "artifact": delete_artifact}

@@ -356,6 +356,17 @@ class Job(Record):
     retried_at: Mapped[datetime | None]
 
 
+class DeletedJob(Record):
+    """A job whose records are gone, until its objects are too: see jobs.deletion."""
+
+    __tablename__ = "deleted_jobs"
+    __table_args__ = (Index(None, "deleted_at"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    deleted_at: Mapped[datetime]
+
+
 class Worker(Record):
     """A process that takes jobs, and what it announced: `slots` jobs on its CPU, one a GPU. It is
     lost once its lease has expired; while `drain_requested_at` is set it is given no job."""

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs import quotas
@@ -27,6 +27,7 @@ from jobs.paging import get_of_project, page_of_project
 from jobs.records import (
     Artifact,
     Dataset,
+    DeletedJob,
     Event,
     Job,
     Model,
@@ -804,17 +805,52 @@ def unswept_runs(session: Session, *, grace_seconds: float, limit: int = 100) ->
 
 
 def mark_swept(session: Session, run_id: str) -> None:
-    session.get_one(Run, run_id).swept_at = now(session)
-
-
-def sweep_again(session: Session, run_id: str) -> None:
-    """For a run that has lost its job: what it was putting into the store meanwhile may have come
-    after it was swept."""
     session.execute(
         update(Run)
-        .where(Run.id == run_id, Run.swept_at.is_not(None))
+        .where(Run.id == run_id)
+        .values(swept_at=now(session))
+        .execution_options(synchronize_session=False)
+    )
+
+
+def sweep_again(session: Session, claim: Claim) -> None:
+    """For a run that has lost its job: what it was putting into the store meanwhile may have come
+    after it was swept, or after its job was deleted."""
+    if session.get(Run, claim.run_id) is None:
+        sweep_deleted_job(session, claim.job_id, project_id=claim.project_id)
+        return
+    session.execute(
+        update(Run)
+        .where(Run.id == claim.run_id, Run.swept_at.is_not(None))
         .values(swept_at=None)
         .execution_options(synchronize_session=False)
+    )
+
+
+def sweep_deleted_job(session: Session, job_id: str, *, project_id: str) -> None:
+    """Has the objects of a job that has no record any more deleted, after the grace period."""
+    session.merge(DeletedJob(id=job_id, project_id=project_id, deleted_at=now(session)))
+    session.flush()
+
+
+def unswept_deleted_jobs(
+    session: Session, *, grace_seconds: float, limit: int = 100
+) -> list[DeletedJob]:
+    """Those deleted at least `grace_seconds` ago, whose objects may still be there."""
+    return list(
+        session.scalars(
+            select(DeletedJob)
+            .where(DeletedJob.deleted_at <= now(session) - timedelta(seconds=grace_seconds))
+            .order_by(DeletedJob.deleted_at)
+            .limit(limit)
+        )
+    )
+
+
+def forget_deleted_job(session: Session, job: DeletedJob) -> None:
+    """Call it once its objects are deleted; it stays if there may be more since."""
+    session.execute(
+        delete(DeletedJob).where(DeletedJob.id == job.id, DeletedJob.deleted_at == job.deleted_at)
     )
 
 
@@ -841,19 +877,23 @@ def spent_checkpoints(session: Session, *, kept: int, grace_seconds: float) -> d
 
 def forget_checkpoints(session: Session, job_id: str, keys: Sequence[str]) -> None:
     """Call it once their objects are deleted."""
-    job = session.scalars(
+    job = session.scalar(
         select(Job)
         .where(Job.id == job_id)
         .with_for_update()
         .execution_options(populate_existing=True)
-    ).one()
+    )
+    if job is None:
+        return  # deleted meanwhile
     left = [each for each in job.checkpoints or () if each["key"] not in keys]
     job.checkpoints = left or None
 
 
 def checkpoint_keys(session: Session, job_id: str) -> list[str]:
-    """Objects of a job that a run may still resume from, whichever run stored them."""
-    return [each["key"] for each in session.get_one(Job, job_id).checkpoints or ()]
+    """Objects of a job that a run may still resume from, whichever run stored them; none of one
+    that was deleted."""
+    job = session.get(Job, job_id)
+    return [] if job is None else [each["key"] for each in job.checkpoints or ()]
 
 
 def _hold(session: Session, claim: Claim) -> Job:

@@ -18,6 +18,7 @@ ROUTES = {
     ("get", "/v1/datasets/{dataset_id}"),
     ("post", "/v1/profiles"), ("get", "/v1/profiles"), ("get", "/v1/profiles/{profile_id}"),
     ("post", "/v1/jobs"), ("get", "/v1/jobs"), ("get", "/v1/jobs/{job_id}"),
+    ("delete", "/v1/jobs/{job_id}"),
     ("post", "/v1/jobs/{job_id}/cancel"), ("get", "/v1/jobs/{job_id}/events"),
     ("get", "/v1/jobs/{job_id}/subnetworks"), ("get", "/v1/jobs/{job_id}/artifacts"),
     ("post", "/v1/jobs/{job_id}/retry"), ("post", "/v1/jobs/{job_id}/clone"),

@@ -57,7 +57,7 @@ def test_what_cannot_be_an_id_is_refused_on_every_database(
     ("method", "path", "allowed"),
     [
         ("DELETE", "/v1/jobs", "GET, HEAD, POST"),
-        ("PATCH", "/v1/jobs/job_x", "GET, HEAD"),
+        ("PATCH", "/v1/jobs/job_x", "DELETE, GET, HEAD"),
         ("GET", "/v1/jobs/job_x/cancel", "POST"),
         ("HEAD", "/v1/jobs/job_x/cancel", "POST"),
         ("POST", "/healthz", "GET, HEAD"),

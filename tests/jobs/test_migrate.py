@@ -25,7 +25,7 @@ from jobs.records import DEFAULT_PROJECT, Project, Record
 from jobs.roles import Role
 from tests.services import free_port, new_database
 
-NEWEST = "0007"
+NEWEST = "0008"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -200,6 +200,28 @@ def test_files_of_the_revision_before_count_and_go_as_others(empty_url: str) -> 
     with database.reading() as session:
         (blob,) = blobs.unused(session, grace_seconds=0)
         assert blob.key == "models/mdl_1/m"
+    database.close()
+
+
+def test_a_job_of_the_revision_before_can_be_deleted(empty_url: str) -> None:
+    """Also while a process of that version still writes."""
+    database = Database(empty_url)
+    upgrade(database, "0003")
+    write_as_before(database, OLD_INSERTS, 1)
+    upgrade(database, "0007")
+    write_as_before(database, OLD_INSERTS, 2)
+    write_as_before(database, OLD_CLAIM, 2)
+    upgrade(database)
+    write_as_before(database, OLD_REQUEUE, 2)
+    for job_id in ("job_1", "job_2"):
+        with database.transaction() as session:
+            store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
+            deletion.delete_job(session, Actor(DEFAULT_PROJECT), job_id)
+    write_as_before(database, OLD_CLAIM[:1], 1)  # what it has not heard of does nothing
+    with database.reading() as session:
+        assert store.list_jobs(session, project_id=DEFAULT_PROJECT) == []
+        found = store.unswept_deleted_jobs(session, grace_seconds=0)
+        assert sorted(job.id for job in found) == ["job_1", "job_2"]
     database.close()
 
 
