@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from api.errors import json_pointer
-from tests.api.conftest import Service, assert_problem, serving
+from tests.api.conftest import Service, assert_problem, serving, wait_for
 from tests.services import free_port, new_database, postgresql_folder, running_postgresql
 
 
@@ -216,6 +216,8 @@ def test_requests_are_logged_without_keys(service: Service) -> None:
     with structlog.testing.capture_logs() as log:
         service.client.get(f"/v1/jobs?key={service.key}", headers={"X-Api-Key": service.key})
         service.client.get("/v1/jobs", headers={"X-Request-ID": "a\tb " + service.key})
+        # A request's line comes after its answer.
+        wait_for(lambda: sum(line["event"] == "request" for line in log) == 2)
     lines = [line for line in log if line["event"] == "request"]
     assert [(line["method"], line["path"], line["status"]) for line in lines] == [
         ("GET", "/v1/jobs", 422),
