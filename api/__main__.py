@@ -16,7 +16,7 @@ from api.main import create_app
 from api.protocol import BoundedHeadProtocol
 from jobs.db import Database
 from jobs.logs import configure_logging
-from jobs.migrate import SchemaTooNew, upgrade
+from jobs.migrate import SchemaTooNew, upgrade_once_reachable
 from jobs.sandbox import confinement
 from jobs.settings import Settings, get_settings
 
@@ -62,11 +62,12 @@ class Server(uvicorn.Server):
 
 
 def prepare(settings: Settings) -> None:
-    """The data folder, the newest schema, the first API key. Safe to run many times at once."""
+    """The data folder, the newest schema, the first API key. Safe to run many times at once. It
+    waits for a database that cannot be reached."""
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # models and rows lie in it
     database = Database(settings.database_url)
     try:
-        upgrade(database)
+        upgrade_once_reachable(database)
         ensure_first_key(database, settings.data_dir)
     finally:
         database.close()
@@ -103,6 +104,8 @@ def main() -> None:
         prepare(settings)
     except SchemaTooNew as error:
         sys.exit(error.message)
+    except KeyboardInterrupt:
+        return
     with suppress(KeyboardInterrupt):  # which Uvicorn raises again after it has stopped
         Server(settings).run()
 

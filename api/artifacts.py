@@ -158,6 +158,8 @@ def _find(services: Services, artifact_id: str, project_id: str) -> records.Arti
 
 def _check_stored(services: Services, artifact: records.Artifact) -> None:
     stored = services.store.size(artifact.key)
+    if stored is None:
+        services.store.check()
     if stored != artifact.size_bytes:
         # Before the first byte goes out: afterwards the answer could no longer say so.
         raise ObjectMissing(f"{artifact.id} has {artifact.size_bytes} bytes, stored are {stored}.")

@@ -33,7 +33,8 @@ file `api_key` of the data folder. A key belongs to a project, sees what is in i
 else, and has a role: a viewer reads, a submitter also uploads, creates and cancels jobs, an admin
 also makes and revokes keys, sets up webhooks and reads the audit log. `RateLimit` says how many
 requests it has left. Errors are problem+json (RFC 9457). Lists are
-read with `?limit=` and `?after=`, the `next` of the page before. Every POST takes an
+read with `?limit=` and `?after=`, the `next` of the page before. A query parameter that is not
+listed here is refused (422). Every POST takes an
 `Idempotency-Key`, so that it can be sent again when its answer was lost.
 """
 
@@ -72,6 +73,13 @@ _UPLOAD_STATUSES = {
     "delete": ["410", "412", "423"],
 }
 
+_DELETES_WHAT_MAY_BE_IN_USE = (
+    "/v1/models/{model_id}",
+    "/v1/datasets/{dataset_id}",
+    "/v1/artifacts/{artifact_id}",
+    "/v1/profiles/{profile_id}",
+    "/v1/jobs/{job_id}",
+)
 _QUEUES_A_JOB = ("/v1/jobs", "/v1/jobs/{job_id}/clone", "/v1/jobs/{job_id}/retry")
 _IDEMPOTENCY_KEY = {
     "name": IDEMPOTENCY_KEY,
@@ -202,8 +210,8 @@ def _statuses(path: str, method: str, operation: Mapping[str, Any]) -> list[str]
         statuses |= {"412", "416"}
     if "{" in path and path.startswith(("/v1/models", "/v1/datasets", "/v1/artifacts")):
         statuses.add("410")
-        if method == "delete":
-            statuses.add("409")
+    if method == "delete" and path in _DELETES_WHAT_MAY_BE_IN_USE:
+        statuses.add("409")
     return sorted(statuses)
 
 

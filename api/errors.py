@@ -21,6 +21,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from compression.errors import CompressionError, without_consequences
+from jobs.db import is_away
 from jobs.errors import (
     Conflict,
     Gone,
@@ -29,6 +30,7 @@ from jobs.errors import (
     QuotaExceeded,
     StoreFull,
     StoreRefused,
+    StoreUnreachable,
     UploadRejected,
 )
 from jobs.webhook_targets import TargetRefused, TargetUnknown
@@ -50,6 +52,19 @@ _DOMAIN: tuple[tuple[type[Exception], int, str], ...] = (
     (StoreRefused, 507, "This could not be stored"),
     (CompressionError, 422, "The job cannot run as asked"),
 )
+
+# Servers that a request may have to go without: title and detail of the answer.
+_AWAY = {
+    "database": (
+        "The service has no database",
+        "The service cannot reach its database, or that takes nothing just now; ask again.",
+    ),
+    "store": (
+        "The service has no object store",
+        "The service cannot reach its object store, or that does not answer as it should; ask "
+        "again.",
+    ),
+}
 
 
 class ApiError(Exception):
@@ -272,16 +287,22 @@ def fault(scope: Scope) -> JSONResponse:
     )
 
 
-def without_database(scope: Scope) -> JSONResponse:
-    """The answer while the database is away, which is nobody's fault and may be over soon."""
-    return problem(
-        scope,
-        503,
-        "database-unreachable",
-        "The service has no database",
-        "The service cannot reach its database, or that takes nothing just now; ask again.",
-        headers={"Retry-After": "5"},
-    )
+def server_away(error: BaseException | None) -> tuple[str, str] | None:
+    """Which server a request went without ("database", "store"), and why; None where the fault is
+    ours."""
+    while error is not None:
+        if is_away(error):
+            return "database", str(getattr(error, "orig", error))
+        if isinstance(error, StoreUnreachable):
+            return "store", error.reason
+        error = error.__cause__  # what Starlette says of one that comes in mid-answer
+    return None
+
+
+def without(server: str, scope: Scope) -> JSONResponse:
+    """The answer while a server is away, which is nobody's fault and may be over soon."""
+    title, detail = _AWAY[server]
+    return problem(scope, 503, f"{server}-unreachable", title, detail, headers={"Retry-After": "5"})
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -23,6 +23,7 @@ from api.deps import Services
 from api.uploads import UploadedFile, declared_length, receive_upload
 from jobs import access, blobs, quotas
 from jobs.access import Actor
+from jobs.errors import StoreUnreachable
 from jobs.records import new_id
 from jobs.settings import Settings
 
@@ -179,6 +180,8 @@ def _store(
                 session, actor, f"{kind.word}.uploaded", record.id, name=record.name
             )
         return record
+    except StoreUnreachable:
+        raise  # there is nothing to ask it: the reconciler deletes what nobody came to use
     except BaseException:
         _undo(services, wanted)
         raise

@@ -28,7 +28,7 @@ from compression.device_profile import DeviceProfile
 from compression.errors import CompressionError
 from compression.plan import ModelInfo, Plan, make_plan
 from compression.tables import DatasetProfile
-from jobs import access, records, store, workers
+from jobs import access, deletion, records, store, workers
 from jobs.devices import need_of
 from jobs.errors import Conflict, NotFound
 from jobs.schedule import outlook
@@ -371,6 +371,21 @@ def get_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> Jo
         return JobOut.of(job, outlook(session, job))
 
 
+@router.delete(
+    "/{job_id}",
+    status_code=204,
+    summary="Delete a job",
+    description="One that has ended, with its events, its report and its artifacts; 409 otherwise: "
+    "cancel it first. All of it is 404 from then on and counts no more against the quota. Its "
+    "model, its dataset and the audit log stay.",
+    response_class=Response,
+)
+def delete_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> Response:
+    with services.database.transaction() as session:
+        deletion.delete_job(session, principal.actor, job_id)
+    return Response(status_code=204)
+
+
 @router.post(
     "/{job_id}/cancel",
     status_code=202,
@@ -391,7 +406,8 @@ def cancel_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) ->
     summary="Run a job again that failed or was cancelled",
     description="The same job is queued again, with all its runs and its whole time before it, and "
     "goes on from its last checkpoint, which is kept for an hour unless the installation says "
-    "otherwise. 409 if it succeeded (clone it), has not ended, or its model or dataset is deleted.",
+    "otherwise. 409 if it succeeded (clone it), has not ended, or its model, dataset or profile is "
+    "deleted.",
 )
 def retry_job(job_id: JobId, services: ServicesDep, principal: PrincipalDep) -> JobOut:
     with services.database.transaction() as session:

@@ -201,6 +201,8 @@ class LiveEvents:
                 return events, access.key_holds(session, watcher.key_id)
 
         events, watcher.holds = await anyio.to_thread.run_sync(read, limiter=self._reads)
+        if not events:  # they went with their job: there is nothing to wait for
+            watcher.after = max(watcher.after, watcher.feed.last)
         content = b""
         for event in events if watcher.holds else ():
             content += as_sse(event)

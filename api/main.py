@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from api import (
@@ -46,6 +46,7 @@ from api.middleware import (
     RequestLog,
     SecurityHeaders,
 )
+from api.parameters import refuse_unknown_parameters
 from api.spool import Spool
 from jobs.artifacts import open_store
 from jobs.db import Database
@@ -184,7 +185,7 @@ def create_app(settings: Settings) -> FastAPI:
             services.celery.close()
             services.database.close()
 
-    app = docs.Application(lifespan=lifespan)
+    app = docs.Application(lifespan=lifespan, dependencies=[Depends(refuse_unknown_parameters)])
     for module in ROUTES:
         app.include_router(module.router)
     install_error_handlers(app)

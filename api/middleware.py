@@ -13,8 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import fault, without_database
-from jobs.db import is_away
+from api.errors import fault, server_away, without
 
 _log = structlog.get_logger("api.request")
 DISCARD_BYTES = 1 << 16  # of a body that nobody wants; cheaper than a new connection
@@ -97,15 +96,17 @@ class RequestLog:
         try:
             await self.app(scope, receive, observed_send)
         except Exception as error:
-            away = is_away(error)
-            if away:
-                log.warning("request.without_database", error=str(getattr(error, "orig", error)))
-            else:
+            away = server_away(error)
+            if away is None:
                 log.exception("request.fault")
-            if status:
-                raise  # too late for an answer; the server cuts the connection, as it must
-            answer = without_database(scope) if away else fault(scope)
-            await answer(scope, receive, observed_send)
+            else:
+                log.warning(f"request.without_{away[0]}", error=away[1])
+            if not status:
+                answer = fault(scope) if away is None else without(away[0], scope)
+                await answer(scope, receive, observed_send)
+            elif away is None:
+                raise
+            # Else it is too late for an answer: the server cuts the connection, as it must.
         finally:
             principal = scope["state"].get("principal")  # absent where no key opened anything
             log.info(

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from api.deps import After, Limit, PrincipalDep, ServicesDep
 from api.schemas import Id, Name, Page, ProfileOut, ProfileSummary, StoredDeviceProfile
 from compression.device_profile import DeviceProfile
-from jobs import access, store
+from jobs import access, deletion, store
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"])
 ProfileId = Annotated[Id, Path(examples=["prf_3q2-7wAAQkSgMvUuTqBvxQ"])]
@@ -137,3 +137,19 @@ def get_profile(
         return ProfileOut.of(
             store.get_profile(session, profile_id, project_id=principal.project_id)
         )
+
+
+@router.delete(
+    "/{profile_id}",
+    status_code=204,
+    summary="Delete a profile",
+    description="Refused (409) while a queued or running job names it. Jobs that ended keep what "
+    "was predicted with it; to run one of them again, name another profile in a clone.",
+    response_class=Response,
+)
+def delete_profile(
+    profile_id: ProfileId, services: ServicesDep, principal: PrincipalDep
+) -> Response:
+    with services.database.transaction() as session:
+        deletion.delete_profile(session, principal.actor, profile_id)
+    return Response(status_code=204)

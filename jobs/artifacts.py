@@ -11,7 +11,8 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,18 @@ import structlog
 from obstore.exceptions import (
     AlreadyExistsError,
     BaseError,
+    InvalidPathError,
     PermissionDeniedError,
     UnauthenticatedError,
 )
 from obstore.store import LocalStore, S3Store
 
-from jobs.errors import ObjectExists, ObjectMissing, StoreFull, StoreRefused
+from jobs.errors import ObjectExists, ObjectMissing, StoreFull, StoreRefused, StoreUnreachable
 
 _CHUNK_BYTES = 1 << 20
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of a folder whose disk, or whose host, is not there.
+_AWAY = (errno.EIO, errno.ENODEV, errno.ENOTCONN, errno.ENOTDIR, errno.ESTALE, errno.ETIMEDOUT)
 _BUCKET_FULL = ("QuotaExceeded", "StorageFull", "InsufficientStorage", "507 Insufficient Storage")
 # A "create only" put takes the whole file into memory. Larger files go in parts, which
 # obstore cannot make "create only": their keys are looked up first. That leaves no race
@@ -42,9 +46,14 @@ _log = structlog.get_logger(__name__)
 Block = bytes | memoryview
 
 
+def job_prefix(job_id: str) -> str:
+    """Where the objects of a job's runs lie, and no others."""
+    return f"jobs/{job_id}/"
+
+
 def run_prefix(job_id: str, fence: int) -> str:
     """Where a run's objects lie."""
-    return f"jobs/{job_id}/{fence}/"
+    return f"{job_prefix(job_id)}{fence}/"
 
 
 def model_key(model_id: str, name: str) -> str:
@@ -56,7 +65,9 @@ def dataset_key(dataset_id: str, name: str) -> str:
 
 
 class ObjectStore:
-    """One obstore store. Safe to share between threads. `folder`: where a local one lies."""
+    """One obstore store. Safe to share between threads. `folder`: where a local one lies.
+
+    Whatever it is asked, StoreUnreachable says that it is not there or does not answer."""
 
     def __init__(self, store: LocalStore | S3Store, folder: Path | None = None) -> None:
         self._store = store
@@ -66,8 +77,10 @@ class ObjectStore:
         """Stores a file, which may become the object itself: do not change it afterwards.
 
         ObjectExists if the key is taken; StoreFull if there is no room; StoreRefused, with the
-        store's reason, if it does not take the file. Then there is no object, not even half.
+        store's reason, if it answers and does not take the file. Then there is no object, not even
+        half.
         """
+        self._require_folder()
         try:
             if self._folder is not None and _link(path, _file(self._folder, key)):
                 return
@@ -80,19 +93,22 @@ class ObjectStore:
         except (AlreadyExistsError, FileExistsError) as error:
             raise ObjectExists(f"The object {key!r} exists already.") from error
         except (BaseError, OSError) as error:
+            is_full = _is_full(error)
+            reason = _reason(error)
+            if not is_full and reason is None:
+                raise StoreUnreachable(error) from error
             _log.warning("store.put_failed", key=key, error=str(error)[:1000])
-            if _is_full(error):
+            if is_full:
                 raise StoreFull("The object store has no room left.") from error
-            raise StoreRefused(
-                f"The object store did not take a file: {_reason(error)}."
-            ) from error
+            raise StoreRefused(f"The object store did not take a file: {reason}.") from error
 
     def get_to_file(self, key: str, path: Path, *, sha256: str | None = None) -> None:
         """Writes an object to a new file. ObjectMissing if it is not there, or if its
         bytes are not those that `sha256` (hex) was computed from."""
         digest = hashlib.sha256()
         try:
-            found = self._store.get(key)
+            with self._reaching():
+                found = self._store.get(key)
         except FileNotFoundError as error:
             raise ObjectMissing(f"The object {key!r} is not in the store.") from error
         try:
@@ -101,10 +117,12 @@ class ObjectStore:
                     view = memoryview(chunk)
                     digest.update(view)
                     out.write(view)
-        except OSError as error:
+        except OSError as error:  # of our own disk
             if _is_full(error):
                 raise StoreFull("The disk has no room left.") from error
             raise
+        except BaseError as error:
+            raise StoreUnreachable(error) from error
         if sha256 is not None and digest.hexdigest() != sha256:
             raise ObjectMissing(f"The object {key!r} is not what was stored: its hash differs.")
 
@@ -112,9 +130,17 @@ class ObjectStore:
         """Bytes `start` to before `end` in chunks. ObjectMissing, at the first chunk, if
         the object is not there."""
         if self._folder is not None:
-            async for block in _read_file(_file(self._folder, key), key, start, end):
-                yield block
-            return
+            blocks = _read_file(_file(self._folder, key), start, end)
+        else:
+            blocks = self._read_object(key, start, end)
+        try:
+            with self._reaching():
+                async for block in blocks:
+                    yield block
+        except FileNotFoundError as error:
+            raise ObjectMissing(f"The object {key!r} is not in the store.") from error
+
+    async def _read_object(self, key: str, start: int, end: int | None) -> AsyncIterator[Block]:
         options: dict[str, Any] = {}
         if end is not None:
             if end <= start:
@@ -122,10 +148,7 @@ class ObjectStore:
             options["range"] = (start, end)
         elif start:
             options["range"] = {"offset": start}
-        try:
-            result = await self._store.get_async(key, options=options)  # type: ignore[arg-type]
-        except FileNotFoundError as error:
-            raise ObjectMissing(f"The object {key!r} is not in the store.") from error
+        result = await self._store.get_async(key, options=options)  # type: ignore[arg-type]
         async for chunk in result.stream(min_chunk_size=_CHUNK_BYTES):
             yield bytes(chunk)
 
@@ -142,7 +165,8 @@ class ObjectStore:
     def size(self, key: str) -> int | None:
         """In bytes; None if there is no such object."""
         try:
-            return int(self._store.head(key)["size"])
+            with self._reaching():
+                return int(self._store.head(key)["size"])
         except FileNotFoundError:
             return None
 
@@ -151,18 +175,21 @@ class ObjectStore:
 
     def keys(self, prefix: str) -> list[str]:
         """Every key below a prefix that ends in "/"."""
-        return [
-            str(entry["path"])
-            for batch in self._store.list(prefix.rstrip("/"))
-            for entry in batch
-            if str(entry["path"]).startswith(prefix)
-        ]
+        self._require_folder()  # without it there seems to be nothing
+        with self._reaching():
+            return [
+                str(entry["path"])
+                for batch in self._store.list(prefix.rstrip("/"))
+                for entry in batch
+                if str(entry["path"]).startswith(prefix)
+            ]
 
     def delete(self, keys: list[str]) -> None:
         """Deletes objects; those that are gone already do not matter."""
         for key in keys:
             try:
-                self._store.delete(key)
+                with self._reaching():
+                    self._store.delete(key)
             except FileNotFoundError:
                 continue
 
@@ -191,8 +218,27 @@ class ObjectStore:
         return len(drafts)
 
     def check(self) -> None:
-        """Raises if the store cannot be reached. For readiness probes."""
-        self.size("readiness-probe")
+        """StoreUnreachable where an object may only seem to be missing, as its bucket is."""
+        self.keys("probes/")
+
+    def _require_folder(self) -> None:
+        """Of a local store: it is made at the start, and never again in place of one that went."""
+        if self._folder is not None and not self._folder.is_dir():
+            raise StoreUnreachable(f"There is no folder {self._folder}")
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """FileNotFoundError for an object that is missing; StoreUnreachable for any other reason
+        why the store does not answer."""
+        try:
+            yield
+        except FileNotFoundError:
+            self._require_folder()
+            raise
+        except InvalidPathError:
+            raise
+        except (BaseError, OSError) as error:
+            raise StoreUnreachable(error) from error
 
 
 def open_store(url: str, *, patience_seconds: float = 180, **credentials: Any) -> ObjectStore:
@@ -238,12 +284,9 @@ def _link(path: Path, target: Path) -> bool:
             raise
 
 
-async def _read_file(path: Path, key: str, start: int, end: int | None) -> AsyncIterator[Block]:
+async def _read_file(path: Path, start: int, end: int | None) -> AsyncIterator[Block]:
     """As ObjectStore.read, of a local file. obstore's stream took five times as long."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise ObjectMissing(f"The object {key!r} is not in the store.") from error
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         while end is None or start < end:
             wanted = _CHUNK_BYTES if end is None else min(_CHUNK_BYTES, end - start)
@@ -278,12 +321,13 @@ def _is_full(error: BaseException) -> bool:
     )
 
 
-def _reason(error: BaseException) -> str:
-    """In words for whoever uploads; the log has the store's own."""
+def _reason(error: BaseException) -> str | None:
+    """Why the store does not take something, in words for whoever uploads (the log has its own);
+    None where it gave no answer to tell."""
     if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)):
         return "access was denied"
     if isinstance(error, FileNotFoundError):
         return "its bucket or folder is not there"
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and error.strerror and error.errno not in _AWAY:
         return error.strerror.lower()
-    return "it does not answer as it should"
+    return None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, create_engine, event, make_url, text
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
@@ -74,8 +74,25 @@ class Database:
         with Session(self._reader, expire_on_commit=False) as session, session.begin():
             yield session
 
+    @property
+    def address(self) -> str:
+        """Where it is, without its user and password."""
+        url = self.engine.url.set(username=None, password=None, query={})
+        return url.render_as_string()
+
     def close(self) -> None:
         self.engine.dispose()
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether there is no connection to the database's server, or it has broken. A file of SQLite's
+    is there or not: nothing is to be waited for."""
+    return (
+        isinstance(error, DBAPIError)
+        and is_away(error)
+        and not isinstance(error.orig, sqlite3.Error)
+        and (error.statement is None or error.connection_invalidated)
+    )
 
 
 def is_away(error: BaseException) -> bool:

@@ -1,7 +1,10 @@
-"""Deleting models, datasets and artifacts, by hand and at the end of their retention.
+"""Deleting models, datasets and artifacts, by hand and at the end of their retention; profiles and
+jobs, by hand.
 
 A record stays, marked, for the jobs and the audit log that name it; its objects go once nothing
-uses them (jobs.blobs), after a grace period. What a queued or running job needs is refused.
+uses them (jobs.blobs), after a grace period. A profile has none, and goes itself. What a queued or
+running job needs is refused. Nothing needs a job that has ended: its records go, and after the same
+grace period all that its runs have left in the store, of which no other job has anything.
 
 What the retention period would delete, and deleting it now:
 
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
-from sqlalchemy import and_, exists, func, or_, select
+from sqlalchemy import and_, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs import access, blobs, store
@@ -26,7 +29,8 @@ from jobs.access import Actor
 from jobs.db import Database, now
 from jobs.errors import Conflict, JobsError, NotFound
 from jobs.migrate import upgrade
-from jobs.records import Artifact, Dataset, Job, Model
+from jobs.nudges import note_event
+from jobs.records import Artifact, Dataset, Event, Job, Model, Profile, Run
 from jobs.settings import get_settings
 from jobs.states import JobState
 
@@ -73,6 +77,54 @@ def delete_artifact(session: Session, actor: Actor, id: str) -> None:
     access.record_action(session, actor, "artifact.deleted", id, path=artifact.path)
 
 
+def delete_profile(session: Session, actor: Actor, id: str) -> None:
+    """Conflict ("in-use") while a queued or running job has it; NotFound if it is not there. Jobs
+    that ended have what was predicted with it in their reports, and its id in their specs."""
+    profile = session.scalar(
+        select(Profile)
+        .where(Profile.id == id, Profile.project_id == actor.project_id)
+        .with_for_update()
+    )
+    if profile is None:
+        raise NotFound("profile", id)
+    _require_unused(session, "profile", id, Job.profile_id)
+    session.execute(
+        update(Job)
+        .where(Job.profile_id == id, Job.state.not_in(_ACTIVE))
+        .values(profile_id=None)
+        .execution_options(synchronize_session=False)
+    )
+    session.delete(profile)
+    access.record_action(session, actor, "profile.deleted", id, name=profile.name)
+
+
+def delete_job(session: Session, actor: Actor, id: str) -> None:
+    """With its events, runs, report and artifacts. Conflict ("job-not-finished") unless it has
+    ended; NotFound if it is not there."""
+    blobs.hold_project(session, actor.project_id)
+    job = session.scalar(
+        select(Job)
+        .where(Job.id == id, Job.project_id == actor.project_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+    if job is None:
+        raise NotFound("job", id)
+    if not job.state.is_final:
+        raise Conflict(
+            f"The job is {job.state}: cancel it first, and delete it once it has ended.",
+            code="job-not-finished",
+        )
+    for record in (Artifact, Event, Run):
+        session.execute(
+            delete(record).where(record.job_id == id).execution_options(synchronize_session=False)
+        )
+    session.delete(job)
+    store.sweep_deleted_job(session, id, project_id=actor.project_id)
+    note_event(session, id)  # whoever watches it learns that there is nothing to come
+    access.record_action(session, actor, "job.deleted", id, name=job.name)
+
+
 DELETE = {"model": delete_model, "dataset": delete_dataset, "artifact": delete_artifact}
 
 
@@ -81,16 +133,21 @@ def _delete_upload(
 ) -> None:
     blobs.hold_project(session, actor.project_id)
     found = _held(session, record, kind, id, actor.project_id)
-    # A job that is being created holds the record too (store.create_job): it is either seen
-    # here, or it sees that the record is deleted.
+    _require_unused(session, kind, id, column)
+    found.deleted_at = now(session)
+    blobs.give_up(session, actor.project_id, id, found.files)
+    access.record_action(session, actor, f"{kind}.deleted", id, name=found.name)
+
+
+def _require_unused(session: Session, kind: str, id: str, column: Any) -> None:
+    """Conflict where a job that has not ended names the record, which the caller holds. A job that
+    is being created holds it too (store.create_job): it is either seen here, or it sees that the
+    record is deleted."""
     job = session.scalar(select(Job.id).where(column == id, Job.state.in_(_ACTIVE)).limit(1))
     if job is not None:
         raise Conflict(
             f"The {kind} is used by {job}, which has not ended; cancel it or wait.", code="in-use"
         )
-    found.deleted_at = now(session)
-    blobs.give_up(session, actor.project_id, id, found.files)
-    access.record_action(session, actor, f"{kind}.deleted", id, name=found.name)
 
 
 def _held(session: Session, record: type[P], kind: str, id: str, project_id: str) -> P:

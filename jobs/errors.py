@@ -110,6 +110,17 @@ class StoreRefused(JobsError):
     code = "store-refused"
 
 
+class StoreUnreachable(JobsError):
+    """The disk or bucket is not there, or does not answer as it should: it may do so again.
+    `reason`: in the store's own words, for the log."""
+
+    code = "store-unreachable"
+
+    def __init__(self, reason: object) -> None:
+        super().__init__("The object store cannot be reached, or does not answer as it should.")
+        self.reason = " ".join(str(reason).split())[:500]
+
+
 class QuotaExceeded(JobsError):
     """A project would have more than it may: see jobs.quotas. `used` is with what was asked."""
 

@@ -11,22 +11,31 @@ these may be started again afterwards: it finds a revision that it does not know
 from __future__ import annotations
 
 import argparse
+import random
 import sys
+import time
 from pathlib import Path
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, delete, insert, inspect, select, text
+from sqlalchemy.exc import DBAPIError
 
-from jobs.db import Database
+from jobs.db import Database, is_unreachable
 from jobs.errors import JobsError
 from jobs.records import SupportedRevision
 from jobs.settings import get_settings
 
 _SCRIPTS = Path(__file__).with_name("migrations")
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 30.0
 _LOCK = 0x5769_6474_6877_6973  # any fixed number that nobody else locks in this database
+
+
+_log = structlog.get_logger(__name__)
 
 
 class SchemaUnfit(JobsError):
@@ -63,6 +72,29 @@ def upgrade(database: Database, revision: str = "head") -> None:
         command.upgrade(config, revision)
         if revision == "head":
             _tell_supported(connection, script)
+
+
+def upgrade_once_reachable(database: Database) -> None:
+    """`upgrade`, for processes that start: while the database cannot be reached they say so in a
+    line, and try again after longer and longer pauses. A signal whose handler raises ends it at
+    once."""
+    pause = _FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            upgrade(database)
+            return
+        except DBAPIError as error:
+            if not is_unreachable(error):
+                raise
+            seconds = round(random.uniform(0.5, 1) * pause, 1)  # or all would come at once
+            _log.warning(
+                "the database cannot be reached",
+                database=database.address,
+                again_in_seconds=seconds,
+                error=" ".join(str(error.orig).split()),
+            )
+        time.sleep(seconds)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
 
 def require_fit(database: Database) -> None:

@@ -333,7 +333,7 @@ class Job(Record):
     name: Mapped[str] = mapped_column(String(200))
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
     dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
-    # What the spec's constraints.latency_on names.
+    # What the spec's constraints.latency_on names; null too once that was deleted.
     profile_id: Mapped[str | None] = mapped_column(ForeignKey("profiles.id"))
     spec: Mapped[Any]
     plan: Mapped[Any | None]
@@ -354,6 +354,17 @@ class Job(Record):
     predicted_seconds: Mapped[float | None]
     time_limit_seconds: Mapped[float | None]
     retried_at: Mapped[datetime | None]
+
+
+class DeletedJob(Record):
+    """A job whose records are gone, until its objects are too: see jobs.deletion."""
+
+    __tablename__ = "deleted_jobs"
+    __table_args__ = (Index(None, "deleted_at"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    deleted_at: Mapped[datetime]
 
 
 class Worker(Record):

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from jobs import quotas
@@ -27,6 +27,7 @@ from jobs.paging import get_of_project, page_of_project
 from jobs.records import (
     Artifact,
     Dataset,
+    DeletedJob,
     Event,
     Job,
     Model,
@@ -188,9 +189,9 @@ def present(record: R, kind: str) -> R:
     return record
 
 
-def _hold_for_job(session: Session, model_id: str, dataset_id: str) -> None:
+def _hold_for_job(session: Session, model_id: str, dataset_id: str, profile_id: str | None) -> None:
     """Nobody deletes them until the transaction ends: see jobs.deletion."""
-    for record, id in ((Model, model_id), (Dataset, dataset_id)):
+    for record, id in ((Model, model_id), (Dataset, dataset_id), (Profile, profile_id)):
         session.scalars(
             select(record)
             .where(record.id == id)
@@ -250,7 +251,7 @@ def create_job(
     older one.
     QuotaExceeded where the project may not have one more."""
     quotas.check_job(session, project_id)
-    _hold_for_job(session, model_id, dataset_id)
+    _hold_for_job(session, model_id, dataset_id, profile_id)
     get_model(session, model_id, project_id=project_id)
     get_dataset(session, dataset_id, project_id=project_id)
     if profile_id is not None:
@@ -416,17 +417,19 @@ def request_cancel(session: Session, job_id: str, *, project_id: str) -> Job:
 def retry_job(session: Session, job_id: str, *, project_id: str) -> Job:
     """Queues a job that failed or was cancelled again, with all its runs and its whole time before
     it; it goes on from its checkpoints, as long as they are kept. Conflict if it succeeded
-    ("job-succeeded"), has not ended ("job-not-finished"), or its model or dataset was deleted
-    ("input-deleted"); QuotaExceeded as for a new job."""
+    ("job-succeeded"), has not ended ("job-not-finished"), or its model, dataset or profile was
+    deleted ("input-deleted"); QuotaExceeded as for a new job."""
     job = get_job(session, job_id, project_id=project_id)
     _check_retried(job)
     # Its project, then what it needs, then itself: in the order in which others hold them.
     quotas.check_job(session, project_id)
-    _hold_for_job(session, job.model_id, job.dataset_id)
+    _hold_for_job(session, job.model_id, job.dataset_id, job.profile_id)
     try:
         get_model(session, job.model_id, project_id=project_id)
         get_dataset(session, job.dataset_id, project_id=project_id)
-    except Gone as error:
+        if (named := job.spec.get("constraints", {}).get("latency_on")) is not None:
+            get_profile(session, named, project_id=project_id)
+    except NotFound as error:
         raise Conflict(f"The job cannot run again. {error.message}", code="input-deleted") from None
     job = _lock_of_project(session, job_id, project_id)
     _check_retried(job)
@@ -802,17 +805,52 @@ def unswept_runs(session: Session, *, grace_seconds: float, limit: int = 100) ->
 
 
 def mark_swept(session: Session, run_id: str) -> None:
-    session.get_one(Run, run_id).swept_at = now(session)
-
-
-def sweep_again(session: Session, run_id: str) -> None:
-    """For a run that has lost its job: what it was putting into the store meanwhile may have come
-    after it was swept."""
     session.execute(
         update(Run)
-        .where(Run.id == run_id, Run.swept_at.is_not(None))
+        .where(Run.id == run_id)
+        .values(swept_at=now(session))
+        .execution_options(synchronize_session=False)
+    )
+
+
+def sweep_again(session: Session, claim: Claim) -> None:
+    """For a run that has lost its job: what it was putting into the store meanwhile may have come
+    after it was swept, or after its job was deleted."""
+    if session.get(Run, claim.run_id) is None:
+        sweep_deleted_job(session, claim.job_id, project_id=claim.project_id)
+        return
+    session.execute(
+        update(Run)
+        .where(Run.id == claim.run_id, Run.swept_at.is_not(None))
         .values(swept_at=None)
         .execution_options(synchronize_session=False)
+    )
+
+
+def sweep_deleted_job(session: Session, job_id: str, *, project_id: str) -> None:
+    """Has the objects of a job that has no record any more deleted, after the grace period."""
+    session.merge(DeletedJob(id=job_id, project_id=project_id, deleted_at=now(session)))
+    session.flush()
+
+
+def unswept_deleted_jobs(
+    session: Session, *, grace_seconds: float, limit: int = 100
+) -> list[DeletedJob]:
+    """Those deleted at least `grace_seconds` ago, whose objects may still be there."""
+    return list(
+        session.scalars(
+            select(DeletedJob)
+            .where(DeletedJob.deleted_at <= now(session) - timedelta(seconds=grace_seconds))
+            .order_by(DeletedJob.deleted_at)
+            .limit(limit)
+        )
+    )
+
+
+def forget_deleted_job(session: Session, job: DeletedJob) -> None:
+    """Call it once its objects are deleted; it stays if there may be more since."""
+    session.execute(
+        delete(DeletedJob).where(DeletedJob.id == job.id, DeletedJob.deleted_at == job.deleted_at)
     )
 
 
@@ -839,19 +877,23 @@ def spent_checkpoints(session: Session, *, kept: int, grace_seconds: float) -> d
 
 def forget_checkpoints(session: Session, job_id: str, keys: Sequence[str]) -> None:
     """Call it once their objects are deleted."""
-    job = session.scalars(
+    job = session.scalar(
         select(Job)
         .where(Job.id == job_id)
         .with_for_update()
         .execution_options(populate_existing=True)
-    ).one()
+    )
+    if job is None:
+        return  # deleted meanwhile
     left = [each for each in job.checkpoints or () if each["key"] not in keys]
     job.checkpoints = left or None
 
 
 def checkpoint_keys(session: Session, job_id: str) -> list[str]:
-    """Objects of a job that a run may still resume from, whichever run stored them."""
-    return [each["key"] for each in session.get_one(Job, job_id).checkpoints or ()]
+    """Objects of a job that a run may still resume from, whichever run stored them; none of one
+    that was deleted."""
+    job = session.get(Job, job_id)
+    return [] if job is None else [each["key"] for each in job.checkpoints or ()]
 
 
 def _hold(session: Session, claim: Claim) -> Job:

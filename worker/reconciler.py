@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from compression.checkpoint import FOLDER as CHECKPOINTS
 from compression.checkpoint import KEPT
 from jobs import blobs, deletion, idempotency, resumable, store, webhooks, workers
-from jobs.artifacts import ObjectStore, run_prefix
+from jobs.artifacts import ObjectStore, job_prefix, run_prefix
 from jobs.db import Database
 from jobs.settings import Settings
 from jobs.states import RunState
@@ -46,6 +46,7 @@ def reconcile(
         lambda: _remove_expired_uploads(settings, database),
         lambda: _end_retention(settings, database),
         lambda: _delete_unused_blobs(settings, database, objects),
+        lambda: _sweep_deleted_jobs(settings, database, objects),
         lambda: _forget_deliveries(settings, database),
     )
     for step in steps:
@@ -169,6 +170,17 @@ def _delete_unused_blobs(settings: Settings, database: Database, objects: Object
             blobs.forget(session, blob.id)
     if unused:
         log.info("unused objects deleted", objects=len(unused))
+
+
+def _sweep_deleted_jobs(settings: Settings, database: Database, objects: ObjectStore) -> None:
+    with database.reading() as session:
+        deleted = store.unswept_deleted_jobs(session, grace_seconds=settings.orphan_grace_seconds)
+    for job in deleted:
+        prefix = job_prefix(job.id)
+        gone = objects.delete_prefix(prefix) + objects.delete_drafts(prefix)
+        with database.transaction() as session:
+            store.forget_deleted_job(session, job)
+        log.info("a deleted job's objects deleted", job=job.id, objects=gone)
 
 
 def _forget_deliveries(settings: Settings, database: Database) -> None:

@@ -487,7 +487,7 @@ class Runner:
         one: it may have stood still for long, and have put one after it was swept."""
         try:
             with self._database.transaction() as session:
-                store.sweep_again(session, claim.run_id)
+                store.sweep_again(session, claim)
         except SQLAlchemyError as error:
             log.warning("the run's objects may stay in the store", error=str(error))
 

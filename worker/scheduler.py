@@ -18,7 +18,7 @@ import structlog
 from jobs.artifacts import open_store
 from jobs.db import Database
 from jobs.logs import configure_logging
-from jobs.migrate import SchemaTooNew, upgrade
+from jobs.migrate import SchemaTooNew, upgrade_once_reachable
 from jobs.nudges import EventPublisher, Teller
 from jobs.queue import enqueue_job, make_celery
 from jobs.settings import Settings, get_settings
@@ -53,15 +53,20 @@ def serve(settings: Settings) -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         stopping.set()
 
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(0)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        signal.signal(number, leave)  # while there is nothing to stop
     publisher = None if settings.redis_url is None else EventPublisher(settings.redis_url)
     teller = Teller(*filter(None, [publisher]))
     database = Database(settings.database_url, after_commit=teller)
     try:
-        upgrade(database)
+        upgrade_once_reachable(database)
     except SchemaTooNew as error:
         sys.exit(error.message)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     objects = open_store(settings.store_url, **settings.s3_credentials)
     app = make_celery(settings)
 

@@ -233,7 +233,8 @@ def test_nginx_sends_the_bytes_as_the_documentation_has_it(tmp_path: Path) -> No
             # The location is nginx's own: nobody asks it from outside, key or not.
             key = next(iter(objects.rglob("model a.onnx"))).relative_to(objects)
             assert client.get(f"/objects/{key}").status_code == 404
-            assert client.get(path + "?x=1", headers={"X-Accel-Redirect": "/objects/x"}).is_success
+            assert client.get(path, headers={"X-Accel-Redirect": "/objects/x"}).is_success
+            assert client.get(f"{path}?x=1").status_code == 422
 
 
 def test_a_store_that_does_not_answer_holds_up_downloads_alone(

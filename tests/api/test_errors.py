@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import structlog
 
 from api.errors import json_pointer
-from tests.api.conftest import Service, assert_problem, serving
+from tests.api.conftest import Service, assert_problem, serving, wait_for
 from tests.services import free_port, new_database, postgresql_folder, running_postgresql
 
 
@@ -56,7 +57,7 @@ def test_what_cannot_be_an_id_is_refused_on_every_database(
     ("method", "path", "allowed"),
     [
         ("DELETE", "/v1/jobs", "GET, HEAD, POST"),
-        ("PATCH", "/v1/jobs/job_x", "GET, HEAD"),
+        ("PATCH", "/v1/jobs/job_x", "DELETE, GET, HEAD"),
         ("GET", "/v1/jobs/job_x/cancel", "POST"),
         ("HEAD", "/v1/jobs/job_x/cancel", "POST"),
         ("POST", "/healthz", "GET, HEAD"),
@@ -92,6 +93,60 @@ def test_a_bad_parameter_is_named(client: httpx.Client, query: str) -> None:
     problem = assert_problem(client.get(f"/v1/jobs?{query}"), 422, "invalid-request")
     assert problem["errors"][0]["parameter"] == query.partition("=")[0]
     assert "pointer" not in problem
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/v1/jobs?aftr=job_x&limit=1", "there are after, limit, state"),
+        ("/v1/jobs?limit=1&Limit=2", "there are after, limit, state"),
+        ("/v1/jobs?=", "there are after, limit, state"),
+        ("/v1/me?verbose", "there are none"),
+    ],
+)
+def test_a_parameter_that_is_not_known_is_named(client: httpx.Client, path: str, told: str) -> None:
+    problem = assert_problem(client.get(path), 422, "invalid-request")
+    wrong = {"aftr", "Limit", "", "verbose"}
+    (entry,) = problem["errors"]
+    assert entry["parameter"] in wrong
+    assert told in entry["detail"]
+    assert client.head(path).status_code == 422
+
+
+def test_no_route_below_v1_passes_over_a_parameter(service: Service) -> None:
+    """And each takes those that the document lists: what is wrong with them is another thing."""
+    document = service.client.get("/openapi.json").json()
+    asked = 0
+    for path, operations in document["paths"].items():
+        url = re.sub(r"{[a-z_]+}", "absent", path)
+        for method, operation in operations.items():
+            listed = [
+                each["name"] for each in operation.get("parameters", ()) if each["in"] == "query"
+            ]
+            if not path.startswith("/v1"):
+                assert listed == []
+                continue
+            headers = {"Tus-Resumable": "1.0.0", "Upload-Length": "1", "Upload-Offset": "0"}
+            for name in [*listed, "unlisted"]:
+                answer = service.client.request(
+                    method, url, params={name: "x"}, headers=headers, json={"name": "x"}
+                )
+                errors = answer.json().get("errors", []) if answer.content else []
+                unknown = [each for each in errors if "no such parameter" in each["detail"]]
+                if name == "unlisted" and not any("pointer" in each for each in errors):
+                    assert answer.status_code == 422, (method, path, answer.text)
+                    assert [each["parameter"] for each in unknown] == ["unlisted"]
+                    asked += 1
+                else:
+                    assert unknown == [], (method, path)
+    assert asked > 50
+
+
+def test_what_is_no_route_of_the_api_may_be_asked_with_anything(client: httpx.Client) -> None:
+    for path in ("/healthz?verbose", "/readyz?t=1", "/docs?x", "/docs/swagger-ui.css?v=2",
+                 "/openapi.json?x=1"):  # fmt: skip
+        assert client.get(path).status_code == 200, path
+        assert client.head(path).status_code == 200, path
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"\xff\xfe", b'{"model": NaN', b"[" * 100_000])
@@ -161,9 +216,11 @@ def test_requests_are_logged_without_keys(service: Service) -> None:
     with structlog.testing.capture_logs() as log:
         service.client.get(f"/v1/jobs?key={service.key}", headers={"X-Api-Key": service.key})
         service.client.get("/v1/jobs", headers={"X-Request-ID": "a\tb " + service.key})
+        # A request's line comes after its answer.
+        wait_for(lambda: sum(line["event"] == "request" for line in log) == 2)
     lines = [line for line in log if line["event"] == "request"]
     assert [(line["method"], line["path"], line["status"]) for line in lines] == [
-        ("GET", "/v1/jobs", 200),
+        ("GET", "/v1/jobs", 422),
         ("GET", "/v1/jobs", 200),
     ]
     assert service.key not in repr(log)

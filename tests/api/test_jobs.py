@@ -359,3 +359,38 @@ def test_uploads_are_listed_and_found(service: Service, client: httpx.Client) ->
     assert {name: split["rows"] for name, split in dataset["profile"]["splits"].items()} == {
         "train": 256, "dev": 64, "test": 64,
     }  # fmt: skip
+
+
+def test_a_job_that_has_ended_is_deleted_with_all_that_is_its_own(service: Service) -> None:
+    claim = service.claim(service.new_job())
+    path = f"/v1/jobs/{claim.job_id}"
+    problem = assert_problem(service.client.delete(path), 409, "job-not-finished")
+    assert problem["detail"].startswith("The job is running: cancel it first")
+    content = bytes(range(256)) * 40_000  # more than a socket and the client take at once
+    artifact = f"/v1/artifacts/{service.publish(claim, 'w1/bundle.tar.gz', content)}"
+    service.finish(claim, report={"subnetworks": [], "selection": None})
+    project = service.client.get("/v1/me").json()["project"]["id"]
+    quotas = f"/v1/projects/{project}/quotas"
+    before = service.client.get(quotas).json()["used"]["bytes"]
+    with service.client.stream("GET", f"{artifact}/content") as download:
+        blocks = download.iter_raw(1000)
+        received = next(blocks)
+        assert service.client.delete(path).status_code == 204
+        received += b"".join(blocks)
+    assert received == content
+    assert service.client.get(quotas).json()["used"]["bytes"] == before - len(content)
+    for answer in (
+        *(service.client.get(path + rest) for rest in ("", "/events", "/subnetworks")),
+        service.client.get(f"{path}/artifacts"),
+        service.client.get(artifact),
+        service.client.get(f"{artifact}/content"),
+        service.client.delete(artifact),
+        service.client.delete(path),
+        *(service.client.post(f"{path}/{action}") for action in ("cancel", "retry", "clone")),
+        service.client.post(f"{path}/selection", json={"constraints": {}}),
+        service.client.get(f"/v1/jobs?after={claim.job_id}"),
+    ):
+        assert_problem(answer, 404, "not-found")
+    assert claim.job_id not in service.client.get("/v1/jobs?limit=200").text
+    lines = service.client.get(f"/v1/audit?target={claim.job_id}").json()["items"]
+    assert [line["action"] for line in lines] == ["job.deleted", "job.created"]

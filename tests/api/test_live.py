@@ -315,6 +315,29 @@ def feed_of(*numbers: int, read_in: int = 1, size: int = 10) -> Feed:
     return feed
 
 
+def test_a_watcher_behind_the_window_of_a_deleted_job_is_done(service: Service) -> None:
+    """What it still wanted is not there any more, and it must not wait for it."""
+    job_id = service.new_job()
+    claim = service.claim(job_id)
+    service.add_events(claim, *(progress(step) for step in range(5)))
+    feed = Feed(job_id, floor=4, last=7)
+    watcher = Watcher(feed, service.new_key(Role.VIEWER).id, after=2, joined_in=0)
+    feed.watchers.add(watcher)
+    assert watcher.take() is None
+    service.finish(claim, JobState.CANCELLED)
+    assert service.client.delete(f"/v1/jobs/{job_id}").status_code == 204
+
+    async def read() -> bytes:
+        reader = live.LiveEvents(service.settings, service.services.database, asyncio.Event())
+        found, _ = reader._look({job_id: feed.last}, {watcher.key_id}, 1)
+        reader._publish(feed, found[job_id], set())
+        return await reader.read_page(watcher)
+
+    assert asyncio.run(read()) == b""
+    assert watcher.holds
+    assert watcher.is_done
+
+
 def test_the_window_keeps_the_newest_and_says_what_it_lacks() -> None:
     feed = feed_of(*range(1, WINDOW_EVENTS + 11))
     assert (feed.floor, feed.last, len(feed.window)) == (10, WINDOW_EVENTS + 10, WINDOW_EVENTS)

@@ -24,6 +24,7 @@ from jobs.sandbox import Confinement
 from jobs.settings import Settings
 from tests.api.conftest import archive, wait_for
 from tests.builders import tiny_bert
+from tests.services import free_port, new_database, postgresql_folder, running_postgresql
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +78,9 @@ def test_a_process_starts_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
         headers = {"Authorization": f"Bearer {key}"}
         with httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
             assert client.get("/readyz").status_code == 200
-            assert client.get(f"/v1/jobs?oops={key}").status_code == 200
+            refused = client.get(f"/v1/jobs?oops={key}")
+            assert refused.status_code == 422
+            assert key not in refused.text
             assert client.get(f"/v1/{key}").status_code == 404
             body = {"name": f"for {key}", "role": "viewer"}
             made = client.post("/v1/keys", json=body, headers={"X-Request-ID": key}).json()["key"]
@@ -97,6 +100,34 @@ def test_a_process_starts_serves_and_stops_on_a_signal(tmp_path: Path) -> None:
     assert "Traceback" not in told
     assert "sandbox.confined" in told or "sandbox.weakened" in told  # as this kernel has it
     assert list((data_dir / "spool").glob("*/")) == []
+
+
+def test_a_database_that_is_away_at_the_start_is_waited_for(tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    settings = {
+        "WIDTHWISE_DATA_DIR": str(tmp_path / "data"),
+        "WIDTHWISE_PORT": "0",
+        "WIDTHWISE_DATABASE_URL": f"postgresql+psycopg://widthwise@127.0.0.1:{port}/late",
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "api"],
+            cwd=ROOT,
+            env={**os.environ, **settings},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        wait_for(lambda: "the database cannot be reached" in log.read_text(), seconds=60)
+        with postgresql_folder() as folder, running_postgresql(folder, port=port) as server:
+            new_database(server, "late")
+            wait_for(lambda: "http://127.0.0.1:" in log.read_text(), seconds=60)
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_stop_lets_requests_end_and_ends_streams(tmp_path: Path) -> None:

@@ -283,3 +283,27 @@ def test_a_profile_of_an_unknown_form_is_refused_and_not_guessed(service: Servic
             content={"widthwise_profile": 99},
         ).id
     assert_problem(create(service, latency_on=odd), 409, "profile-unreadable")
+
+
+def test_a_profile_is_deleted_once_no_job_needs_it(service: Service) -> None:
+    id = service.new_profile()
+    path = f"/v1/profiles/{id}"
+    created = create(service, latency_on=id)
+    assert created.status_code == 202, created.text
+    job = f"/v1/jobs/{created.json()['id']}"
+    problem = assert_problem(service.client.delete(path), 409, "in-use")
+    assert created.json()["id"] in problem["detail"]
+    assert service.client.post(f"{job}/cancel").json()["state"] == "cancelled"
+    assert service.client.delete(path).status_code == 204
+    for answer in (service.client.get(path), service.client.delete(path)):
+        assert_problem(answer, 404, "not-found")
+    assert id not in service.client.get("/v1/profiles?limit=200").text
+    spec = service.client.get(job).json()["spec"]
+    assert spec["constraints"]["latency_on"] == id
+    assert_problem(service.client.post(f"{job}/retry"), 409, "input-deleted")
+    problem = assert_problem(service.client.post(f"{job}/clone"), 422, "unknown-reference")
+    assert problem["pointer"] == "/spec/constraints/latency_on"
+    other = {"spec": {"constraints": {"latency_on": service.new_profile()}}}
+    assert service.client.post(f"{job}/clone?dry_run=true", json=other).status_code == 200
+    (line,) = service.client.get(f"/v1/audit?target={id}&limit=1").json()["items"]
+    assert line["action"] == "profile.deleted"

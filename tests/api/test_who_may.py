@@ -42,9 +42,11 @@ ROLES: dict[tuple[str, str], Role] = {
     ("GET", "/v1/profiles"): VIEWER,
     ("POST", "/v1/profiles"): SUBMITTER,
     ("GET", "/v1/profiles/{profile_id}"): VIEWER,
+    ("DELETE", "/v1/profiles/{profile_id}"): SUBMITTER,
     ("GET", "/v1/jobs"): VIEWER,
     ("POST", "/v1/jobs"): SUBMITTER,
     ("GET", "/v1/jobs/{job_id}"): VIEWER,
+    ("DELETE", "/v1/jobs/{job_id}"): SUBMITTER,
     ("POST", "/v1/jobs/{job_id}/cancel"): SUBMITTER,
     ("POST", "/v1/jobs/{job_id}/retry"): SUBMITTER,
     ("POST", "/v1/jobs/{job_id}/clone"): SUBMITTER,
@@ -155,6 +157,9 @@ def house(service: Service) -> Iterator[House]:
     described = "kind bW9kZWw=,filename bS56aXA="
     begin = {"Tus-Resumable": "1.0.0", "Upload-Length": "9", "Upload-Metadata": described}
     uploads = [service.client.post("/v1/uploads", headers=begin) for _ in range(2)]
+    spare["profile_id"] = service.new_profile()
+    spare["job_id"] = service.new_job()
+    service.client.post(f"/v1/jobs/{spare['job_id']}/cancel")
     upload_id, spare["upload_id"] = (each.headers["location"].split("/")[-1] for each in uploads)
     sent = service.client.get(f"/v1/webhooks/{webhook_id}/deliveries").json()["items"]
     keys = {role.value: service.new_key(role) for role in Role}

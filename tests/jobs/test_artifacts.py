@@ -16,7 +16,8 @@ import pytest
 
 from jobs import artifacts
 from jobs.artifacts import ObjectStore, open_store, run_prefix
-from jobs.errors import ObjectExists, ObjectMissing, StoreFull, StoreRefused
+from jobs.errors import ObjectExists, ObjectMissing, StoreFull, StoreRefused, StoreUnreachable
+from tests.services import free_port
 
 CONTENT = bytes(range(256)) * 9000  # more than two chunks
 
@@ -195,7 +196,7 @@ class Refusing(BaseHTTPRequestHandler):
         (403, "AccessDenied", StoreRefused, "access was denied"),
         (403, "QuotaExceeded", StoreFull, "no room left"),
         (507, "XMinioStorageFull", StoreFull, "no room left"),
-        (500, "InternalError", StoreRefused, "does not answer as it should"),
+        (500, "InternalError", StoreUnreachable, "does not answer as it should"),
     ],
 )
 def test_a_bucket_that_takes_nothing_is_told_from_a_full_one(
@@ -221,6 +222,44 @@ def test_a_bucket_that_takes_nothing_is_told_from_a_full_one(
                 open_store("s3://bucket/x", patience_seconds=0.5).put_file("k/a", file)
         finally:
             server.shutdown()
+
+
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+def test_a_store_that_is_away_is_told_from_an_empty_one(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    if kind == "folder":
+        objects = open_store((tmp_path / "objects").as_uri())
+        (tmp_path / "objects").rmdir()
+    else:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+        for name in ("AWS_ALLOW_HTTP", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "true")
+        objects = open_store("s3://bucket/x", patience_seconds=0.2)
+    for ask in (
+        lambda: objects.put_file("k/a", file),
+        lambda: objects.get_to_file("k/a", tmp_path / "copy"),
+        lambda: asyncio.run(read(objects, "k/a")),
+        lambda: objects.size("k/a"),
+        lambda: objects.keys("k/"),
+        lambda: objects.delete(["k/a"]),
+        objects.check,
+    ):
+        with pytest.raises(StoreUnreachable) as told:
+            ask()
+        assert told.value.reason
+        assert "\n" not in told.value.reason
+    assert not (tmp_path / "copy").exists()
+    assert not (tmp_path / "objects").exists()
+
+
+def test_a_bucket_that_is_not_there_is_told_from_a_missing_object(s3_url: str) -> None:
+    open_store(s3_url).check()
+    absent = open_store(s3_url.replace("//bucket/", "//absent/"))
+    assert absent.size("k/a") is None  # all that HEAD says
+    with pytest.raises(StoreUnreachable, match="cannot be reached") as told:
+        absent.check()
+    assert "NoSuchBucket" in told.value.reason
 
 
 def test_a_signed_address_needs_no_key_and_ends(s3_url: str, file: Path) -> None:

@@ -5,24 +5,27 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import structlog
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
+from sqlalchemy.exc import DBAPIError
 
 from jobs import access, blobs, deletion, migrate, quotas, store
 from jobs.access import Actor
 from jobs.db import Database, now
 from jobs.devices import Device
-from jobs.migrate import SchemaTooNew, require_fit, upgrade
+from jobs.migrate import SchemaTooNew, require_fit, upgrade, upgrade_once_reachable
 from jobs.records import DEFAULT_PROJECT, Project, Record
 from jobs.roles import Role
-from tests.services import new_database
+from tests.services import free_port, new_database
 
-NEWEST = "0007"
+NEWEST = "0008"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -38,6 +41,53 @@ def test_the_migrations_make_what_the_records_say(database: Database) -> None:
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection)
         assert compare_metadata(context, Record.metadata) == []
+
+
+@pytest.mark.parametrize("how", ["refused", "no such database"])
+def test_a_server_that_cannot_be_reached_is_asked_again_and_again(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 12:
+            raise SystemExit(0)  # as the handler of a signal does
+
+    monkeypatch.setattr(time, "sleep", pause)
+    server = "postgresql+psycopg://widthwise:a-password@127.0.0.1"
+    url = f"{server}:{free_port()}/x" if how == "refused" else f"{postgresql_url}/absent"
+    database = Database(url)
+    with structlog.testing.capture_logs() as log, pytest.raises(SystemExit):
+        upgrade_once_reachable(database)
+    database.close()
+    assert len(log) == 12
+    for line in log:
+        assert line["event"] == "the database cannot be reached"
+        assert line["error"]
+        assert "\n" not in line["error"]
+        assert "a-password" not in repr(line)
+    assert pauses == [line["again_in_seconds"] for line in log]
+    assert 0 < pauses[0] <= 1
+    assert 15 <= max(pauses) <= 30
+
+
+def test_what_is_no_absence_is_not_waited_for(
+    empty_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is no database, or a migration that fails, is told at once."""
+    if empty_url.startswith("sqlite"):
+        path = tmp_path / "folder"
+        path.mkdir()
+        database = Database(f"sqlite:///{path}")
+    else:
+        database = Database(empty_url)
+        with database.engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE jobs (id integer)")
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits"))
+    with pytest.raises(DBAPIError):
+        upgrade_once_reachable(database)
+    database.close()
 
 
 def test_many_upgrade_at_once(empty_url: str, tmp_path: Path) -> None:
@@ -150,6 +200,28 @@ def test_files_of_the_revision_before_count_and_go_as_others(empty_url: str) -> 
     with database.reading() as session:
         (blob,) = blobs.unused(session, grace_seconds=0)
         assert blob.key == "models/mdl_1/m"
+    database.close()
+
+
+def test_a_job_of_the_revision_before_can_be_deleted(empty_url: str) -> None:
+    """Also while a process of that version still writes."""
+    database = Database(empty_url)
+    upgrade(database, "0003")
+    write_as_before(database, OLD_INSERTS, 1)
+    upgrade(database, "0007")
+    write_as_before(database, OLD_INSERTS, 2)
+    write_as_before(database, OLD_CLAIM, 2)
+    upgrade(database)
+    write_as_before(database, OLD_REQUEUE, 2)
+    for job_id in ("job_1", "job_2"):
+        with database.transaction() as session:
+            store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
+            deletion.delete_job(session, Actor(DEFAULT_PROJECT), job_id)
+    write_as_before(database, OLD_CLAIM[:1], 1)  # what it has not heard of does nothing
+    with database.reading() as session:
+        assert store.list_jobs(session, project_id=DEFAULT_PROJECT) == []
+        found = store.unswept_deleted_jobs(session, grace_seconds=0)
+        assert sorted(job.id for job in found) == ["job_1", "job_2"]
     database.close()
 
 

@@ -12,10 +12,11 @@ from typing import IO, Any
 import pytest
 
 from compression.runtime_env import core_count, cpu_vendor, training_environment
-from jobs import store, workers
+from jobs import deletion, store, workers
+from jobs.access import Actor
 from jobs.artifacts import ObjectStore, run_prefix
 from jobs.db import Database, now
-from jobs.records import DEFAULT_PROJECT, Artifact, Job
+from jobs.records import DEFAULT_PROJECT, Artifact, Job, Run
 from jobs.settings import Settings
 from jobs.states import JobState
 from tests.seeds import seed_job
@@ -575,6 +576,11 @@ def test_a_redelivered_message_does_no_harm(
     assert not runner.offer(job_id)
     assert not runner.offer("job_unknown")
     assert kinds_of(database, job_id).count("started") == 1
+    with database.transaction() as session:
+        deletion.delete_job(session, Actor(DEFAULT_PROJECT), job_id)
+    assert not runner.offer(job_id)
+    with database.reading() as session:
+        assert session.query(Run).all() == []
 
 
 def test_a_run_that_lost_its_job_ends_its_child_and_writes_nothing(

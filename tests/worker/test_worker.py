@@ -27,7 +27,13 @@ from jobs.records import DEFAULT_PROJECT, Run
 from jobs.settings import Settings
 from jobs.states import JobState
 from jobs.workers import WorkerState
-from tests.services import free_port, wait_until
+from tests.services import (
+    free_port,
+    new_database,
+    postgresql_folder,
+    running_postgresql,
+    wait_until,
+)
 from tests.worker.helpers import (
     error_of,
     events_of,
@@ -413,6 +419,43 @@ def test_a_worker_whose_signing_key_is_none_says_so_and_takes_no_job(tmp_path: P
     assert "WIDTHWISE_SIGNING_KEY cannot be used" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not settings.data_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "started"), [("worker", "worker started"), ("worker.scheduler", "scheduler started")]
+)
+def test_a_database_that_is_away_at_the_start_is_waited_for(
+    tmp_path: Path, module: str, started: str
+) -> None:
+    """In one line each time; a process that is told to stop meanwhile does so at once."""
+    port = free_port()
+    url = f"postgresql+psycopg://widthwise:a-password@127.0.0.1:{port}/late"
+    settings = settings_for(tmp_path, url)
+    processes = []
+    try:
+        for name in ("patient", "stopped"):
+            processes.append(Worker(settings, tmp_path / name, program=["-m", module]))
+        patient, stopped = processes
+        away = "the database cannot be reached"
+        for process in processes:
+            wait_until(lambda told=process: told.has_logged(away), "it says what it waits for")
+        told_at = time.monotonic()
+        assert stopped.stop() == 0
+        assert time.monotonic() - told_at < 5
+        with postgresql_folder() as folder, running_postgresql(folder, port=port) as server:
+            new_database(server, "late")
+            wait_until(lambda: patient.has_logged(started), "it has started", seconds=60)
+            assert patient.stop() == 0, patient.log.read_text()
+        for process in processes:
+            log = process.log.read_text()
+            assert "Traceback" not in log
+            assert "a-password" not in log
+            (line, *_) = [line for line in log.splitlines() if away in line]
+            assert f"127.0.0.1:{port}/late" in line
+    finally:
+        for process in processes:
+            process.process.kill()
+            process.process.wait()
 
 
 def test_python_m_worker_starts_and_stops(tmp_path: Path) -> None:
