@@ -3,9 +3,9 @@
 A seed is a teacher (nine tenths of train; the hold-out of the rest chooses its epoch) and then one
 compression job, as the library runs it: uniform widths at every depth, each in fp32 and in int8,
 judged on dev and measured beside the teacher at batch 1 and 16, 64 tokens, one and two threads.
-A seed of `--per-layer-seeds` (the first alone, unless told) has another job on the same teacher,
-whose supernet also learns a width for each layer and which searches for such sub-networks at
-several speed-ups.
+Those of `--refined` are distilled alone at the end. The job of a seed of `--per-layer-seeds` (the
+first alone, unless told) also teaches its supernet a width for each layer, searches for such
+sub-networks at several speed-ups and refines what it finds.
 
 The artifact is the one of a uniform width whose drop on dev is at most `--max-drop` points as a
 mean over seeds and whose latency (batch 1, one thread, as a share of the teacher's in the same
@@ -57,18 +57,18 @@ ALONE, BATCHED = (1, 1), (16, 2)  # (rows of a call, threads)
 FP32: Format = "onnx"
 INT8: Format = "onnx-int8-dynamic"
 LABELS = ("0", "1")
-UNIFORM, PER_LAYER = "job", "per-layer"  # a seed's jobs, and their folders
+JOB = "job"  # its folder in a seed's
 BUDGET_SHARES = (1, 0.6, 0.4)  # of the latency that --per-layer-speedup leaves: 3, 5, 7.5 times
-FINALISTS = 2  # of each share
+FINALISTS = 1  # of each share
 RESELECTIONS = 20
 RESAMPLES = 2000
 CALIBRATION_ROWS = 128
 TEACHER = "teacher"
 
 
-def spec_of(seed: int, args: argparse.Namespace, job: str = UNIFORM) -> Spec:
-    """One job of a seed."""
-    from compression.spec import Spec
+def spec_of(seed: int, args: argparse.Namespace) -> Spec:
+    """A seed's job."""
+    from compression import spec
 
     values: dict[str, Any] = {
         "seed": seed,
@@ -86,7 +86,17 @@ def spec_of(seed: int, args: argparse.Namespace, job: str = UNIFORM) -> Spec:
             "lambda_rep": args.lambda_rep,
             "learning_rate": args.learning_rate,
         },
-        "depth": {"epochs": args.depth_epochs, "max_steps": args.max_steps},
+        "depth": {
+            "epochs": args.depth_epochs,
+            "max_steps": args.max_steps,
+            "learning_rate": args.depth_learning_rate,
+        },
+        "refinement": {
+            "subnetworks": list(args.refined),
+            "epochs": args.refine_epochs,
+            "max_steps": args.max_steps,
+            "learning_rate": args.learning_rate,
+        },
         "constraints": {"max_accuracy_drop": args.max_drop, "objective": "latency"},
         "export": {"formats": [FP32, INT8]},
         "latency": {
@@ -99,7 +109,8 @@ def spec_of(seed: int, args: argparse.Namespace, job: str = UNIFORM) -> Spec:
             "baselines": [INT8],
         },
     }
-    if job == PER_LAYER:
+    if seed in args.per_layer_seeds:
+        values["refinement"]["subnetworks"].append(spec.FINALISTS)
         values["supernet"]["per_layer"] = {
             "budget_shares": BUDGET_SHARES,
             "finalists": FINALISTS,
@@ -107,17 +118,17 @@ def spec_of(seed: int, args: argparse.Namespace, job: str = UNIFORM) -> Spec:
             "generations": args.generations,
         }
         values["constraints"] |= {"min_speedup": args.per_layer_speedup}
-    return Spec.model_validate(values)
+    return spec.Spec.model_validate(values)
 
 
-def run_job(seed: int, args: argparse.Namespace, job: str = UNIFORM) -> CompressionReport:
+def run_job(seed: int, args: argparse.Namespace) -> CompressionReport:
     """The job's report; the seed's teacher, files and checkpoints stay in its folder."""
     from compression.pipeline import compress
     from compression.report import CompressionReport
 
-    folder, spec = args.work_dir / f"seed-{seed}", spec_of(seed, args, job)
+    folder, spec = args.work_dir / f"seed-{seed}", spec_of(seed, args)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = folder / job / "report.json"
+    kept = folder / JOB / "report.json"
     if not kept.exists():
         log(seed, "teacher")
         model = teacher_folder(seed, folder, args)
@@ -128,9 +139,9 @@ def run_job(seed: int, args: argparse.Namespace, job: str = UNIFORM) -> Compress
             if said.get(progress.stage) != tenth:
                 said[progress.stage] = tenth
                 done = f"{progress.step}/{progress.total}"
-                log(seed, f"{job}: {progress.stage} {done} {progress.message}")
+                log(seed, f"{progress.stage} {done} {progress.message}")
 
-        data, out = args.data / "sst2", folder / job
+        data, out = args.data / "sst2", folder / JOB
         compress(spec, model, data, out, on_progress, checkpoint_seconds=60.0)
     report = CompressionReport.model_validate_json(kept.read_text())
     if report.spec != spec:
@@ -433,7 +444,7 @@ def answers(
         TEACHER: (FP32, teacher_files(seed, args) / FP32),
         "own": (
             chosen.format,
-            folder / UNIFORM / "artifacts" / chosen.subnetwork / chosen.format,
+            folder / JOB / "artifacts" / chosen.subnetwork / chosen.format,
         ),
     }
     for name, (fmt, path) in files.items():
@@ -482,7 +493,7 @@ def timed(chosen: Point, args: argparse.Namespace) -> dict[str, Any]:
     from compression.latency import Served, measure
 
     seed = args.seeds[0]
-    own = args.work_dir / f"seed-{seed}" / UNIFORM / "artifacts" / chosen.subnetwork / chosen.format
+    own = args.work_dir / f"seed-{seed}" / JOB / "artifacts" / chosen.subnetwork / chosen.format
     served = {fmt: Served(fmt, teacher_files(seed, args) / fmt) for fmt in (FP32, INT8)}
     measured = measure(
         {**{str(fmt): item for fmt, item in served.items()}, "own": Served(chosen.format, own)},
@@ -510,9 +521,12 @@ def main() -> None:
     inputs.add_arguments(parser)
     parser.add_argument("--work-dir", type=Path, default=inputs.ROOT / "build" / "bench-frontier")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--widths", nargs="+", default=["1", "3/4", "1/2", "1/4"])
+    parser.add_argument("--widths", nargs="+", default=["1", "1/2", "1/4"])
     parser.add_argument("--depths", nargs="+", default=["1", "2/3", "1/2"])
-    parser.add_argument("--depth-epochs", type=float, default=3)
+    parser.add_argument("--depth-epochs", type=float, default=1)
+    parser.add_argument("--depth-learning-rate", type=float, default=1e-4)
+    parser.add_argument("--refined", nargs="*", default=["w1_4-d2_3"], help="names of sub-networks")
+    parser.add_argument("--refine-epochs", type=float, default=3)
     parser.add_argument(
         "--per-layer-seeds", type=int, nargs="*", help="of --seeds; by default the first alone"
     )
@@ -522,12 +536,12 @@ def main() -> None:
     parser.add_argument("--latency-samples", type=int, default=24)
     parser.add_argument("--generations", type=int, default=5, help="of the search at each budget")
     parser.add_argument("--max-drop", type=float, default=1.0, help="points on dev")
-    parser.add_argument("--teacher-epochs", type=int, default=6)
-    parser.add_argument("--distil-epochs", type=float, default=3)
+    parser.add_argument("--teacher-epochs", type=int, default=3)
+    parser.add_argument("--distil-epochs", type=float, default=2)
     parser.add_argument("--lambda-rep", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--max-steps", type=int, help="cuts all trainings short, to try it out")
-    parser.add_argument("--rounds", type=int, default=50, help="of every candidate's latency")
+    parser.add_argument("--rounds", type=int, default=20, help="of every candidate's latency")
     parser.add_argument("--final-rounds", type=int, default=200)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
@@ -541,7 +555,11 @@ def main() -> None:
     args.pad_token_id, args.vocab_size = config.pad_token_id, config.vocab_size
     started = time.monotonic()
     reports = [run_job(seed, args) for seed in args.seeds]
-    per_layer = {seed: run_job(seed, args, PER_LAYER) for seed in args.per_layer_seeds}
+    per_layer = {
+        seed: report
+        for seed, report in zip(args.seeds, reports, strict=True)
+        if seed in args.per_layer_seeds
+    }
     uniform, teacher = points(reports), baselines(reports)
     chosen = next((point for point in uniform if point.accuracy_drop <= args.max_drop), None)
     found = uniform + [
@@ -570,7 +588,7 @@ def main() -> None:
         }
     result |= searched(per_layer)
     result["reselection_ms"] = reselection_ms(
-        args.work_dir / f"seed-{args.seeds[0]}" / UNIFORM / "report.json", args.max_drop
+        args.work_dir / f"seed-{args.seeds[0]}" / JOB / "report.json", args.max_drop
     )
     result |= {"threads": args.threads, "wall_s": round(time.monotonic() - started, 1)}
     print(json.dumps(result))
