@@ -58,7 +58,7 @@ FP32: Format = "onnx"
 INT8: Format = "onnx-int8-dynamic"
 LABELS = ("0", "1")
 JOB = "job"  # its folder in a seed's
-BUDGET_SHARES = (1, 0.6, 0.4)  # of the latency that --per-layer-speedup leaves: 3, 5, 7.5 times
+BUDGET_SHARES = (1, 0.7)  # of the latency that --per-layer-speedup leaves: 5 and 7.1 times
 FINALISTS = 1  # of each share
 RESELECTIONS = 20
 RESAMPLES = 2000
@@ -525,13 +525,15 @@ def main() -> None:
     parser.add_argument("--depths", nargs="+", default=["1", "2/3", "1/2"])
     parser.add_argument("--depth-epochs", type=float, default=1)
     parser.add_argument("--depth-learning-rate", type=float, default=1e-4)
-    parser.add_argument("--refined", nargs="*", default=["w1_4-d2_3"], help="names of sub-networks")
+    parser.add_argument(
+        "--refined", nargs="*", default=["w1_2-d1_2", "w1_4-d2_3"], help="names of sub-networks"
+    )
     parser.add_argument("--refine-epochs", type=float, default=3)
     parser.add_argument(
         "--per-layer-seeds", type=int, nargs="*", help="of --seeds; by default the first alone"
     )
     parser.add_argument(
-        "--per-layer-speedup", type=float, default=3.0, help="the search's widest budget"
+        "--per-layer-speedup", type=float, default=5.0, help="the search's widest budget"
     )
     parser.add_argument("--latency-samples", type=int, default=24)
     parser.add_argument("--generations", type=int, default=5, help="of the search at each budget")
