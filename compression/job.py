@@ -100,7 +100,10 @@ def load(spec: Spec, model_dir: Path, dataset_dir: Path, replicas: int | None) -
     train, held_out = without_held_out(spec, examples["train"])
     examples["train"] = train
     if held_out is not None and "unlabelled" in examples:
-        examples["unlabelled"] = without_texts(examples["unlabelled"], held_out)
+        if rest := without_texts(examples["unlabelled"], held_out):
+            examples["unlabelled"] = rest
+        else:
+            del examples["unlabelled"]
     splits = {
         split: task.encode(tokenizer, examples[split], spec.task.max_seq_len) for split in examples
     }
@@ -239,7 +242,7 @@ def row_notes(job: Job) -> tuple[str, ...]:
     if job.holdout is None:
         return cut
     taught = "and teach nothing, nor do unlabelled rows of the same text"
-    if "unlabelled" not in job.splits:
+    if "unlabelled" not in job.rows:
         taught = "and teach nothing"
     return (*cut, f"{job.held_out} rows of train score the search's candidates {taught}")
 

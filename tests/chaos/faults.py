@@ -139,21 +139,18 @@ class Injector:
     def _double_message(self, fault: Fault) -> bool | None:
         """A message that was on its way to a worker comes twice."""
         with redis.Redis.from_url(self._site.redis.url) as client:
-            if (found := self._next_message(fault, client)) is None:
+            if (found := self._await(lambda: _take(client))) is None:
                 return None
             queue, message = found
-            client.lpush(queue, message, message)
+            try:
+                client.lpush(queue, message, message)
+            except redis.ConnectionError:
+                return None  # Redis is lost, and this message with all others
         return True
 
     def _drop_message(self, fault: Fault) -> bool | None:
         with redis.Redis.from_url(self._site.redis.url) as client:
-            return None if self._next_message(fault, client) is None else True
-
-    def _next_message(self, fault: Fault, client: redis.Redis) -> tuple[bytes, bytes] | None:
-        """None where none comes: jobs that get on undisturbed need one each, and who waited for it
-        would leave them undisturbed. The first of its kind waits, so that each kind is seen."""
-        seconds = WAIT_SECONDS if fault.number < len(Kind) else 0.0
-        return self._await(lambda: _take(client), seconds=seconds)
+            return None if self._await(lambda: _take(client)) is None else True
 
     def _await(self, find: Callable[[], T | None], *, seconds: float = WAIT_SECONDS) -> T | None:
         deadline = time.monotonic() + seconds
@@ -165,9 +162,11 @@ class Injector:
 
 def _take(client: redis.Redis) -> tuple[bytes, bytes] | None:
     """The next message, before a worker has it: Redis gives it to whoever has waited longest, and
-    workers ask anew each second."""
-    taken: tuple[bytes, bytes] | None = client.brpop(list(QUEUES), timeout=2)  # type: ignore
-    return taken
+    workers ask anew each second. None where none comes, or Redis is away."""
+    with suppress(redis.ConnectionError):
+        taken: tuple[bytes, bytes] | None = client.brpop(list(QUEUES), timeout=2)  # type: ignore
+        return taken
+    return None
 
 
 def _kill_child(pid: int) -> int | None:

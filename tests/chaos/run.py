@@ -13,7 +13,7 @@ from typing import Any
 from tests.chaos.checker import Findings, Promises, check, orphans
 from tests.chaos.evidence import Evidence, Injected, read_evidence
 from tests.chaos.faults import Injector
-from tests.chaos.plan import Kind, make_plan
+from tests.chaos.plan import LANES, Fault, Kind, make_plan
 from tests.chaos.site import CHECKPOINT_SECONDS, DISK, ORPHAN_GRACE_SECONDS, Site
 from tests.chaos.user import AT_ONCE, STEPS, User
 
@@ -128,34 +128,42 @@ def what_fitted(options: Options, jobs: int, faults: int, *, all_ended: bool) ->
 
 
 class _Storm:
-    """Injects the plan's faults from a thread of its own, in step with the jobs: neither the one
-    nor the other is used up long before."""
+    """Injects the plan's faults, each lane's from a thread of its own, in step with the jobs:
+    neither the one nor the other is used up long before."""
 
     def __init__(
         self, options: Options, site: Site, user: User, say: Callable[[str], None]
     ) -> None:
         self.injected: list[Injected] = []
         self._options = options
+        self._site = site
         self._user = user
         self._say = say
         self._stopping = threading.Event()
-        self._injector = Injector(site, self._stopping)
-        self._thread = threading.Thread(target=self._run, name="storm", daemon=True)
+        self._lock = threading.Lock()
+        self._begun = 0  # faults that are injected, or are about to be
+        self._unseen = set(Kind)  # of which none is
+        self._threads = [
+            threading.Thread(target=self._run, args=(lane,), name="storm", daemon=True)
+            for lane in LANES
+        ]
         self._failure: BaseException | None = None
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def end(self) -> None:
         """What it has broken is whole again afterwards. Raises what ended it, if something did."""
         self._stopping.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         if self._failure is not None:
             raise self._failure
 
     @property
     def goes_on(self) -> bool:
-        return self._thread.is_alive()
+        return any(thread.is_alive() for thread in self._threads)
 
     @property
     def has_failed(self) -> bool:
@@ -173,27 +181,19 @@ class _Storm:
         due = AT_ONCE + done * jobs // faults
         return min(max(due, len(self._user.asked) + idle), jobs - (not idle))
 
-    def _run(self) -> None:
+    def _run(self, lane: frozenset[Kind]) -> None:
         try:
-            # Some find nothing that they could hit, as most messages on a quick machine: others
-            # stand ready.
-            for fault in make_plan(self._options.seed, 20 * self._options.faults):
-                if len(self.injected) >= self._options.faults:
+            injector = Injector(self._site, self._stopping)
+            for fault in make_plan(self._options.seed, lane):
+                if self._stopping.wait(fault.pause):
                     return
                 while self._is_ahead():
                     if self._stopping.wait(TICK_SECONDS):
                         return
-                if self._stopping.wait(fault.pause):
+                if len(self.injected) >= self._options.faults:
                     return
-                done = self._injector.inject(fault)
-                if done is None:
-                    self._say(f"fault {fault.number}, {fault.kind}: nothing to hit")
-                    continue
-                self.injected.append(done)
-                self._say(
-                    f"fault {len(self.injected)}, {fault.kind}; "
-                    f"{self._user.succeeded} jobs have succeeded"
-                )
+                if self._begins(fault.kind):
+                    self._tell(fault, injector.inject(fault))
         except BaseException as failure:
             self._failure = failure
 
@@ -201,6 +201,25 @@ class _Storm:
         """Enough has been done to the jobs so far: they would otherwise never get on."""
         share = self._options.faults / self._options.jobs
         return len(self.injected) >= (self._user.succeeded + LEAD) * share
+
+    def _begins(self, kind: Kind) -> bool:
+        """Not where all that may still come are left to those kinds of which there was none."""
+        with self._lock:
+            may = self._begun + len(self._unseen - {kind}) < self._options.faults
+            self._begun += may
+            return may
+
+    def _tell(self, fault: Fault, done: Injected | None) -> None:
+        with self._lock:
+            if done is None:
+                self._begun -= 1
+                self._say(f"{fault.kind}: nothing to hit")
+                return
+            self.injected.append(done)
+            self._unseen.discard(fault.kind)
+        self._say(
+            f"fault {len(self.injected)}, {fault.kind}; {self._user.succeeded} jobs have succeeded"
+        )
 
 
 def _await_sweep(site: Site, user: User, storm: _Storm) -> None:

@@ -40,6 +40,7 @@ from compression.search_stage import search_widths
 from compression.spec import LatencySetting, PerLayerSpec, Spec
 from compression.supernet import Subnetwork, extract_weights, subnetwork_of
 from compression.teachers import read_checkpoint
+from compression.tokenization import load_tokenizer
 from tests.builders import WORDS, tiny_bert, tiny_dataset
 from tests.encoders import (
     CLASSIFICATION,
@@ -515,3 +516,11 @@ def test_nor_on_unlabelled_rows_of_their_texts(finished: dict[str, Any], tmp_pat
         "16 rows of train score the search's candidates and teach nothing, nor do unlabelled rows "
         "of the same text",
     )
+    held_out = {tuple(ids) for ids in job.holdout.input_ids}
+    tokenizer = load_tokenizer(finished["model"])
+    scoring = [text for text in texts if tuple(tokenizer.encode(text).ids) in held_out]
+    assert len(scoring) == 16
+    (dataset / "unlabelled.tsv").write_text("\n".join(["text", *scoring]) + "\n")
+    job = load(job_spec(), finished["model"], dataset, 1)
+    assert job.rows["unlabelled"] == 16
+    assert "unlabelled" not in job.splits
