@@ -522,11 +522,11 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=inputs.ROOT / "build" / "bench-frontier")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--widths", nargs="+", default=["1", "1/2", "1/4"])
-    parser.add_argument("--depths", nargs="+", default=["1", "2/3", "1/2"])
+    parser.add_argument("--depths", nargs="+", default=["1", "5/6", "2/3"])
     parser.add_argument("--depth-epochs", type=float, default=1)
     parser.add_argument("--depth-learning-rate", type=float, default=1e-4)
     parser.add_argument(
-        "--refined", nargs="*", default=["w1_2-d1_2", "w1_4-d2_3"], help="names of sub-networks"
+        "--refined", nargs="*", default=["w1_4-d5_6", "w1_4-d2_3"], help="names of sub-networks"
     )
     parser.add_argument("--refine-epochs", type=float, default=3)
     parser.add_argument(
