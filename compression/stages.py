@@ -17,12 +17,17 @@ SECTIONS = {  # of trainings
     "final": "final",
     "refine": "refinement",
 }
+NOTHING_TO_DO = "nothing to do"
 Advance = Callable[..., None]
 
 
 @dataclass
 class Stages:
-    """Times each stage, reports its first and last sign of life, and ends the job when told to."""
+    """Times each stage, reports its first and last sign of life, and ends the job when told to.
+
+    A stage that the spec does not ask for, or that is in a checkpoint, says that it had nothing
+    to do.
+    """
 
     on_progress: OnProgress
     stop: Callable[[], bool]
@@ -33,7 +38,7 @@ class Stages:
         if name not in STAGES:
             raise ValueError(f"{name!r} is no stage of the report")
         started = time.perf_counter()
-        last = [0, 1]
+        last: list[int] = []
 
         def advance(step: int = 0, total: int = 1, message: str = "", **figures: object) -> None:
             last[:] = [step, total]
@@ -51,7 +56,9 @@ class Stages:
                 "lower the batch sizes and task.max_seq_len"
             ) from error
         self.seconds[name] = time.perf_counter() - started
-        if last[0] != last[1]:
+        if not last:
+            self.on_progress(Progress(name, 1, 1, NOTHING_TO_DO))
+        elif last[0] != last[1]:
             self.on_progress(Progress(name, last[1], last[1]))
 
     def end_if_told(self, name: str) -> None:

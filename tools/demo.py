@@ -79,7 +79,7 @@ def job_spec(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class ProgressView:
-    """One line, redrawn, on a terminal; elsewhere a line a stage and one now and then."""
+    """One line, redrawn, on a terminal; elsewhere one as a stage ends and one now and then."""
 
     SILENCE_SECONDS = 15.0
 
@@ -96,14 +96,14 @@ class ProgressView:
             return
         stage, step, total = data["stage"], data["step"], data["total"]
         now = time.monotonic()
-        first, last = stage != self._stage, step >= total
-        if first:
+        last = step >= total
+        if stage != self._stage:
             self._stage, self._stage_started = stage, now
         line = self._line(data, now - self._stage_started)
         if self._terminal:
             print(f"\r\x1b[2K{line}", end="" if not last else "\n", flush=True)
             self._open = not last
-        elif first or last or now - self._last_line > self.SILENCE_SECONDS:
+        elif last or now - self._last_line > self.SILENCE_SECONDS:
             print(line, flush=True)
             self._last_line = now
 

@@ -39,6 +39,7 @@ from compression.spec import (
     Format,
     Spec,
 )
+from compression.stages import NOTHING_TO_DO
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer
 from compression.verify import verify_bundle
@@ -79,6 +80,8 @@ def test_every_stage_begins_and_ends_in_order(finished: dict[str, Any]) -> None:
         own = [p for p in seen if p.stage == stage]
         assert own[0].step == 0
         assert own[-1].step == own[-1].total
+        idle = stage in ("depth", "final", "search", "refine")  # this spec asks for none of them
+        assert (own[-1].message == NOTHING_TO_DO) == idle
     assert set(finished["report"].stage_seconds) == set(STAGES)
 
 
