@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Select, and_, delete, exists, func, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, undefer
 
 from jobs import quotas
 from jobs.db import now
@@ -201,9 +201,15 @@ def _hold_for_job(session: Session, model_id: str, dataset_id: str, profile_id: 
 
 
 def get_profile(session: Session, id: str, *, project_id: str) -> Profile:
-    """With its content loaded."""
-    profile = get_of_project(session, Profile, "profile", id, project_id)
-    session.refresh(profile, ["content"])  # it could not be read once the session has ended
+    """With its content, in one query: by a second one it may be deleted."""
+    profile = session.scalar(
+        select(Profile)
+        .where(Profile.id == id, Profile.project_id == project_id)
+        .options(undefer(Profile.content))
+        .execution_options(populate_existing=True)
+    )
+    if profile is None:
+        raise NotFound("profile", id)
     return profile
 
 

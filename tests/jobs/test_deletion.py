@@ -7,9 +7,10 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import event, update
 
 from jobs import access, blobs, deletion, quotas, store, webhooks
 from jobs.access import Actor
@@ -189,6 +190,27 @@ def test_a_job_that_is_being_queued_wins_or_loses_against_the_deletion_of_its_pr
             queued = session.query(Job).filter_by(model_id=job.model_id, state="queued").all()
             assert len(queued) == (0 if deleted else 1)
             assert {each.profile_id for each in queued} <= {profile_id}
+
+
+def test_a_profile_that_goes_while_it_is_read_is_read_whole(database: Database) -> None:
+    profile_id = str(job_of(database, seed_job(database, profile={"tables": []})).profile_id)
+    with database.transaction() as session:
+        session.execute(update(Job).values(state=JobState.CANCELLED))
+    deleted = []
+
+    def delete_meanwhile(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if "FROM profiles" in statement and not deleted:
+            deleted.append(statement)
+            with database.transaction() as session:
+                deletion.delete_profile(session, ACTOR, profile_id)
+
+    event.listen(database.engine, "after_cursor_execute", delete_meanwhile)
+    with database.reading() as session:
+        found = store.get_profile(session, profile_id, project_id=DEFAULT_PROJECT)
+    assert deleted
+    assert found.content == {"tables": []}
+    with pytest.raises(NotFound), database.reading() as session:
+        store.get_profile(session, profile_id, project_id=DEFAULT_PROJECT)
 
 
 def delete_job(database: Database, job_id: str, actor: Actor = ACTOR) -> None:
