@@ -835,7 +835,13 @@ def sweep_again(session: Session, claim: Claim) -> None:
 
 def sweep_deleted_job(session: Session, job_id: str, *, project_id: str) -> None:
     """Has the objects of a job that has no record any more deleted, after the grace period."""
-    session.merge(DeletedJob(id=job_id, project_id=project_id, deleted_at=now(session)))
+    # Held, or a sweep that is just over would forget it before it is written.
+    known = session.get(DeletedJob, job_id, with_for_update=True)
+    at = now(session)
+    if known is None:
+        session.add(DeletedJob(id=job_id, project_id=project_id, deleted_at=at))
+    else:
+        known.deleted_at = at
     session.flush()
 
 

@@ -196,7 +196,7 @@ def test_a_profile_that_goes_while_it_is_read_is_read_whole(database: Database) 
     profile_id = str(job_of(database, seed_job(database, profile={"tables": []})).profile_id)
     with database.transaction() as session:
         session.execute(update(Job).values(state=JobState.CANCELLED))
-    deleted = []
+    deleted: list[str] = []
 
     def delete_meanwhile(_: Any, __: Any, statement: str, *___: Any) -> None:
         if "FROM profiles" in statement and not deleted:
@@ -311,6 +311,35 @@ def test_what_is_still_on_its_way_for_a_deleted_job_does_nothing(
         store.sweep_again(session, stale)
     collect(database, objects, tmp_path)
     assert objects.keys(f"jobs/{job_id}/") == []
+
+
+def test_a_job_that_is_swept_while_a_run_of_it_wakes_is_swept_again(database: Database) -> None:
+    job_id = seed_job(database)
+    with database.transaction() as session:
+        store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
+    delete_job(database, job_id)
+    with database.reading() as session:
+        (swept,) = store.unswept_deleted_jobs(session, grace_seconds=0)
+
+    def forget() -> None:
+        with database.transaction() as session:
+            store.forget_deleted_job(session, swept)
+
+    sweeper = threading.Thread(target=forget)
+    time.sleep(0.01)  # SQLite's clock tells milliseconds
+
+    def forget_meanwhile(*_: Any) -> None:
+        if sweeper.ident is None:
+            sweeper.start()
+            sweeper.join(0.2)  # it waits for this transaction, or is too quick for it
+
+    with database.transaction() as session:
+        event.listen(session, "before_flush", forget_meanwhile)
+        store.sweep_deleted_job(session, job_id, project_id=DEFAULT_PROJECT)
+    sweeper.join()
+    with database.reading() as session:
+        (found,) = store.unswept_deleted_jobs(session, grace_seconds=0)
+    assert found.deleted_at > swept.deleted_at
 
 
 def test_what_a_webhook_was_to_be_told_of_a_deleted_job_ends(database: Database) -> None:
