@@ -216,7 +216,7 @@ def get_profile(session: Session, id: str, *, project_id: str) -> Profile:
 def list_models(
     session: Session, *, project_id: str, after: str | None = None, limit: int = 50
 ) -> list[Model]:
-    """Newest first; `after` is the id of the last one seen. NotFound if it does not exist."""
+    """Newest first; `after` as in page_of_project."""
     return page_of_project(
         session, Model, "model", project_id, after, limit, Model.deleted_at.is_(None)
     )
@@ -320,8 +320,7 @@ def list_jobs(
     limit: int = 50,
     state: JobState | None = None,
 ) -> list[Job]:
-    """Newest first, without their documents, which may be long; `after` is the id of the last one
-    seen. NotFound if it does not exist."""
+    """Newest first, without their documents, which may be long; `after` as in page_of_project."""
     conditions = [] if state is None else [Job.state == state]
     documents = (Job.spec, Job.plan, Job.report, Job.checkpoints)
     return page_of_project(
