@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import resource
+import signal
 import socket
 import sys
 from contextlib import suppress
+from types import FrameType
 
 import structlog
 import uvicorn
@@ -95,17 +97,24 @@ def allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
 def main() -> None:
     settings = get_settings()
     configure_logging(settings)
     tell_confinement()
     allow_open_files()
+    # Or the first process of a container would wait for its database whatever it is told.
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         prepare(settings)
     except SchemaTooNew as error:
         sys.exit(error.message)
     except KeyboardInterrupt:
         return
+    signal.signal(signal.SIGTERM, before)  # Uvicorn has its own while it serves
     with suppress(KeyboardInterrupt):  # which Uvicorn raises again after it has stopped
         Server(settings).run()
 

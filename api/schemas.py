@@ -34,6 +34,7 @@ from compression.tables import DatasetProfile
 from jobs import records
 from jobs.deletion import Expired
 from jobs.devices import Device
+from jobs.paging import cursor_of
 from jobs.quotas import MAX_BYTES, MAX_COUNT
 from jobs.roles import Role
 from jobs.schedule import Outlook
@@ -114,7 +115,7 @@ class Page(Out, Generic[T]):
         shown = found[:limit]
         return cls(
             items=[convert(record) for record in shown],
-            next=shown[-1].id if len(found) > limit else None,
+            next=cursor_of(shown[-1]) if len(found) > limit else None,
         )
 
 

@@ -20,7 +20,13 @@ from sqlalchemy.orm import Session
 from jobs.db import now
 from jobs.errors import NotFound
 from jobs.idempotency import Hold, note_change
-from jobs.paging import get_of_project, newest_first, page_of_project
+from jobs.paging import (
+    get_of_project,
+    newest_first,
+    page_of_project,
+    place_of,
+    read_cursor,
+)
 from jobs.records import ApiKey, AuditEntry, Project, new_id
 from jobs.redaction import redact_all
 from jobs.roles import Role
@@ -69,7 +75,9 @@ def get_project(session: Session, id: str) -> Project:
 
 def list_projects(session: Session, *, after: str | None = None, limit: int = 50) -> list[Project]:
     """All of them, newest first; `after` as everywhere. For the operator alone."""
-    last = None if after is None else get_project(session, after)
+    last = None if after is None else read_cursor(after)
+    if after is not None and last is None:
+        last = place_of(get_project(session, after))
     return newest_first(session, Project, last, limit)
 
 

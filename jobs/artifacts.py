@@ -223,7 +223,8 @@ class ObjectStore:
 
     def _require_folder(self) -> None:
         """Of a local store: it is made at the start, and never again in place of one that went."""
-        if self._folder is not None and not self._folder.is_dir():
+        # Not Path.is_dir, which raises where a network's file system does not answer.
+        if self._folder is not None and not os.path.isdir(self._folder):
             raise StoreUnreachable(f"There is no folder {self._folder}")
 
     @contextmanager

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
@@ -77,8 +77,9 @@ class Database:
     @property
     def address(self) -> str:
         """Where it is, without its user and password."""
-        url = self.engine.url.set(username=None, password=None, query={})
-        return url.render_as_string()
+        url = self.engine.url
+        told = URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
+        return told.render_as_string()
 
     def close(self) -> None:
         self.engine.dispose()

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Select, and_, delete, exists, func, or_, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, undefer
 
 from jobs import quotas
 from jobs.db import now
@@ -201,16 +201,22 @@ def _hold_for_job(session: Session, model_id: str, dataset_id: str, profile_id: 
 
 
 def get_profile(session: Session, id: str, *, project_id: str) -> Profile:
-    """With its content loaded."""
-    profile = get_of_project(session, Profile, "profile", id, project_id)
-    session.refresh(profile, ["content"])  # it could not be read once the session has ended
+    """With its content, in one query: by a second one it may be deleted."""
+    profile = session.scalar(
+        select(Profile)
+        .where(Profile.id == id, Profile.project_id == project_id)
+        .options(undefer(Profile.content))
+        .execution_options(populate_existing=True)
+    )
+    if profile is None:
+        raise NotFound("profile", id)
     return profile
 
 
 def list_models(
     session: Session, *, project_id: str, after: str | None = None, limit: int = 50
 ) -> list[Model]:
-    """Newest first; `after` is the id of the last one seen. NotFound if it does not exist."""
+    """Newest first; `after` as in page_of_project."""
     return page_of_project(
         session, Model, "model", project_id, after, limit, Model.deleted_at.is_(None)
     )
@@ -314,8 +320,7 @@ def list_jobs(
     limit: int = 50,
     state: JobState | None = None,
 ) -> list[Job]:
-    """Newest first, without their documents, which may be long; `after` is the id of the last one
-    seen. NotFound if it does not exist."""
+    """Newest first, without their documents, which may be long; `after` as in page_of_project."""
     conditions = [] if state is None else [Job.state == state]
     documents = (Job.spec, Job.plan, Job.report, Job.checkpoints)
     return page_of_project(
@@ -829,7 +834,13 @@ def sweep_again(session: Session, claim: Claim) -> None:
 
 def sweep_deleted_job(session: Session, job_id: str, *, project_id: str) -> None:
     """Has the objects of a job that has no record any more deleted, after the grace period."""
-    session.merge(DeletedJob(id=job_id, project_id=project_id, deleted_at=now(session)))
+    # Held, or a sweep that is just over would forget it before it is written.
+    known = session.get(DeletedJob, job_id, with_for_update=True)
+    at = now(session)
+    if known is None:
+        session.add(DeletedJob(id=job_id, project_id=project_id, deleted_at=at))
+    else:
+        known.deleted_at = at
     session.flush()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from jobs.roles import Role
 from jobs.states import JobState
 from tests.api.conftest import Service, assert_problem, serving, wait_for
 
@@ -198,6 +199,45 @@ def test_pages_hold_every_job_once_newest_first(service: Service) -> None:
             break
     assert seen[:5] == made[::-1]
     assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize("what", ["jobs", "profiles"])
+def test_who_deletes_what_a_page_shows_reads_on_from_there(service: Service, what: str) -> None:
+    made = [service.new_job() if what == "jobs" else service.new_profile() for _ in range(5)]
+    if what == "jobs":
+        for id in made:
+            service.client.post(f"/v1/jobs/{id}/cancel")
+    path, after = f"/v1/{what}", None
+    seen: list[str] = []
+    while len(seen) < len(made):
+        query = {"limit": 2} | ({"after": after} if after else {})
+        answer = service.client.get(path, params=query)
+        assert answer.status_code == 200, answer.text
+        mine = [item["id"] for item in answer.json()["items"] if item["id"] in made]
+        assert mine  # they are the newest
+        for id in mine:
+            assert service.client.delete(f"{path}/{id}").status_code == 204
+        seen += mine
+        after = answer.json()["next"]
+    assert seen == made[::-1]
+
+
+def test_a_cursor_shows_nothing_of_another_project(service: Service) -> None:
+    made = [service.new_job() for _ in range(2)]
+    after = service.client.get("/v1/jobs?limit=1").json()["next"]
+    assert after.startswith(made[1])
+    other = service.as_key(service.new_key(Role.VIEWER, project_id=service.new_project()).secret)
+    assert other.get("/v1/jobs", params={"after": after}).json() == {"items": [], "next": None}
+    for odd in (f"{made[1]}~", "~1", "a~b", f"{made[1]}~-1", f"{made[1]}~{10**17}"):
+        assert_problem(service.client.get("/v1/jobs", params={"after": odd}), 404, "not-found")
+    for cursor, left in (
+        (after, made[:1]),
+        (made[1], made[:1]),  # an id will do, of a record that is there
+        (f"x~{10**17 - 1}", made[::-1]),
+        ("x~0", []),
+    ):
+        page = service.client.get("/v1/jobs", params={"after": cursor}).json()
+        assert [item["id"] for item in page["items"] if item["id"] in made] == left
 
 
 def test_jobs_are_found_by_their_state(service: Service) -> None:

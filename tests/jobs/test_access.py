@@ -10,6 +10,7 @@ from jobs import access
 from jobs.access import Actor, hash_key, new_key
 from jobs.db import Database, now
 from jobs.errors import NotFound
+from jobs.paging import cursor_of
 from jobs.records import DEFAULT_PROJECT, ApiKey
 from jobs.roles import Role
 
@@ -144,6 +145,7 @@ def test_projects_are_paged(database: Database) -> None:
     with database.reading() as session:
         first = access.list_projects(session, limit=2)
         rest = access.list_projects(session, after=first[-1].id)
+        assert access.list_projects(session, after=cursor_of(first[-1])) == rest
         with pytest.raises(NotFound):
             access.list_projects(session, after="prj_absent")
     assert len(first) == 2

@@ -11,6 +11,7 @@ import threading
 import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -251,6 +252,30 @@ def test_a_store_that_is_away_is_told_from_an_empty_one(
         assert "\n" not in told.value.reason
     assert not (tmp_path / "copy").exists()
     assert not (tmp_path / "objects").exists()
+
+
+def test_a_folder_whose_server_does_not_answer_is_away(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a network's file system that went: it is there, and cannot be looked at."""
+    folder, stat = tmp_path / "objects", os.stat
+    objects = open_store(folder.as_uri())
+
+    def look(path: Any, **options: Any) -> os.stat_result:
+        if path == folder:
+            raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", look)
+    for ask in (
+        lambda: objects.put_file("k/a", file),
+        lambda: objects.get_to_file("k/a", tmp_path / "copy"),
+        lambda: objects.size("k/a"),
+        lambda: objects.keys("k/"),
+        objects.check,
+    ):
+        with pytest.raises(StoreUnreachable, match="cannot be reached"):
+            ask()
 
 
 def test_a_bucket_that_is_not_there_is_told_from_a_missing_object(s3_url: str) -> None:

@@ -59,3 +59,22 @@ def test_sqlite_transactions_that_read_then_write_wait_their_turn(tmp_path: Path
         assert session.scalar(text("PRAGMA journal_mode")) == "wal"
     for database in databases:
         database.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        (
+            "postgresql+psycopg://a-user:a-password@db.example:5433/w?sslpassword=secret",
+            "postgresql+psycopg://db.example:5433/w",
+        ),
+        (
+            "postgresql+psycopg://a-user@/w?host=/run/pg&password=secret",
+            "postgresql+psycopg:///w",
+        ),
+    ],
+)
+def test_the_address_of_a_database_tells_no_secret(url: str, address: str) -> None:
+    database = Database(url)
+    assert database.address == address
+    database.close()

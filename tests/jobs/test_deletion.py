@@ -7,9 +7,10 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import event, update
 
 from jobs import access, blobs, deletion, quotas, store, webhooks
 from jobs.access import Actor
@@ -191,6 +192,27 @@ def test_a_job_that_is_being_queued_wins_or_loses_against_the_deletion_of_its_pr
             assert {each.profile_id for each in queued} <= {profile_id}
 
 
+def test_a_profile_that_goes_while_it_is_read_is_read_whole(database: Database) -> None:
+    profile_id = str(job_of(database, seed_job(database, profile={"tables": []})).profile_id)
+    with database.transaction() as session:
+        session.execute(update(Job).values(state=JobState.CANCELLED))
+    deleted: list[str] = []
+
+    def delete_meanwhile(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if "FROM profiles" in statement and not deleted:
+            deleted.append(statement)
+            with database.transaction() as session:
+                deletion.delete_profile(session, ACTOR, profile_id)
+
+    event.listen(database.engine, "after_cursor_execute", delete_meanwhile)
+    with database.reading() as session:
+        found = store.get_profile(session, profile_id, project_id=DEFAULT_PROJECT)
+    assert deleted
+    assert found.content == {"tables": []}
+    with pytest.raises(NotFound), database.reading() as session:
+        store.get_profile(session, profile_id, project_id=DEFAULT_PROJECT)
+
+
 def delete_job(database: Database, job_id: str, actor: Actor = ACTOR) -> None:
     with database.transaction() as session:
         deletion.delete_job(session, actor, job_id)
@@ -289,6 +311,35 @@ def test_what_is_still_on_its_way_for_a_deleted_job_does_nothing(
         store.sweep_again(session, stale)
     collect(database, objects, tmp_path)
     assert objects.keys(f"jobs/{job_id}/") == []
+
+
+def test_a_job_that_is_swept_while_a_run_of_it_wakes_is_swept_again(database: Database) -> None:
+    job_id = seed_job(database)
+    with database.transaction() as session:
+        store.request_cancel(session, job_id, project_id=DEFAULT_PROJECT)
+    delete_job(database, job_id)
+    with database.reading() as session:
+        (swept,) = store.unswept_deleted_jobs(session, grace_seconds=0)
+
+    def forget() -> None:
+        with database.transaction() as session:
+            store.forget_deleted_job(session, swept)
+
+    sweeper = threading.Thread(target=forget)
+    time.sleep(0.01)  # SQLite's clock tells milliseconds
+
+    def forget_meanwhile(*_: Any) -> None:
+        if sweeper.ident is None:
+            sweeper.start()
+            sweeper.join(0.2)  # it waits for this transaction, or is too quick for it
+
+    with database.transaction() as session:
+        event.listen(session, "before_flush", forget_meanwhile)
+        store.sweep_deleted_job(session, job_id, project_id=DEFAULT_PROJECT)
+    sweeper.join()
+    with database.reading() as session:
+        (found,) = store.unswept_deleted_jobs(session, grace_seconds=0)
+    assert found.deleted_at > swept.deleted_at
 
 
 def test_what_a_webhook_was_to_be_told_of_a_deleted_job_ends(database: Database) -> None:

@@ -15,6 +15,7 @@ from jobs import access, store
 from jobs.db import Database, now
 from jobs.devices import Device, Need
 from jobs.errors import Conflict, NotFound, StaleRun
+from jobs.paging import cursor_of
 from jobs.records import DEFAULT_PROJECT, Event, Job, Project, Run
 from jobs.states import JobState, RunState
 from jobs.store import Claim
@@ -340,7 +341,10 @@ def test_a_project_does_not_see_anothers_records(database: Database) -> None:
                 look()
 
 
-def test_pages_hold_every_job_once_newest_first(database: Database) -> None:
+@pytest.mark.parametrize("cursor", [cursor_of, lambda job: job.id])
+def test_pages_hold_every_job_once_newest_first(
+    database: Database, cursor: Callable[[Job], str]
+) -> None:
     made = [seed_job(database) for _ in range(7)]
     run = claimed(database, made[3])
     pages: list[str] = []
@@ -351,7 +355,7 @@ def test_pages_hold_every_job_once_newest_first(database: Database) -> None:
         if not page:
             break
         pages += [job.id for job in page]
-        after = pages[-1]
+        after = cursor(page[-1])
     assert sorted(pages) == sorted(made)
     with database.reading() as session:
         times = [store.get_job(session, id, project_id=DEFAULT_PROJECT).created_at for id in pages]
