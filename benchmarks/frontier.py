@@ -64,6 +64,7 @@ RESELECTIONS = 20
 RESAMPLES = 2000
 CALIBRATION_ROWS = 128
 TEACHER = "teacher"
+EPOCHS = "holdout_accuracy_by_epoch.json"  # in its folder
 
 
 def spec_of(seed: int, args: argparse.Namespace) -> Spec:
@@ -178,7 +179,7 @@ def teacher_folder(seed: int, folder: Path, args: argparse.Namespace) -> Path:
     unfinished = folder / "unfinished"
     save_tokenizer(args.model, unfinished)
     write_checkpoint(unfinished, config, best, LABELS)
-    (unfinished / "holdout_accuracy_by_epoch.json").write_text(json.dumps(epochs))
+    (unfinished / EPOCHS).write_text(json.dumps(epochs))
     os.replace(unfinished, kept)
     return kept
 
@@ -526,7 +527,7 @@ def main() -> None:
     parser.add_argument("--depth-epochs", type=float, default=1)
     parser.add_argument("--depth-learning-rate", type=float, default=1e-4)
     parser.add_argument(
-        "--refined", nargs="*", default=["w1_4-d5_6", "w1_4-d2_3"], help="names of sub-networks"
+        "--refined", nargs="*", default=["w1_4", "w1_4-d5_6"], help="names of sub-networks"
     )
     parser.add_argument("--refine-epochs", type=float, default=3)
     parser.add_argument(
@@ -538,7 +539,7 @@ def main() -> None:
     parser.add_argument("--latency-samples", type=int, default=24)
     parser.add_argument("--generations", type=int, default=5, help="of the search at each budget")
     parser.add_argument("--max-drop", type=float, default=1.0, help="points on dev")
-    parser.add_argument("--teacher-epochs", type=int, default=3)
+    parser.add_argument("--teacher-epochs", type=int, default=5)
     parser.add_argument("--distil-epochs", type=float, default=2)
     parser.add_argument("--lambda-rep", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
@@ -579,11 +580,16 @@ def main() -> None:
         "seeds": args.seeds,
         "teacher_accuracy": round(statistics.mean(r.teacher.accuracy for r in reports), 4),
         "teacher_accuracy_by_seed": [round(r.teacher.accuracy, 4) for r in reports],
+        "teacher_holdout_by_epoch": [
+            json.loads((args.work_dir / f"seed-{seed}" / TEACHER / EPOCHS).read_text())
+            for seed in args.seeds
+        ],
         "chosen": None,
     }
     if chosen is not None:
         result |= {
             "chosen": f"{chosen.subnetwork} {chosen.format}",
+            "drop_by_seed": [round(drop, 2) for drop in chosen.drops],
             **judged(chosen, args, reports),
             **timed(chosen, args),
             "size_ratio": round(chosen.size_mb / teacher[FP32][2], 3),
