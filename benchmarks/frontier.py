@@ -437,7 +437,10 @@ def judged(
 def answers(
     seed: int, chosen: Point, args: argparse.Namespace, splits: dict[str, Encoded]
 ) -> Iterator[tuple[str, list[int]]]:
-    """("teacher" or "own", split) -> which rows are right, by the served files."""
+    """("teacher" or "own", split) -> which rows are right, by the served files.
+
+    Row by row, as the job judges: dynamic int8 rounds by what else is in a batch.
+    """
     from compression.int8 import served_predictions
 
     folder = args.work_dir / f"seed-{seed}"
@@ -452,7 +455,7 @@ def answers(
         for split in ("dev", "test"):
             rows = splits[split]
             found = served_predictions(
-                fmt, path, rows, batch_size=64, pad_token_id=args.pad_token_id, work=folder
+                fmt, path, rows, batch_size=ALONE[0], pad_token_id=args.pad_token_id, work=folder
             )
             yield f"{name} {split}", (found.argmax(-1) == rows.labels).astype(int).tolist()
 
