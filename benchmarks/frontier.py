@@ -328,7 +328,13 @@ def plot(
             color=line.get_color(),
         )
         for point in front:
-            axes.annotate(point.subnetwork, (point.share, point.accuracy_drop), fontsize=7)
+            axes.annotate(
+                point.subnetwork,
+                (point.share, point.accuracy_drop),
+                xytext=(5, 4),
+                textcoords="offset points",
+                fontsize=7,
+            )
     for fmt, (alone, _, _) in teacher.items():
         share = alone / teacher[FP32][0]
         axes.axvline(share, linestyle="--", linewidth=1, color="grey")
