@@ -348,6 +348,11 @@ class ConstraintEffect(Frozen):
     relaxed: Candidate | None = Field(
         description="What would be chosen then; null where that changes nothing."
     )
+    implied: bool = Field(
+        False,
+        description="Of the drop of 1 point that is preferred where neither a drop nor an "
+        "objective is named.",
+    )
     words: str = Field(description="The same as a sentence.")
 
 
@@ -357,7 +362,9 @@ class Explanation(Frozen):
     candidates: int = Field(description="With every figure measured.")
     holding: int = Field(description="Of these, how many hold every constraint.")
     latency: str = Field(description="Which latency was meant: percentile and setting, in words.")
-    effects: tuple[ConstraintEffect, ...] = Field(description="Of each constraint.")
+    effects: tuple[ConstraintEffect, ...] = Field(
+        description="Of each constraint, and of the preferred drop where that decided."
+    )
 
 
 class Selection(Frozen):
