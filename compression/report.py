@@ -283,9 +283,13 @@ class SubnetworkReport(Frozen):
     test: ComparisonOnTest | None = Field(None, description="Of the selected one alone.")
     metrics: Mapping[str, float] = Field({}, description=METRICS)
     formats: tuple[FormatReport, ...] = ()
-    regression: RegressionReport | None = Field(None, description="Against the teacher on dev.")
+    regression: RegressionReport | None = Field(
+        None,
+        description="Against the teacher on dev, of the network in fp32: what a file that rounds "
+        "flips of its answers is the format's `flipped`.",
+    )
     test_regression: RegressionReport | None = Field(
-        None, description="On test, of the selected one."
+        None, description="On test, of the selected one, by the answers that `test.format` names."
     )
     pareto: bool = False
     selected: bool = False
