@@ -250,12 +250,17 @@ def select_command(arguments: list[str]) -> int:
         prog="python -m compression select", description=select_command.__doc__
     )
     parser.add_argument("report", type=Path, metavar="REPORT", help="a job's report.json")
-    parser.add_argument("--spec", type=Path, help="YAML or JSON, of which constraints are read")
+    parser.add_argument(
+        "--spec",
+        type=Path,
+        help="YAML or JSON, of which constraints are read; without it the job's own hold",
+    )
     parser.add_argument("--profile", type=Path, metavar="FILE", help=PROFILE_HELP)
     args = parser.parse_args(arguments)
     try:
-        spec, profile = with_profile(read_spec(args.spec), args.profile)
+        asked = with_profile(read_spec(args.spec), args.profile) if args.spec else None
         report = CompressionReport.model_validate_json(args.report.read_bytes())
+        spec, profile = asked or with_profile(report.spec, args.profile)
         selection = reselected(report, spec.constraints, profile)
     except CompressionError as error:
         parser.error(f"{error.message} ({error.pointer})")

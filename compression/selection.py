@@ -439,15 +439,17 @@ def _nothing_holds(
         c.model_copy(update={"misses": tuple(b.miss(c) for b in bounds if not b.holds(c))})
         for c in nearest
     )
-    apart = ""
-    if all(effect.cut < len(usable) for effect in explanation.effects):
-        apart = ", though each is held by some"
+    none = f"None of {_number(len(usable))} holds every constraint"
+    if len(usable) == 1:
+        none = "The only candidate does not hold every constraint"
+    elif all(effect.cut < len(usable) for effect in explanation.effects):
+        none += ", though each is held by some"
     return Selection(
         subnetwork=None,
         format=None,
         reason=(
-            f"None of {_number(len(usable))} holds every constraint{apart}: {_join(cuts)}; the "
-            f"nearest is {_label(marked[0])}, which {_join(marked[0].misses)}"
+            f"{none}: {_join(cuts)}; the nearest is {_label(marked[0])}, which "
+            f"{_join(marked[0].misses)}"
             + (f"; latency is {explanation.latency}." if on is not None else ".")
         ),
         nearest=marked,

@@ -11,17 +11,21 @@ from compression.__main__ import main
 from compression.command_line import on_dev, search_words, show_selection, vocabulary_words
 from compression.report import (
     Candidate,
+    CompressionReport,
+    DatasetReport,
     FormatReport,
     Interval,
     LatencyModelReport,
+    LatencyReport,
     PerLayerGain,
     SearchReport,
+    Selection,
     SubnetworkReport,
     TeacherReport,
     VocabularyReport,
 )
 from compression.selection import select
-from compression.spec import ConstraintSpec, LatencySetting
+from compression.spec import ConstraintSpec, LatencySetting, Spec
 
 
 def test_a_file_that_rounds_has_figures_of_its_own_or_none() -> None:
@@ -102,6 +106,44 @@ def test_a_search_is_told_with_its_error_and_its_gain_or_why_there_is_none() -> 
     ]
     without = found.model_copy(update={"gain": None, "note": "no finalist holds it"})
     assert list(search_words(without))[-1] == "search: no finalist holds it"
+
+
+def test_a_finished_job_is_asked_under_its_own_constraints_unless_others_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latency = LatencyReport(
+        p50_ms=4, p95_ms=5, p99_ms=6, rounds=5, batch_size=1, seq_len=8, threads=1, speedup=2
+    )
+    half = SubnetworkReport(
+        name="w1_2",
+        width_mult=Fraction(1, 2),
+        heads=(2,),
+        ffn=(8,),
+        parameters=1,
+        flops=1,
+        accuracy=0.75,
+        accuracy_drop=5.0,
+        formats=(FormatReport(format="onnx", published=True, size_bytes=10**6, latency=latency),),
+    )
+    finished = CompressionReport(
+        spec=Spec(constraints=ConstraintSpec(max_latency_ms=3)),
+        dataset=DatasetReport(rows={}, labels=(), label_names=(), text="text", label="label"),
+        teacher=TeacherReport(family="bert", fine_tuned_steps=0, parameters=1, accuracy=0.8),
+        reorder_max_abs=0,
+        subnetworks=(half,),
+        selection=Selection(subnetwork=None, format=None, reason="none"),
+        distillation_steps=1,
+        step_seconds=1,
+        stage_seconds={},
+        environment={},
+    )
+    report, other = tmp_path / "report.json", tmp_path / "other.yaml"
+    report.write_text(finished.model_dump_json())
+    other.write_text("constraints: {max_size_mb: 2}")
+    assert main(["select", str(report)]) == 1
+    assert "takes 4.00 ms, at most 3.00 ms allowed" in capsys.readouterr().out
+    assert main(["select", str(report), "--spec", str(other)]) == 0
+    assert "max_size_mb 2 rules out none" in capsys.readouterr().out
 
 
 def test_where_nothing_holds_the_nearest_three_are_printed(

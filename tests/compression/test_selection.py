@@ -112,6 +112,11 @@ def test_nothing_holds_names_what_ruled_out_how_many_and_the_nearest_three() -> 
         "max_accuracy_drop 0 rules out 3 and max_latency_ms 5 rules out 2; the nearest is w1_2 in "
         "ONNX, which loses 0.4 points of accuracy, at most 0.0 points allowed."
     )
+    alone = select(FOUR[:1], ConstraintSpec(max_latency_ms=5.0))
+    assert alone.reason == (
+        "The only candidate does not hold every constraint: max_latency_ms 5 rules out 1; the "
+        "nearest is w1 in ONNX, which takes 9.90 ms, at most 5.00 ms allowed."
+    )
     # Violations: w1_2 0.4 points; w3_4 0.1 + 0.5 of the latency; w1 0.98; w1_4 2.5.
     assert [c.subnetwork for c in selection.nearest] == ["w1_2", "w3_4", "w1"]
     assert [len(c.misses) for c in selection.nearest] == [1, 2, 1]
