@@ -271,7 +271,7 @@ def model_card(facts: BundleFacts) -> str:
         _baseline_words(teacher, metric),
         "The largest logit difference is between the file, reloaded in a fresh process, and the "
         "supernet it was cut from; a format above its tolerance is not in this bundle.",
-        *_rounded_words(subnetwork.formats, metric),
+        *_rounded_words(subnetwork.formats, metric, numbers=facts.spec.task.kind == "regression"),
         *_missing_formats(subnetwork.formats),
         "## How it was made",
         *_steps(facts),
@@ -631,12 +631,23 @@ def _missing_formats(formats: Sequence[FormatReport]) -> list[str]:
     ]
 
 
-def _rounded_words(formats: Sequence[FormatReport], metric: str) -> list[str]:
-    """Of each published format that rounds: what it is worth itself, and what it left in fp32."""
+def _rounded_words(formats: Sequence[FormatReport], metric: str, *, numbers: bool) -> list[str]:
+    """Of each published format that rounds: what it is worth itself, and what it left in fp32.
+
+    `numbers`: that is what it answers with, so no answers can be flipped.
+    """
+
+    def rounding(report: FormatReport) -> str:
+        own, most = report.flipped, report.max_flipped
+        if numbers:
+            return (
+                f"{_figure(own)} of the {metric} is lost against fp32, of {_figure(most)} allowed"
+            )
+        return f"{_share(own)} of the answers differ from those in fp32, of {_share(most)} allowed"
+
     return [
         f"{FORMAT_NAMES[report.format]} rounds, so it is judged by its own answers: {metric} on "
-        f"dev {_figure(report.accuracy)}, and {_share(report.flipped)} of the answers differ from "
-        f"those in fp32, of {_share(report.max_flipped)} allowed (of a regression: {metric} lost). "
+        f"dev {_figure(report.accuracy)}, and {rounding(report)}. "
         + _own_drop(report, metric)
         + (
             f"Left in fp32: {', '.join(_code(part) for part in report.fp32_parts)}."

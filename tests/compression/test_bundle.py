@@ -690,7 +690,7 @@ def test_card_and_manifest_have_the_intervals_and_what_was_lost_on_test(case: Ca
         "which is better than the teacher on dev. On test the ONNX (dynamic INT8) file",
         "| 3.72 (3.00 to 4.50) | 4.01 | 5.50 | 2.00 (2.00 to 2.00) |",
         "In brackets: where a figure lies with 95 % confidence.",
-        "accuracy on dev 0.8500, and 2.0% of the answers differ",
+        "on dev 0.8500, and 2.0% of the answers differ from those in fp32, of 5.0% allowed. This",
         "This accuracy is 0.55 points below the teacher's (95 %: -0.50 to 1.60 points lost).",
         "The answers on dev are the sub-network's in fp32; those on test are the ONNX (dynamic "
         "INT8) file's.",
@@ -699,6 +699,9 @@ def test_card_and_manifest_have_the_intervals_and_what_was_lost_on_test(case: Ca
     metrics = build_manifest(facts, []).metrics
     assert metrics.accuracy_drop_intervals == subnetwork.accuracy_drop_intervals
     assert metrics.on_test == test
+    scores = Spec.model_validate({"task": {"kind": "regression"}})
+    numbers = model_card(replace(facts, spec=scores))
+    assert "0.0200 of the Pearson correlation is lost against fp32, of 0.0500 allowed." in numbers
     plain = model_card(case.facts)
     assert "95 %" not in plain and "in fp32" not in plain
     assert build_manifest(case.facts, []).metrics.on_test is None
