@@ -53,12 +53,13 @@ from compression.report import (
     DatasetReport,
     FileReport,
     FormatReport,
+    Intervals,
     SubnetworkReport,
     TeacherReport,
     TrainingReport,
     VocabularyReport,
 )
-from compression.selection import FORMAT_NAMES
+from compression.selection import FORMAT_NAMES, SHOWN_CONFIDENCE
 from compression.signing import sign
 from compression.spec import (
     INT8_FORMATS,
@@ -79,6 +80,7 @@ KIND_NAMES = {  # what the model of a task is called
     "token_classification": "tagger of words",
     "question_answering": "model that finds answers",
 }
+TEACHER = "teacher"  # as ComparisonOnTest.reference has it
 CARD_GROUPS = 10  # of each kind that the card shows
 PREDICT_SOURCE = Path(__file__).with_name("bundle_predict.py")
 
@@ -189,6 +191,8 @@ def build_manifest(facts: BundleFacts, files: Sequence[FileReport]) -> Manifest:
             subnetwork=Figures(dev=subnetwork.accuracy, test=subnetwork.test_accuracy),
             all_on_dev=AllMetrics(teacher=teacher.metrics, subnetwork=subnetwork.metrics),
             accuracy_drop_points=subnetwork.accuracy_drop,
+            accuracy_drop_intervals=subnetwork.accuracy_drop_intervals,
+            on_test=subnetwork.test,
             parameters=subnetwork.parameters,
             teacher_parameters=teacher.parameters,
             flops=subnetwork.flops,
@@ -245,8 +249,8 @@ def model_card(facts: BundleFacts) -> str:
                 ("parameters", f"{subnetwork.parameters:,}", f"{teacher.parameters:,}"),
             ],
         ),
-        _drop(subnetwork.accuracy_drop, metric),
-        _test_words(subnetwork),
+        _drop(subnetwork, metric),
+        _test_words(subnetwork, metric),
         _vocabulary_words(facts.vocabulary),
         *_regression_parts(subnetwork),
         "## How fast it is, and whether the files agree",
@@ -256,6 +260,7 @@ def model_card(facts: BundleFacts) -> str:
                 "size (MB)",
                 "p50 (ms)",
                 "p95 (ms)",
+                "p99 (ms)",
                 "speed-up against the teacher",
                 "largest logit difference",
             ),
@@ -266,7 +271,7 @@ def model_card(facts: BundleFacts) -> str:
         _baseline_words(teacher, metric),
         "The largest logit difference is between the file, reloaded in a fresh process, and the "
         "supernet it was cut from; a format above its tolerance is not in this bundle.",
-        *_rounded_words(subnetwork.formats, metric),
+        *_rounded_words(subnetwork.formats, metric, numbers=facts.spec.task.kind == "regression"),
         *_missing_formats(subnetwork.formats),
         "## How it was made",
         *_steps(facts),
@@ -290,8 +295,8 @@ def model_card(facts: BundleFacts) -> str:
         f"{_in_format(facts.selected_format)}. The choice is made by {metric} on dev, so dev "
         "flatters the chosen one a little. Test, where there is one, is never used to choose, "
         "and only the chosen one is measured on it.",
-        "- Point estimates of one run with one seed: a difference of a point may be noise on a "
-        "split of this size.",
+        "- Figures are of one run with one seed, and their intervals cover the rows of the split "
+        "and the rounds of the measurement alone: a difference within them may be noise.",
         f"- {metric[0].upper()}{metric[1:]} is of all rows together. Groups of rows are compared "
         "with the teacher alone, and only those above: name the columns that matter to you in "
         "the specification's `report.slices`.",
@@ -327,6 +332,13 @@ def _regression_parts(subnetwork: SubnetworkReport) -> Iterator[str]:
         return
     yield "## Where it differs from the teacher"
     yield " ".join(_flips_words(report) for report in (dev, test) if report is not None)
+    if any(report.published and report.flipped is not None for report in subnetwork.formats):
+        own = subnetwork.test.format if subnetwork.test is not None else None
+        of_test = f"; those on test are the {FORMAT_NAMES[own]} file's" if own is not None else ""
+        yield (
+            f"The answers on dev are the sub-network's in fp32{of_test}. How many of them each "
+            "file that rounds flips is told below."
+        )
     kinds = {"label": dev.by_label, "length": dev.by_length} | {
         _code(column): groups for column, groups in dev.by_column.items()
     }
@@ -528,9 +540,18 @@ def _format_row(report: FormatReport) -> tuple[str, ...]:
     return (
         name if report.published else f"{name} (left out)",
         f"{report.size_bytes / 1e6:.1f}" if report.published else "",
-        f"{latency.p50_ms:.2f}" if latency else "not measured",
-        f"{latency.p95_ms:.2f}" if latency else "not measured",
-        f"{report.speedup:.2f}" if report.speedup is not None else "not measured",
+        *(
+            (
+                _figure_within(latency.p50_ms, latency.p50_intervals),
+                _figure_within(latency.p95_ms, latency.p95_intervals),
+                _figure_within(latency.p99_ms, latency.p99_intervals),
+            )
+            if latency
+            else ["not measured"] * 3
+        ),
+        _figure_within(report.speedup, latency.speedup_intervals if latency else ())
+        if report.speedup is not None
+        else "not measured",
         f"{report.parity_max_abs:.1e} over {report.parity_rows} rows"
         if report.parity_max_abs is not None
         else "unknown",
@@ -548,6 +569,11 @@ def _latency_words(formats: Sequence[FormatReport], environment: Mapping[str, st
         f"{latency.threads} thread{'' if latency.threads == 1 else 's'}, tokenizing left out, "
         f"measured on the CPU, by turns with the teacher, on this machine: {where}. Other "
         "machines give other ratios."
+        + (
+            f" In brackets: where a figure lies with {100 * SHOWN_CONFIDENCE:g} % confidence."
+            if latency.p50_intervals
+            else ""
+        )
     )
 
 
@@ -605,12 +631,24 @@ def _missing_formats(formats: Sequence[FormatReport]) -> list[str]:
     ]
 
 
-def _rounded_words(formats: Sequence[FormatReport], metric: str) -> list[str]:
-    """Of each published format that rounds: what it is worth itself, and what it left in fp32."""
+def _rounded_words(formats: Sequence[FormatReport], metric: str, *, numbers: bool) -> list[str]:
+    """Of each published format that rounds: what it is worth itself, and what it left in fp32.
+
+    `numbers`: that is what it answers with, so no answers can be flipped.
+    """
+
+    def rounding(report: FormatReport) -> str:
+        own, most = report.flipped, report.max_flipped
+        if numbers:
+            return (
+                f"{_figure(own)} of the {metric} is lost against fp32, of {_figure(most)} allowed"
+            )
+        return f"{_share(own)} of the answers differ from those in fp32, of {_share(most)} allowed"
+
     return [
         f"{FORMAT_NAMES[report.format]} rounds, so it is judged by its own answers: {metric} on "
-        f"dev {_figure(report.accuracy)}, and {_share(report.flipped)} of the answers differ from "
-        f"those in fp32, of {_share(report.max_flipped)} allowed (of a regression: {metric} lost). "
+        f"dev {_figure(report.accuracy)}, and {rounding(report)}. "
+        + _own_drop(report, metric)
         + (
             f"Left in fp32: {', '.join(_code(part) for part in report.fp32_parts)}."
             if report.fp32_parts
@@ -624,23 +662,66 @@ def _rounded_words(formats: Sequence[FormatReport], metric: str) -> list[str]:
     ]
 
 
+def _own_drop(report: FormatReport, metric: str) -> str:
+    if report.accuracy_drop is None:
+        return ""
+    lost = _lost(report.accuracy_drop_intervals)
+    return f"This {metric} is {_against(report.accuracy_drop)} the teacher's{lost}. "
+
+
 def _share(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.1%}"
 
 
-def _drop(points: float, metric: str) -> str:
+def _drop(subnetwork: SubnetworkReport, metric: str) -> str:
+    points = subnetwork.accuracy_drop
+    lost = _lost(subnetwork.accuracy_drop_intervals)
     if points == 0:
-        return f"On dev its {metric} is that of the teacher."
-    where = "below" if points > 0 else "above"
-    return f"On dev its {metric} is {abs(points):.2f} points {where} the teacher's."
+        return f"On dev its {metric} is that of the teacher{lost}."
+    return f"On dev its {metric} is {_against(points)} the teacher's{lost}."
 
 
-def _test_words(subnetwork: SubnetworkReport) -> str:
-    """Whose answers the figures of test are, where they are not the sub-network's in fp32."""
-    if subnetwork.test is None or subnetwork.test.format is None:
+def _against(points: float) -> str:
+    """ "0.40 points below": of points lost."""
+    return f"{abs(points):.2f} points {'below' if points >= 0 else 'above'}"
+
+
+def _lost(intervals: Intervals) -> str:
+    """ " (95 %: -0.10 to 0.90 points lost)"; nothing where no interval was kept."""
+    interval = _within(intervals)
+    return f" ({100 * SHOWN_CONFIDENCE:g} %: {interval} points lost)" if interval else ""
+
+
+def _figure_within(value: float, intervals: Intervals) -> str:
+    """ "3.72 (3.60 to 3.90)"."""
+    interval = _within(intervals)
+    return f"{value:.2f}" + (f" ({interval})" if interval else "")
+
+
+def _within(intervals: Intervals) -> str:
+    return "".join(
+        f"{each.low:.2f} to {each.high:.2f}"
+        for each in intervals
+        if each.confidence == SHOWN_CONFIDENCE
+    )
+
+
+def _test_words(subnetwork: SubnetworkReport, metric: str) -> str:
+    """What it lost on test, and whose answers these are where not the sub-network's in fp32."""
+    test = subnetwork.test
+    if test is None:
         return ""
-    name = FORMAT_NAMES[subnetwork.test.format]
-    return f"On test the {name} file, which was chosen, was judged by its own answers."
+    is_teacher = test.reference == TEACHER
+    words = (
+        f"Its {metric} on test is {_against(test.accuracy_drop)} that of "
+        f"{'the teacher' if is_teacher else _code(test.reference)}"
+        f"{_lost(test.accuracy_drop_intervals)}"
+        f"{'' if is_teacher else ', which is better than the teacher on dev'}."
+    )
+    if test.format is None:
+        return words
+    name = FORMAT_NAMES[test.format]
+    return f"{words} On test the {name} file, which was chosen, was judged by its own answers."
 
 
 def _in_format(fmt: Format | None) -> str:

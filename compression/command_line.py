@@ -43,6 +43,7 @@ from compression.report import (
     FormatReport,
     Intervals,
     Progress,
+    SearchReport,
     Selection,
     SubnetworkReport,
     TeacherReport,
@@ -142,10 +143,10 @@ def shown(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def within(intervals: Intervals) -> str:
+def within(intervals: Intervals, between: str = "-") -> str:
     """ "3.91-4.10", with 95 % confidence; nothing where no interval was kept."""
     return "".join(
-        f"{each.low:.2f}-{each.high:.2f}"
+        f"{each.low:.2f}{between}{each.high:.2f}"
         for each in intervals
         if each.confidence == SHOWN_CONFIDENCE
     )
@@ -158,6 +159,29 @@ def vocabulary_words(vocabulary: VocabularyReport) -> str:
         f"on {vocabulary.split} {vocabulary.changed_texts:.1%} of the texts have a removed one, "
         f"[UNK] is {vocabulary.unk_after:.2%} of the tokens ({vocabulary.unk_before:.2%} before)"
     )
+
+
+def search_words(search: SearchReport) -> Iterator[str]:
+    """What the search for a width for each layer did, how it predicted, and what it gained."""
+    yield (
+        f"search: {search.scored} candidates within {' and '.join(search.budget)}, in "
+        f"{search.format}, scored on {search.holdout_rows} rows of train"
+    )
+    for model in search.latency_models:
+        yield (
+            f"search: latency (p{model.percentile}) was predicted {model.mean_error:.1%} off on "
+            f"average, {model.max_error:.1%} at most, on {model.held_out} sub-networks that were "
+            "measured and not fitted"
+        )
+    if (gain := search.gain) is not None:
+        interval = within(gain.intervals, " to ")
+        yield (
+            f"search: {gain.subnetwork} gains {gain.points:+.2f} points on dev over "
+            f"{gain.reference}, the best of one width"
+            + (f" (95 %: {interval})" if interval else "")
+        )
+    elif search.note:
+        yield f"search: {search.note}"
 
 
 @contextmanager
@@ -226,12 +250,17 @@ def select_command(arguments: list[str]) -> int:
         prog="python -m compression select", description=select_command.__doc__
     )
     parser.add_argument("report", type=Path, metavar="REPORT", help="a job's report.json")
-    parser.add_argument("--spec", type=Path, help="YAML or JSON, of which constraints are read")
+    parser.add_argument(
+        "--spec",
+        type=Path,
+        help="YAML or JSON, of which constraints are read; without it the job's own hold",
+    )
     parser.add_argument("--profile", type=Path, metavar="FILE", help=PROFILE_HELP)
     args = parser.parse_args(arguments)
     try:
-        spec, profile = with_profile(read_spec(args.spec), args.profile)
+        asked = with_profile(read_spec(args.spec), args.profile) if args.spec else None
         report = CompressionReport.model_validate_json(args.report.read_bytes())
+        spec, profile = asked or with_profile(report.spec, args.profile)
         selection = reselected(report, spec.constraints, profile)
     except CompressionError as error:
         parser.error(f"{error.message} ({error.pointer})")
@@ -269,6 +298,8 @@ def show_selection(selection: Selection) -> None:
     if selection.explanation is not None:
         for effect in selection.explanation.effects:
             print(effect.words)
+    for each in selection.nearest:
+        print(f"near: {each.subnetwork} in {each.format} {', '.join(each.misses)}")
 
 
 def schema_command(arguments: list[str]) -> int:
@@ -438,6 +469,8 @@ def compress_command(arguments: list[str]) -> int:
     print(table(report))
     show_predictions(report)
     show_selection(report.selection)
+    if report.search is not None:
+        print(*search_words(report.search), sep="\n")
     if report.vocabulary is not None:
         print(vocabulary_words(report.vocabulary))
     for warning in (*report.dataset.notes, *report.warnings):

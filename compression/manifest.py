@@ -15,7 +15,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from compression.report import FileReport, FormatReport, VocabularyReport
+from compression.report import (
+    ComparisonOnTest,
+    FileReport,
+    FormatReport,
+    Intervals,
+    VocabularyReport,
+)
 from compression.spec import Format, Frozen
 from compression.vocabulary import MAP_FILE
 
@@ -75,6 +81,13 @@ class ManifestMetrics(Frozen):
     subnetwork: Figures
     all_on_dev: AllMetrics
     accuracy_drop_points: float
+    accuracy_drop_intervals: Intervals = Field(
+        (), description="Of these points, over dev's rows; none in bundles that predate them."
+    )
+    on_test: ComparisonOnTest | None = Field(
+        None,
+        description="The chosen sub-network's drop on test with its intervals; null of all others.",
+    )
     parameters: int
     teacher_parameters: int
     flops: int

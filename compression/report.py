@@ -283,9 +283,13 @@ class SubnetworkReport(Frozen):
     test: ComparisonOnTest | None = Field(None, description="Of the selected one alone.")
     metrics: Mapping[str, float] = Field({}, description=METRICS)
     formats: tuple[FormatReport, ...] = ()
-    regression: RegressionReport | None = Field(None, description="Against the teacher on dev.")
+    regression: RegressionReport | None = Field(
+        None,
+        description="Against the teacher on dev, of the network in fp32: what a file that rounds "
+        "flips of its answers is the format's `flipped`.",
+    )
     test_regression: RegressionReport | None = Field(
-        None, description="On test, of the selected one."
+        None, description="On test, of the selected one, by the answers that `test.format` names."
     )
     pareto: bool = False
     selected: bool = False
@@ -348,6 +352,11 @@ class ConstraintEffect(Frozen):
     relaxed: Candidate | None = Field(
         description="What would be chosen then; null where that changes nothing."
     )
+    implied: bool = Field(
+        False,
+        description="Of the drop of 1 point that is preferred where neither a drop nor an "
+        "objective is named.",
+    )
     words: str = Field(description="The same as a sentence.")
 
 
@@ -357,7 +366,9 @@ class Explanation(Frozen):
     candidates: int = Field(description="With every figure measured.")
     holding: int = Field(description="Of these, how many hold every constraint.")
     latency: str = Field(description="Which latency was meant: percentile and setting, in words.")
-    effects: tuple[ConstraintEffect, ...] = Field(description="Of each constraint.")
+    effects: tuple[ConstraintEffect, ...] = Field(
+        description="Of each constraint, and of the preferred drop where that decided."
+    )
 
 
 class Selection(Frozen):

@@ -38,8 +38,16 @@ def cpu_vendor(cpuinfo: Path = CPUINFO) -> str:
 
 
 def cpu_name(cpuinfo: Path = CPUINFO) -> str:
-    """The processor's model name; "" where the kernel does not say."""
-    return _first(_cpuinfo("model name", cpuinfo))
+    """The processor's model name; "" where the kernel does not say.
+
+    Of ARM it mostly does not: then the board's, or the numbers of the cores' designs.
+    """
+    for field in ("model name", "Model", "Hardware"):
+        if name := _first(_cpuinfo(field, cpuinfo)):
+            return name
+    implementers, parts = (_cpuinfo(f"CPU {field}", cpuinfo) for field in ("implementer", "part"))
+    designs = dict.fromkeys(zip(implementers, parts, strict=False))
+    return ", ".join(f"implementer {who} part {what}" for who, what in designs)
 
 
 def paddle_version() -> str:

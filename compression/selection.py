@@ -117,13 +117,17 @@ def select(
             latency_on=on,
         )
     found = _decide(usable, bounds, constraints, metric)
+    effects = [_effect(i, usable, bounds, constraints, metric, found) for i in range(len(bounds))]
+    if found is not None and len(found.bounds) > len(bounds):  # the preferred drop is the last
+        literal = constraints.model_copy(update={"objective": "latency"})
+        effects.append(
+            _effect(len(bounds), usable, found.bounds, literal, metric, found, implied=True)
+        )
     explanation = Explanation(
         candidates=len(usable),
         holding=sum(_holds_all(c, bounds) for c in usable),
         latency=_latency_words(constraints.latency_at, on),
-        effects=tuple(
-            _effect(i, usable, bounds, constraints, metric, found) for i in range(len(bounds))
-        ),
+        effects=tuple(effects),
     )
     if found is None:
         return _nothing_holds(usable, bounds, explanation, on)
@@ -321,8 +325,13 @@ def _effect(
     constraints: ConstraintSpec,
     metric: str,
     found: _Choice | None,
+    *,
+    implied: bool = False,
 ) -> ConstraintEffect:
-    """What one of the bounds cut away, and what a wider one would change."""
+    """What one of the bounds cut away, and what a wider one would change.
+
+    `implied`: it was not set.
+    """
     bound, others = bounds[index], [*bounds[:index], *bounds[index + 1 :]]
     cut = [c for c in usable if not bound.holds(c)]
     alone = [c for c in cut if _holds_all(c, others)]
@@ -345,7 +354,10 @@ def _effect(
         nearest_miss=miss,
         relaxed_by=bound.step,
         relaxed=relaxed,
-        words=_effect_words(bound, len(usable), cut, alone, nearest, relaxed, metric),
+        implied=implied,
+        words=_effect_words(
+            bound, len(usable), cut, alone, nearest, relaxed, metric, implied=implied
+        ),
     )
 
 
@@ -360,8 +372,10 @@ def _effect_words(
     nearest: Candidate | None,
     relaxed: Candidate | None,
     metric: str,
+    *,
+    implied: bool,
 ) -> str:
-    name = f"{bound.name} {bound.limit:g}"
+    name = f"{bound.name} {bound.limit:g}" + (", as none was set," if implied else "")
     if nearest is None:
         return f"{name} rules out none of {_number(total)}."
     which = f" ({len(alone)} for this alone)" if len(alone) < len(cut) else ""
@@ -425,15 +439,17 @@ def _nothing_holds(
         c.model_copy(update={"misses": tuple(b.miss(c) for b in bounds if not b.holds(c))})
         for c in nearest
     )
-    apart = ""
-    if all(effect.cut < len(usable) for effect in explanation.effects):
-        apart = ", though each is held by some"
+    none = f"None of {_number(len(usable))} holds every constraint"
+    if len(usable) == 1:
+        none = "The only candidate does not hold every constraint"
+    elif all(effect.cut < len(usable) for effect in explanation.effects):
+        none += ", though each is held by some"
     return Selection(
         subnetwork=None,
         format=None,
         reason=(
-            f"None of {_number(len(usable))} holds every constraint{apart}: {_join(cuts)}; the "
-            f"nearest is {_label(marked[0])}, which {_join(marked[0].misses)}"
+            f"{none}: {_join(cuts)}; the nearest is {_label(marked[0])}, which "
+            f"{_join(marked[0].misses)}"
             + (f"; latency is {explanation.latency}." if on is not None else ".")
         ),
         nearest=marked,

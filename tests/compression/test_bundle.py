@@ -40,12 +40,13 @@ from compression.report import (
     DatasetReport,
     FileReport,
     FormatReport,
+    Interval,
     LatencyReport,
     SubnetworkReport,
     TeacherReport,
     TrainingReport,
 )
-from compression.spec import ConstraintSpec, Format, LatencySetting, Spec
+from compression.spec import CONFIDENCES, ConstraintSpec, Format, LatencySetting, Spec
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer, save_tokenizer
 from compression.verify import verify_bundle
@@ -623,6 +624,87 @@ def test_the_card_says_whose_answers_the_figures_of_test_are(case: Case) -> None
         replace(case.facts, subnetwork=case.facts.subnetwork.model_copy(update={"test": rounded}))
     )
     assert "On test the ONNX (static INT8) file, which was chosen, was judged" in card
+
+
+def test_card_and_manifest_have_the_intervals_and_what_was_lost_on_test(case: Case) -> None:
+    """872 rows cannot tell half a point: no figure stands without what is known of its noise."""
+
+    def within(low: float, high: float) -> tuple[Interval, ...]:
+        spread = enumerate(CONFIDENCES)
+        return tuple(Interval(confidence=c, low=low - i, high=high + i) for i, c in spread)
+
+    test = ComparisonOnTest(
+        reference="w1",
+        reference_accuracy=0.9,
+        accuracy=0.893,
+        accuracy_drop=0.7,
+        accuracy_drop_intervals=within(0.0, 1.4),
+        format="onnx-int8-dynamic",
+    )
+    latency = LatencyReport(
+        p50_ms=3.72,
+        p95_ms=4.01,
+        p99_ms=5.5,
+        rounds=50,
+        batch_size=1,
+        seq_len=8,
+        threads=1,
+        p50_intervals=within(4.0, 3.5),
+        speedup_intervals=within(3.0, 1.0),
+    )
+    rounded = FormatReport(
+        format="onnx-int8-dynamic",
+        published=True,
+        accuracy=0.85,
+        accuracy_drop=0.55,
+        accuracy_drop_intervals=within(0.5, 0.6),
+        flipped=0.02,
+        max_flipped=0.05,
+        latency=latency,
+        speedup=2.0,
+    )
+    flips = Flips(units=10, agreement=0.8, teacher_right=9, right_to_wrong=1, wrong_to_right=1)
+    regression = RegressionReport(
+        split="dev",
+        unit="row",
+        rule="right: as it should be",
+        overall=flips,
+        by_label=(),
+        by_length=(),
+        by_column={},
+        worst_rows=(),
+    )
+    subnetwork = case.facts.subnetwork.model_copy(
+        update={
+            "accuracy_drop_intervals": within(0.1, 0.7),
+            "test": test,
+            "formats": (rounded,),
+            "regression": regression,
+        }
+    )
+    facts = replace(case.facts, subnetwork=subnetwork)
+    card = model_card(facts)
+    for words in (
+        "0.40 points below the teacher's (95 %: -0.90 to 1.70 points lost).",
+        "Its accuracy on test is 0.70 points below that of `w1` (95 %: -1.00 to 2.40 points lost), "
+        "which is better than the teacher on dev. On test the ONNX (dynamic INT8) file",
+        "| 3.72 (3.00 to 4.50) | 4.01 | 5.50 | 2.00 (2.00 to 2.00) |",
+        "In brackets: where a figure lies with 95 % confidence.",
+        "on dev 0.8500, and 2.0% of the answers differ from those in fp32, of 5.0% allowed. This",
+        "This accuracy is 0.55 points below the teacher's (95 %: -0.50 to 1.60 points lost).",
+        "The answers on dev are the sub-network's in fp32; those on test are the ONNX (dynamic "
+        "INT8) file's.",
+    ):
+        assert words in card, words
+    metrics = build_manifest(facts, []).metrics
+    assert metrics.accuracy_drop_intervals == subnetwork.accuracy_drop_intervals
+    assert metrics.on_test == test
+    scores = Spec.model_validate({"task": {"kind": "regression"}})
+    numbers = model_card(replace(facts, spec=scores))
+    assert "0.0200 of the Pearson correlation is lost against fp32, of 0.0500 allowed." in numbers
+    plain = model_card(case.facts)
+    assert "95 %" not in plain and "in fp32" not in plain
+    assert build_manifest(case.facts, []).metrics.on_test is None
 
 
 def test_weights_without_a_served_file_can_be_checked(case: Case, tmp_path: Path) -> None:

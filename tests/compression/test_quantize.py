@@ -36,7 +36,7 @@ from compression.int8 import (
     loses_at_most,
     pass_gate,
 )
-from compression.quantize import batches, parts, with_float
+from compression.quantize import PREFIX, SUFFIX, batches, parts, with_float
 from compression.report import Interval
 from compression.spec import INT8_FORMATS, Format, Int8Spec, TaskSpec
 from compression.tasks import make_task
@@ -167,9 +167,10 @@ def test_a_fresh_process_answers_alone_and_padded(case: Case, fmt: Format) -> No
 @pytest.mark.parametrize("fmt", INT8_FORMATS)
 def test_every_weight_but_the_classifiers_is_in_int8(case: Case, fmt: Format) -> None:
     config = case.encoder.config
+    shapes = parameter_shapes(config)
     wanted = {
         name.removesuffix(".weight")
-        for name, shape in parameter_shapes(config).items()
+        for name, shape in shapes.items()
         if len(shape) == 2 and name != "classifier.weight"
     }
     method = exporter_of(fmt).method
@@ -179,6 +180,10 @@ def test_every_weight_but_the_classifiers_is_in_int8(case: Case, fmt: Format) ->
     floats = [v for v in matrices if v.data_type == onnx.TensorProto.FLOAT]
     assert [list(value.dims) for value in floats] == [[config.hidden, config.num_labels]]
     assert len(matrices) == len(wanted) + 1
+    scales = {v.name: list(v.dims) for v in graph.initializer if v.name.endswith("_scale")}
+    for part in wanted:  # of a product one scale for each output, of a table one
+        outputs = [] if part.startswith("embeddings.") else [shapes[f"{part}.weight"][1]]
+        assert scales[f"{PREFIX}{part}{SUFFIX}_scale"] == outputs
     assert served_bytes(fmt, case.exported[fmt].folder) < 0.4 * served_bytes(
         "onnx", case.exported["onnx"].folder
     )

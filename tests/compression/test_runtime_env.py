@@ -12,6 +12,7 @@ from compression.runtime_env import (
     Variables,
     candidates,
     core_count,
+    cpu_name,
     cpu_vendor,
     fastest,
     measured_seconds,
@@ -48,6 +49,28 @@ def test_threads_of_one_core_count_once(tmp_path: Path) -> None:
     cpuinfo.write_text("processor : 0\nprocessor : 1\n")  # as many virtual machines say it
     assert core_count(cpuinfo, usable={0, 1}) == 2
     assert core_count(tmp_path / "absent", usable={0, 1, 2}) == 3
+
+
+@pytest.mark.parametrize(
+    ("tail", "name"),
+    [
+        ("", "implementer 0x41 part 0xd03, implementer 0x41 part 0xd09"),
+        ("Hardware\t: Kirin970\n", "Kirin970"),
+        ("Hardware\t: BCM2835\nModel\t\t: Raspberry Pi 4 Model B\n", "Raspberry Pi 4 Model B"),
+        ("model name\t: ARMv7 Processor rev 3 (v7l)\n", "ARMv7 Processor rev 3 (v7l)"),
+    ],
+)
+def test_boards_are_told_apart_where_the_kernel_names_no_processor(
+    tmp_path: Path, tail: str, name: str
+) -> None:
+    cores = [
+        f"processor\t: {n}\nCPU implementer\t: 0x41\nCPU part\t: {part}\n\n"
+        for n, part in enumerate(("0xd03", "0xd03", "0xd09"))
+    ]
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("".join(cores) + tail)
+    assert cpu_name(cpuinfo) == name
+    assert cpu_name(tmp_path / "absent") == ""
 
 
 def test_replicas_keep_the_cores_busy() -> None:

@@ -112,6 +112,11 @@ def test_nothing_holds_names_what_ruled_out_how_many_and_the_nearest_three() -> 
         "max_accuracy_drop 0 rules out 3 and max_latency_ms 5 rules out 2; the nearest is w1_2 in "
         "ONNX, which loses 0.4 points of accuracy, at most 0.0 points allowed."
     )
+    alone = select(FOUR[:1], ConstraintSpec(max_latency_ms=5.0))
+    assert alone.reason == (
+        "The only candidate does not hold every constraint: max_latency_ms 5 rules out 1; the "
+        "nearest is w1 in ONNX, which takes 9.90 ms, at most 5.00 ms allowed."
+    )
     # Violations: w1_2 0.4 points; w3_4 0.1 + 0.5 of the latency; w1 0.98; w1_4 2.5.
     assert [c.subnetwork for c in selection.nearest] == ["w1_2", "w3_4", "w1"]
     assert [len(c.misses) for c in selection.nearest] == [1, 2, 1]
@@ -227,9 +232,30 @@ def test_the_explanation_says_what_each_constraint_cut_and_what_more_would_buy()
     assert size.words == "max_size_mb 100 rules out none of 4 candidates."
 
 
+def test_a_drop_that_is_only_preferred_says_what_a_point_more_would_buy() -> None:
+    nearer = (*FOUR[:3], candidate("w1_4", drop=1.8, ms=2.0, mb=60))
+    explanation = select(nearer, ConstraintSpec(max_latency_ms=8.0)).explanation
+    assert explanation is not None and explanation.holding == 3
+    latency, drop = explanation.effects
+    assert (latency.constraint, latency.implied) == ("max_latency_ms", False)
+    assert (drop.constraint, drop.limit, drop.implied) == ("max_accuracy_drop", 1.0, True)
+    assert (drop.cut, drop.cut_alone) == (1, 1)
+    assert drop.relaxed is not None and drop.relaxed.subnetwork == "w1_4"
+    assert drop.words.startswith(
+        "max_accuracy_drop 1, as none was set, rules out 1 of 4 candidates; the nearest miss is "
+        "w1_4 in ONNX, by 0.8 points of accuracy; with 1.0 points of accuracy more w1_4 in ONNX"
+    )
+    # It decides nothing where an objective is named, or where all lose more.
+    for literal in ({"objective": "latency"}, {"max_latency_ms": 3.0}):
+        named = select(FOUR, ConstraintSpec.model_validate(literal)).explanation
+        assert named is not None and not any(effect.implied for effect in named.effects)
+
+
 def test_a_relaxed_bound_is_what_would_be_chosen_with_it() -> None:
     """Whatever the constraints: asking again with the wider bound gives the promised answer."""
-    for drop, ms, speedup in itertools.product((0.0, 1.6), (1.5, 3.5, 6.6), (None, 2.55, 5.05)):
+    for drop, ms, speedup in itertools.product(
+        (0.0, 1.6, None), (1.5, 3.5, 6.6), (None, 2.55, 5.05)
+    ):
         asked = ConstraintSpec(max_accuracy_drop=drop, max_latency_ms=ms, min_speedup=speedup)
         selection = select(FOUR, asked)
         assert selection.explanation is not None
@@ -518,7 +544,8 @@ def test_latency_on_another_device_is_what_is_predicted_there() -> None:
     )
     assert on_board.explanation is not None
     assert on_board.explanation.latency.startswith("p50, predicted for Test Board rev 3")
-    (effect,) = on_board.explanation.effects
+    effect, preferred = on_board.explanation.effects
+    assert preferred.implied and preferred.cut == 0
     assert effect.nearest_miss is not None and effect.nearest_miss.by == pytest.approx(0.2)
     assert on_board.latency_on is not None and on_board.latency_on.profile == "prf_1"
 

@@ -441,6 +441,18 @@ def test_rows_of_train_that_score_the_search_keep_their_tokens(tmp_path: Path) -
     assert held_out <= set(job.vocabulary.kept.tolist())
 
 
+def test_unlabelled_rows_keep_their_tokens_and_those_of_dev_and_test_do_not(
+    tmp_path: Path,
+) -> None:
+    spec, model, dataset = a_job(tmp_path, spec={"vocabulary": {"remove_unused": True}})
+    before = load(spec, model, dataset, 1).vocabulary
+    (dataset / "unlabelled.tsv").write_text("text\na good marvel\n")
+    after = load(spec, model, dataset, 1).vocabulary
+    assert before is not None and after is not None
+    assert not {"marvel", "λογος"} & set(tokens_left(before))  # of dev and test alone
+    assert set(tokens_left(after)) == {*tokens_left(before), "marvel"}
+
+
 def test_words_that_two_tokenizers_cut_off_are_compared_where_both_answer(tmp_path: Path) -> None:
     dataset = tiny_tags(tmp_path / "dataset", rows={"train": 100, "dev": 4})
     row = {"tokens": [*["marvel"] * 3, "good"], "tags": ["O"] * 4}
