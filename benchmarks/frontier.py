@@ -63,6 +63,11 @@ FINALISTS = 1  # of each share
 RESELECTIONS = 20
 RESAMPLES = 2000
 CALIBRATION_ROWS = 128
+CHOSEN = (  # figures of the chosen artifact: null where none loses so little
+    *("accuracy_drop", "accuracy_drop_test", "drop_ci_high", "size_ratio"),
+    *("speedup_vs_ort_fp32", "speedup_vs_ort_int8"),
+    *("speedup_vs_ort_fp32_b16", "speedup_vs_ort_int8_b16"),
+)
 TEACHER = "teacher"
 EPOCHS = "holdout_accuracy_by_epoch.json"  # in its folder
 
@@ -594,6 +599,7 @@ def main() -> None:
             for seed in args.seeds
         ],
         "chosen": None,
+        **dict.fromkeys(CHOSEN),
     }
     if chosen is not None:
         result |= {

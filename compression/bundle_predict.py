@@ -32,6 +32,7 @@ RUNTIMES = {
     "onnx-int8-static": "onnxruntime",
     "onnx-fp16": "onnxruntime",
     "paddle": "paddle",
+    "paddle-bf16": "paddle",
 }
 PACKAGES = {"paddle": "paddlepaddle"}  # where the package to install has another name
 BATCH_ROWS = 32
@@ -107,13 +108,15 @@ def load_onnx(files: dict[str, Path]) -> Callable[[dict[str, Any]], Any]:
     return lambda batch: session.run(["logits"], {name: batch[name] for name in names})[0]
 
 
-def load_paddle(files: dict[str, Path]) -> Callable[[dict[str, Any]], Any]:
+def load_paddle(files: dict[str, Path], *, bf16: bool) -> Callable[[dict[str, Any]], Any]:
     need("paddle")
     inference = need("paddle.inference")
     config = inference.Config(str(files["inference.json"]), str(files["inference.pdiparams"]))
     config.disable_gpu()
     config.disable_glog_info()
     config.enable_mkldnn()
+    if bf16:  # in fp32 where the processor has no such instructions
+        config.enable_mkldnn_bfloat16()
     predictor = inference.create_predictor(config)
 
     def run(batch: dict[str, Any]) -> Any:
@@ -128,7 +131,9 @@ def load_paddle(files: dict[str, Path]) -> Callable[[dict[str, Any]], Any]:
 def load(manifest: dict[str, Any], fmt: str) -> Callable[[dict[str, Any]], Any]:
     names = [entry["path"] for entry in manifest["formats"][fmt]["files"]]
     files = {Path(name).name: need_file(name) for name in names}
-    return load_onnx(files) if RUNTIMES[fmt] == "onnxruntime" else load_paddle(files)
+    if RUNTIMES[fmt] == "onnxruntime":
+        return load_onnx(files)
+    return load_paddle(files, bf16=fmt == "paddle-bf16")
 
 
 def read_tokenizer() -> Any:

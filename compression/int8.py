@@ -163,8 +163,8 @@ def flipped_share(task: Task, found: Predictions, expected: Predictions, data: E
 def pass_gate(exporter: Exporter, files: Exported, judge: Judge, source: Int8Source) -> Outcome:
     """Judges the file; where the judge is not content, puts its worst parts back into fp32.
 
-    Where that fails, the file with all parts in int8 stands for itself. Of fp16 no parts are put
-    back: it is as near as it can be.
+    Where that fails, the file with all parts in int8 stands for itself. Of fp16 and bf16 no parts
+    are put back: they are as near as they can be.
     """
     try:
         verdict = judge(files)

@@ -33,8 +33,8 @@ from compression.report import (
     SubnetworkReport,
 )
 from compression.spec import (
-    FP16_GATE,
-    INT8_FORMATS,
+    HALF_FORMATS,
+    HALF_GATE,
     ROUNDED_FORMATS,
     SERVED_FORMATS,
     Format,
@@ -132,10 +132,11 @@ def pass_rounding_gate(
         folder=source.folder,
     )
     outcomes = {}
-    in_fp16 = dataclasses.replace(judge, spec=FP16_GATE, max_drop=None, called="fp16")
     for fmt, files in exported.items():
         if fmt in ROUNDED_FORMATS:
-            own = judge if fmt in INT8_FORMATS else in_fp16
+            own = judge
+            if half := HALF_FORMATS.get(fmt):
+                own = dataclasses.replace(judge, spec=HALF_GATE, max_drop=None, called=half)
             outcomes[fmt] = (
                 pass_gate(EXPORTERS[fmt], files, own, source)
                 if files.error is None

@@ -346,7 +346,7 @@ def compress(
 def int8_sources(job: Job, names: Sequence[str], folder: Path) -> dict[str, Int8Source]:
     """What int8 formats are made from, by sub-network; calibration is a seeded sample of train.
 
-    Of fp16 the folder alone is used. Empty where the spec asks for neither.
+    Of fp16 and bf16 the folder alone is used. Empty where the spec asks for neither.
     """
     asked = {*job.spec.export.formats, *job.spec.baselines}
     if asked.isdisjoint(ROUNDED_FORMATS):

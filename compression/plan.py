@@ -102,6 +102,7 @@ _FIXED_BYTES: Mapping[Format, int] = {
     "onnx-int8-dynamic": 400_000,  # with what stays in fp32: norms, biases, scales
     "onnx-int8-static": 400_000,
     "onnx-fp16": 100_000,
+    "paddle-bf16": 100_000,
 }
 _PARAMETER_BYTES: Mapping[Format, int] = {  # of one, where it is not in fp32
     "onnx-int8-dynamic": 1,

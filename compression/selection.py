@@ -54,6 +54,7 @@ FORMAT_NAMES: dict[Format, str] = {
     "onnx-int8-static": "ONNX (static INT8)",
     "onnx-fp16": "ONNX (FP16)",
     "paddle": "Paddle Inference",
+    "paddle-bf16": "Paddle Inference (BF16)",
     "safetensors": "safetensors",
 }
 

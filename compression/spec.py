@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -84,11 +85,20 @@ def _unicode(value: str) -> str:
 
 Text = Annotated[str, AfterValidator(_unicode)]
 Format = Literal[
-    "safetensors", "paddle", "onnx", "onnx-int8-dynamic", "onnx-int8-static", "onnx-fp16"
+    "safetensors",
+    "paddle",
+    "onnx",
+    "onnx-int8-dynamic",
+    "onnx-int8-static",
+    "onnx-fp16",
+    "paddle-bf16",
 ]
 Head = Literal["sequence", "token"]  # classifies the pooled first token, or every token
 INT8_FORMATS: tuple[Format, ...] = ("onnx-int8-dynamic", "onnx-int8-static")
-ROUNDED_FORMATS: tuple[Format, ...] = (*INT8_FORMATS, "onnx-fp16")  # judged by their own answers
+HALF_FORMATS: Mapping[Format, str] = MappingProxyType(  # what they compute in
+    {"onnx-fp16": "fp16", "paddle-bf16": "bf16"}
+)
+ROUNDED_FORMATS: tuple[Format, ...] = (*INT8_FORMATS, *HALF_FORMATS)  # judged by their own answers
 SERVED_FORMATS: tuple[Format, ...] = ("paddle", "onnx", *ROUNDED_FORMATS)  # a runtime serves them
 Percentile = Literal[50, 95, 99]  # of latency
 CONFIDENCES = (0.9, 0.95, 0.99)  # of the intervals that a report keeps
@@ -570,6 +580,8 @@ class ConstraintSpec(_Asked):
 
 def fp32_format(fmt: Format) -> Format:
     """The format in fp32 that the same runtime serves: what the teacher is measured in."""
+    if fmt == "paddle-bf16":
+        return "paddle"
     return "onnx" if fmt in ROUNDED_FORMATS else fmt
 
 
@@ -601,13 +613,13 @@ class Int8Spec(_Asked):
     )
 
 
-# What fp16 must hold. It is far nearer to fp32 than int8, and there are no parts to put back.
-FP16_GATE = Int8Spec(max_flipped=0.005, max_fp32_share=0.0)
+# What fp16 and bf16 must hold. They are far nearer to fp32 than int8, with no parts to put back.
+HALF_GATE = Int8Spec(max_flipped=0.005, max_fp32_share=0.0)
 
 
 def gate_of(fmt: Format, int8: Int8Spec) -> Int8Spec:
     """What a format that rounds must hold to be published."""
-    return int8 if fmt in INT8_FORMATS else FP16_GATE
+    return int8 if fmt in INT8_FORMATS else HALF_GATE
 
 
 class ExportSpec(_Asked):
@@ -616,7 +628,7 @@ class ExportSpec(_Asked):
         min_length=1,
         description="onnx-int8-dynamic finds the scales of activations at each call, "
         "onnx-int8-static has them fixed by calibration rows. onnx-fp16 is for GPUs: a CPU "
-        "computes most of it in fp32.",
+        "computes most of it in fp32. paddle-bf16 is for processors with bf16 instructions.",
     )
     int8: Int8Spec = Int8Spec()
 

@@ -31,6 +31,7 @@ from compression.export.onnx import OnnxExporter
 from compression.export.onnx_fp16 import OnnxFp16Exporter
 from compression.export.onnx_int8 import OnnxInt8Exporter
 from compression.export.paddle import PaddleExporter
+from compression.export.paddle_bf16 import PaddleBf16Exporter
 from compression.export.safetensors import SafetensorsExporter
 from compression.report import FileReport, FormatReport
 from compression.spec import Format
@@ -45,6 +46,7 @@ EXPORTERS: dict[Format, Exporter] = {
     "onnx-int8-dynamic": OnnxInt8Exporter("dynamic"),
     "onnx-int8-static": OnnxInt8Exporter("static"),
     "onnx-fp16": OnnxFp16Exporter(),
+    "paddle-bf16": PaddleBf16Exporter(),
 }
 VERIFY_TIMEOUT_S = 300.0
 ANSWER_TIMEOUT_S = 3600.0  # of a whole split, however large

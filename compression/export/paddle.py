@@ -40,6 +40,7 @@ class PaddleExporter(Exporter):
         config.disable_glog_info()
         config.set_cpu_math_library_num_threads(threads)
         config.enable_mkldnn()
+        self.adjust(config)
         predictor = inference.create_predictor(config)
         inputs = {name: predictor.get_input_handle(name) for name in predictor.get_input_names()}
         output = predictor.get_output_handle(predictor.get_output_names()[0])
@@ -52,6 +53,9 @@ class PaddleExporter(Exporter):
             return logits
 
         return run
+
+    def adjust(self, config: Any) -> None:
+        """What else the runtime's `inference.Config` is told before it loads."""
 
     def describe(self) -> Mapping[str, Any]:
         return {"runtime": "Paddle Inference", "onednn": True, "precision": "float32"}

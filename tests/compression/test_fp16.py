@@ -23,7 +23,7 @@ from compression.export import (
     verify,
 )
 from compression.int8 import Judge, pass_gate
-from compression.spec import FP16_GATE, Format, Int8Spec, gate_of
+from compression.spec import HALF_GATE, Format, Int8Spec, gate_of
 from tests.encoders import CLASSIFICATION, random_rows, random_weights, tiny_config
 
 FP16: Format = "onnx-fp16"
@@ -47,7 +47,7 @@ class Case:
             task=CLASSIFICATION,
             dev=dev,
             expected=self.logits if expected is None else expected,
-            spec=FP16_GATE,
+            spec=HALF_GATE,
             max_drop=None,
             teacher_accuracy=1.0,
             teacher_resampled=resampled_metric(CLASSIFICATION, outcomes),
@@ -121,7 +121,7 @@ def test_it_is_published_where_hardly_an_answer_flips(case: Case, tmp_path: Path
     outcome = pass_gate(EXPORTERS[FP16], case.exported[FP16], case.judge(tmp_path / "w"), source)
     assert outcome.error is None
     assert outcome.verdict is not None
-    assert outcome.verdict.flipped <= FP16_GATE.max_flipped == 0.005
+    assert outcome.verdict.flipped <= HALF_GATE.max_flipped == 0.005
 
 
 def test_it_is_withheld_where_more_flip_and_no_parts_are_looked_for(
@@ -138,4 +138,4 @@ def test_it_is_withheld_where_more_flip_and_no_parts_are_looked_for(
 def test_each_kind_of_rounding_has_a_gate_of_its_own() -> None:
     asked = Int8Spec(max_flipped=0.2)
     assert gate_of("onnx-int8-static", asked) == asked
-    assert gate_of(FP16, asked) == FP16_GATE
+    assert gate_of(FP16, asked) == HALF_GATE
