@@ -93,6 +93,16 @@ def layout_of(batch: Batch, spec: LossWeights) -> Layout:
     return Packed(batch.lengths, batch.input_ids.shape[1])
 
 
+def teachers_answers(
+    teacher: Encoder, kept: KeptStates | None, share: Batch, layout: Layout
+) -> EncoderStates:
+    """Without gradients: what was kept of them, else computed now."""
+    if kept is not None:
+        return kept(share, layout)
+    with paddle.no_grad():
+        return teacher.encode(*share.inputs, layout=layout)
+
+
 @dataclass(frozen=True)
 class SupernetLosses:
     """Every sub-network's loss against the teacher, which runs once, without gradients."""
@@ -112,11 +122,7 @@ class SupernetLosses:
         step: int | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         layout = layout_of(share, self.spec)
-        if self.kept is None:
-            with paddle.no_grad():
-                targets = self.teacher.encode(*share.inputs, layout=layout)
-        else:
-            targets = self.kept(share, layout)
+        targets = teachers_answers(self.teacher, self.kept, share, layout)
 
         def loss(student: EncoderStates, subnetwork: Subnetwork) -> Tensor:
             return distillation_loss(
@@ -183,6 +189,7 @@ class AloneLosses:
     states: Sequence[int]
     spec: RefinementSpec
     task: Task
+    kept: KeptStates | None = None  # the teacher's answers about all rows
 
     def __call__(
         self,
@@ -193,8 +200,7 @@ class AloneLosses:
         step: int | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         layout = layout_of(share, self.spec)
-        with paddle.no_grad():
-            found = self.teacher.encode(*share.inputs, layout=layout)
+        found = teachers_answers(self.teacher, self.kept, share, layout)
         targets = EncoderStates([found.hidden[state] for state in self.states], found.logits)
         yield (
             self.name,
@@ -315,10 +321,12 @@ def distil_alone(
     seed: int,
     on_step: Callable[[Step], None],
     replicas: int = 1,
+    kept: KeptStates | None = None,
 ) -> TrainingReport:
     """Trains a cut-out network in place, `subnetwork` of a supernet of the teacher's shape.
 
-    Where layers are left out, its states learn those of the teacher that they stand for.
+    Each batch: the teacher once, without gradients, or what was `kept` of it. Where layers are left
+    out, the network's states learn those of the teacher that they stand for.
     """
     states = replaced_states(teacher.config.layers, subnetwork.depth_mult)
     return train(
@@ -326,7 +334,7 @@ def distil_alone(
         data,
         spec,
         surroundings,
-        AloneLosses(teacher, subnetwork.name, states, spec, task),
+        AloneLosses(teacher, subnetwork.name, states, spec, task, kept),
         seed=seed,
         replicas=replicas,
         keep_length=spec.padded_mean,

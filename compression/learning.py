@@ -440,6 +440,7 @@ def learning_config(config: EncoderConfig, spec: DistillationSpec) -> EncoderCon
 
 
 def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> Iterator[str]:
+    told: set[str] = set()
     for stage, training in trainings.items():
         if training.ended == "time":
             yield (
@@ -447,7 +448,8 @@ def training_warnings(spec: Spec, trainings: Mapping[str, TrainingReport]) -> It
                 f"{training.steps} of {training.planned_steps} steps; the weights are those after "
                 f"step {training.best_step}"
             )
-        yield from training.notes
+        yield from (note for note in training.notes if note not in told)  # of all refinements
+        told.update(training.notes)
         section = getattr(spec, SECTIONS[stage.split()[0]])
         if training.micro_batch is not None and section.micro_batch == "auto":
             yield (

@@ -119,7 +119,9 @@ def compress(
             job, learnt, predictor, checkpoints, run_dir / "work", advance
         )
     with stages("refine") as advance:
-        alone, refinements = refine(job, learnt, found, checkpoints, stages.stop, advance)
+        alone, refinements = refine(
+            job, learnt, found, checkpoints, run_dir / "work", stages.stop, advance
+        )
     subnetworks = [*learnt.subnetworks, *(found.subnetworks if found else ())]
     networks = Networks(
         job.with_own_vocabulary(learnt.supernet),

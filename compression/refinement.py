@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
+from compression.batches import Encoded
 from compression.checkpoint import Checkpoints, digest
 from compression.distillation import distil_alone
 from compression.encoder import Encoder
 from compression.job import Job
-from compression.learning import Learnt, finished, imitated_rows
+from compression.learning import (
+    TEACHER_STATES,
+    Learnt,
+    finished,
+    imitated_rows,
+    kept_states,
+)
 from compression.networks import Networks
 from compression.plan import deadlines
 from compression.report import TrainingReport
@@ -16,6 +26,7 @@ from compression.search import Found
 from compression.spec import FINALISTS
 from compression.stages import SECTIONS, Advance
 from compression.supernet import Subnetwork
+from compression.teacher_states import KeptStates
 from compression.training import Step, Surroundings
 
 
@@ -24,6 +35,7 @@ def refine(
     learnt: Learnt,
     found: Found | None,
     checkpoints: Checkpoints,
+    work: Path,
     stop: Callable[[], bool],
     advance: Advance,
 ) -> tuple[dict[str, Encoder], dict[str, TrainingReport]]:
@@ -42,6 +54,10 @@ def refine(
         {stage for stage in checkpoints.known if stage.startswith("refine ")} - {*keys.values()}
     )
     until = deadlines(job.spec, job.plan)["refine"]
+    rows = imitated_rows(job)
+    folder = work / TEACHER_STATES
+    # For all of them, and only where one still has to learn.
+    kept = functools.cache(lambda: kept_states(job, learnt.teacher, rows, folder))
     networks: dict[str, Encoder] = {}
     trainings: dict[str, TrainingReport] = {}
     for i, subnetwork in enumerate(chosen):
@@ -63,9 +79,10 @@ def refine(
                 losses=dict(step.losses),
             )
 
-        network, training = refined(job, learnt, subnetwork, around, on_step)
+        network, training = refined(job, learnt, subnetwork, rows, kept, around, on_step)
         networks[subnetwork.name] = network
         trainings[f"refine {subnetwork.name}"] = training
+    shutil.rmtree(folder, ignore_errors=True)  # exports may need the room
     return networks, trainings
 
 
@@ -73,24 +90,29 @@ def refined(
     job: Job,
     learnt: Learnt,
     subnetwork: Subnetwork,
+    rows: Encoded,
+    kept: Callable[[], tuple[KeptStates | None, tuple[str, ...]]],
     surroundings: Surroundings,
     on_step: Callable[[Step], None],
 ) -> tuple[Encoder, TrainingReport]:
     """One of them, cut out of the supernet with the dropout that that learns with."""
     network = Networks(learnt.supernet).extracted(subnetwork, learnt.supernet.config)
-    return network, finished(
-        network,
-        surroundings,
-        lambda: distil_alone(
+
+    def train() -> TrainingReport:
+        answers, notes = kept()
+        report = distil_alone(
             network,
             learnt.teacher,
             subnetwork,
-            imitated_rows(job),
+            rows,
             job.spec.refinement,
             job.task,
             surroundings,
             seed=job.spec.seed,
             replicas=job.replicas,
+            kept=answers,
             on_step=on_step,
-        ),
-    )
+        )
+        return report.model_copy(update={"notes": notes})
+
+    return network, finished(network, surroundings, train)

@@ -368,7 +368,8 @@ class DistillationSpec(ImitationSpec):
         ge=0,
         le=10**6,
         description="Disk (10^6 bytes) for the teacher's answers, which are then computed once and "
-        "not in each epoch; 0: in each step. Where all of train needs more, in each step too.",
+        "not in each epoch, for refinement too; 0: in each step. Where all of train needs more, in "
+        "each step too.",
     )
 
     @model_validator(mode="after")

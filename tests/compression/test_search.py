@@ -301,7 +301,7 @@ PER_LAYER = {
 def job_spec(**changes: Any) -> Spec:
     values = {
         "task": {"max_seq_len": 32},
-        "distillation": {"max_steps": 3, "learning_rate": 1e-3},
+        "distillation": {"max_steps": 3, "learning_rate": 1e-3, "teacher_cache_mb": 1},
         "supernet": {"width_mults": ["1", "1/2"], "per_layer": PER_LAYER},
         "refinement": {"subnetworks": ["finalists", "w1_2"], "max_steps": 2, "learning_rate": 1e-3},
         "importance": {"rows": 32},

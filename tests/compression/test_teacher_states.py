@@ -14,12 +14,13 @@ import pytest
 from pydantic import ValidationError
 
 from compression.batches import Encoded, make_batch
-from compression.distillation import SupernetLosses, distil
+from compression.distillation import AloneLosses, SupernetLosses, distil
 from compression.encoder import Encoder, numpy_weights
 from compression.job import Job
 from compression.layout import Padded
-from compression.learning import kept_states
-from compression.spec import DistillationSpec, Spec
+from compression.learning import kept_states, training_warnings
+from compression.report import TrainingReport
+from compression.spec import DistillationSpec, RefinementSpec, Spec
 from compression.supernet import subnetwork_of
 from compression.teacher_states import KeptStates, states_bytes
 from tests.encoders import CLASSIFICATION, random_rows, tiny_encoder
@@ -107,6 +108,36 @@ def test_kept_answers_stand_in_for_the_teacher(tmp_path: Path) -> None:
 
     assert loss(other, kept) == pytest.approx(loss(teacher, None), rel=1e-5)
     assert loss(other, None) != pytest.approx(loss(teacher, None), rel=1e-2)
+
+
+def test_a_network_that_learns_alone_is_answered_by_what_is_kept(tmp_path: Path) -> None:
+    data = random_rows(8)
+    teacher, other = tiny_encoder(1, **CALM), tiny_encoder(7, **CALM)
+    kept = KeptStates.compute(teacher, data, tmp_path, threads=1)
+    batch, spec = make_batch(data, range(8), pad_id=0), RefinementSpec()
+    network = tiny_encoder(2, **CALM)
+
+    def loss(asked: Encoder, kept: KeptStates | None) -> float:
+        states = range(teacher.config.layers + 1)
+        losses = AloneLosses(asked, "w1", states, spec, CLASSIFICATION, kept)
+        return float(next(iter(losses(network, batch, batch, None)))[1])
+
+    assert loss(other, kept) == pytest.approx(loss(teacher, None), rel=1e-5)
+    assert loss(other, None) != pytest.approx(loss(teacher, None), rel=1e-2)
+
+
+def test_why_nothing_is_kept_is_told_once() -> None:
+    training = TrainingReport(
+        steps=1,
+        planned_steps=1,
+        best_step=1,
+        ended="complete",
+        step_seconds=1.0,
+        micro_batch=None,
+        notes=("why",),
+    )
+    told = training_warnings(Spec(), {"distil": training, "refine w1_2": training})
+    assert list(told) == ["why"]
 
 
 def test_a_full_disk_is_an_error_before_anything_is_computed(
