@@ -239,6 +239,8 @@ def test_a_given_up_upload_is_gone(service: Service, content: bytes) -> None:
         service.client.delete(path, headers=TUS),
     ):
         assert answer.status_code == 404
+    told = service.client.get("/v1/audit", params={"target": path.rpartition("/")[2]}).json()
+    assert [entry["action"] for entry in told["items"]] == ["upload.deleted", "upload.created"]
 
 
 def test_a_client_that_cannot_send_patch_says_what_it_means(
