@@ -17,8 +17,10 @@ router = APIRouter(prefix="/v1/audit", tags=["access"])
 @router.get(
     "",
     summary="Who did what, newest first",
-    description="Uploads, jobs created and cancelled, keys and projects made and revoked: each "
-    "written in the transaction that did it, and never changed. Keys are named by their ids.",
+    description="What was made, changed or deleted: uploads, profiles, jobs, keys, projects, "
+    "quotas, webhooks, and workers that were drained. Each is written in the transaction that did "
+    "it, and never changed. Keys are named by their ids; where there is none, the service's host "
+    "did it.",
 )
 def list_actions(
     services: ServicesDep,

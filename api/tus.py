@@ -64,6 +64,8 @@ KINDS = {kind.word: kind for kind in (MODEL, DATASET)}
 _MAX_METADATA = 4096
 _CHECKSUM = re.compile(r"([a-z0-9]+) +([A-Za-z0-9+/]+={0,2})")
 _BLOCK = 1 << 20
+# Between two attempts to take in what has arrived: at first, and at most.
+RETRY_SECONDS, MAX_RETRY_SECONDS = 60.0, 3600.0
 
 router = APIRouter(prefix=PREFIX, tags=["uploads"])
 UploadId = Annotated[Id, Path(examples=["upl_3q2-7wAAQkSgMvUuTqBvxQ"])]
@@ -279,13 +281,16 @@ async def delete_upload(
     return Response(status_code=204)
 
 
+Waits = dict[str, tuple[float, float]]  # by upload: when it is due again, and the pause after that
+
+
 async def sweep(services: Services) -> None:
     """What a process of the API does besides answering: it finishes what was left, and removes
     what has expired from this host, again and again."""
-    tried: set[str] = set()
+    waits: Waits = {}
     while True:
         try:
-            await _finish_left(services, tried)
+            await _finish_left(services, waits)
             await anyio.to_thread.run_sync(
                 resumable.remove_expired, services.database, services.settings.data_dir
             )
@@ -295,17 +300,19 @@ async def sweep(services: Services) -> None:
         await anyio.sleep(services.settings.reconcile_seconds)
 
 
-async def _finish_left(services: Services, tried: set[str]) -> None:
-    """Goes on, once each, with uploads whose bytes are all here and of which nothing has come: a
-    process ended while it inspected them."""
+async def _finish_left(services: Services, waits: Waits) -> None:
+    """Goes on with uploads whose bytes are all here and of which nothing has come: a process ended
+    while it inspected them, or the store did not take them. Clients find all bytes there and send
+    nothing any more, so this goes on, later and later, until they expire."""
     left = await anyio.to_thread.run_sync(
         resumable.unfinished_here, services.database, services.settings.data_dir
     )
-    tried &= {upload.id for upload in left}
+    for upload_id in waits.keys() - {upload.id for upload in left}:
+        del waits[upload_id]
     for upload in left:
-        if upload.id in tried:
+        due, pause = waits.get(upload.id, (0.0, RETRY_SECONDS))
+        if anyio.current_time() < due:
             continue
-        tried.add(upload.id)
         actor = Actor(upload.project_id, upload.key_id)
         try:
             arrival = services.gathering.arrive()
@@ -316,6 +323,7 @@ async def _finish_left(services: Services, tried: set[str]) -> None:
                     await _finish(services, actor, upload, writer)
         except Exception as error:
             _log.warning("upload.not_finished", upload=upload.id, error=str(error))
+        waits[upload.id] = anyio.current_time() + pause, min(2 * pause, MAX_RETRY_SECONDS)
 
 
 # --- receiving --------------------------------------------------------------------------

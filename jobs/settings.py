@@ -214,7 +214,7 @@ class Settings(BaseSettings):
     webhook_allowed_networks: Annotated[
         tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_split)
     ] = Field(
-        default_factory=tuple,
+        (),
         description="Networks (10.1.0.0/16, separated by commas) that webhooks may call although "
         "they are not public, and with plain http.",
     )

@@ -318,8 +318,12 @@ def test_strict_typing_covers_what_the_import_contract_calls_paddle_free() -> No
 
 
 @pytest.mark.parametrize(
-    "target", ["demo", "serve", "test", "check", "docs", "secrets", "lock", "clean"]
-)
+    "target",
+    [
+        "demo", "serve", "test", "check", "fuzz", "chaos", "bench-service", "docs", "secrets",
+        "lock", "clean",
+    ],
+)  # fmt: skip
 def test_make_knows_the_documented_targets(target: str) -> None:
     found = subprocess.run(
         ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False
@@ -345,6 +349,15 @@ def test_an_unknown_benchmark_is_named() -> None:
 
 def test_the_page_of_settings_is_what_the_code_says() -> None:
     assert PAGE.read_text(encoding="utf-8") == render(), "docs/settings.md is stale: run make docs"
+
+
+def test_every_metric_is_documented() -> None:
+    told = (ROOT / "docs/monitoring.md").read_text()
+    for module in ("api", "worker"):
+        metrics = re.findall(r'"(widthwise_\w+)",', (ROOT / module / "metrics.py").read_text())
+        assert len(metrics) >= 8
+        for name in metrics:
+            assert re.search(rf"`{name}(_total)?`", told), name
 
 
 def test_the_documents_name_no_setting_that_is_not_there() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from jobs.settings import Settings, is_secret, variable_of
 
@@ -30,11 +31,14 @@ With `s3://`, obstore reads the standard variables too: `AWS_ENDPOINT_URL` (a st
 Amazon's; with `AWS_ALLOW_HTTP=true` one without TLS too), `AWS_REGION`, and, if the settings are
 missing, `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, or the host's role.
 The store must know conditional writes (`If-None-Match: *`), as Amazon's does.
+
+Uvicorn reads `FORWARDED_ALLOW_IPS` (`127.0.0.1,::1` by default): addresses or networks of the
+proxies whose `X-Forwarded-For` is believed, for the logs and the audit log.
 """
 
 
 def render() -> str:
-    """The page. LookupError for a setting that nobody described."""
+    """The page. LookupError for a setting without a description, or a default that can be shown."""
     rows = [_row(name, field) for name, field in Settings.model_fields.items()]
     return _BEFORE + "\n".join(rows) + "\n" + _AFTER
 
@@ -54,6 +58,8 @@ def _default(field: FieldInfo) -> str:
     extra: Any = field.json_schema_extra
     if isinstance(extra, dict) and "shown_default" in extra:
         return str(extra["shown_default"])
+    if field.default is PydanticUndefined:
+        raise LookupError(f"{field.description!r} has no shown_default in jobs/settings.py")
     if field.default is None or field.default == ():
         return "none"
     if isinstance(field.default, bool):

@@ -15,6 +15,7 @@ import pytest
 
 from api.artifacts import content_disposition, matches, parse_range
 from api.errors import ApiError
+from api.middleware import SECURITY_HEADERS
 from jobs.states import JobState
 from tests.api.conftest import Service, assert_problem, serving, wait_for
 from tests.services import free_port, nginx_server
@@ -222,6 +223,9 @@ def test_nginx_sends_the_bytes_as_the_documentation_has_it(tmp_path: Path) -> No
             for name in ("content-length", "etag", "repr-digest", "content-disposition",
                          "content-type", "cache-control", "x-content-type-options"):  # fmt: skip
                 assert whole.headers.get_list(name) == told.headers.get_list(name), name
+            for name, value in SECURITY_HEADERS.items():
+                assert whole.headers.get_list(name) == [value], name
+            assert {"ratelimit", "ratelimit-policy"} <= whole.headers.keys()
             for if_range, status in ((ETAG, 206), ('"another"', 200)):
                 ranged = client.get(path, headers={"Range": "bytes=5-9", "If-Range": if_range})
                 assert ranged.status_code == status

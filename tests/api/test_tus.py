@@ -239,6 +239,8 @@ def test_a_given_up_upload_is_gone(service: Service, content: bytes) -> None:
         service.client.delete(path, headers=TUS),
     ):
         assert answer.status_code == 404
+    told = service.client.get("/v1/audit", params={"target": path.rpartition("/")[2]}).json()
+    assert [entry["action"] for entry in told["items"]] == ["upload.deleted", "upload.created"]
 
 
 def test_a_client_that_cannot_send_patch_says_what_it_means(
@@ -302,6 +304,30 @@ def test_a_store_without_room_is_tried_again(
     assert service.client.get(path).json()["state"] == "arrived"
     done = send(service.client, path, len(fresh), b"")
     assert_became(service.client, done.headers["location"], fresh)
+
+
+def test_what_the_store_did_not_take_is_tried_until_it_does(
+    tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that asks how far it is finds all bytes there, and sends nothing more: tuspy and
+    tus-js-client take that for the end."""
+    monkeypatch.setattr("api.tus.RETRY_SECONDS", 0.01)
+    attempts: list[str] = []
+    with serving(tmp_path / "data", reconcile_seconds=0.05) as service:
+        put = service.services.store.put_file
+
+        def put_later(key: str, path: Path) -> None:
+            attempts.append(key)
+            if len(attempts) <= 3:
+                raise StoreFull("The object store has no room left.")
+            put(key, path)
+
+        monkeypatch.setattr(service.services.store, "put_file", put_later)
+        path = begin(service.client, len(content))
+        assert_problem(send(service.client, path, 0, content), 507, "store-full")
+        assert offset_of(service.client, path) == len(content)
+        wait_for(lambda: service.client.get(path).json()["state"] == "finished")
+        assert_became(service.client, service.client.get(path).json()["record"], content)
 
 
 def test_expired_uploads_are_gone_and_swept(service: Service, content: bytes) -> None:
