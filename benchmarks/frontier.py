@@ -5,7 +5,7 @@ compression job, as the library runs it: uniform widths at every depth, each in 
 judged on dev and measured beside the teacher at batch 1 and 16, 64 tokens, one and two threads.
 Those of `--refined` are distilled alone at the end. The job of a seed of `--per-layer-seeds` (the
 first alone, unless told) also teaches its supernet a width for each layer, searches for such
-sub-networks at several speed-ups and refines what it finds.
+sub-networks within a budget and refines what it finds.
 
 The artifact is the one of a uniform width whose drop on dev is at most `--max-drop` points as a
 mean over seeds and whose latency (batch 1, one thread, as a share of the teacher's in the same
@@ -58,8 +58,8 @@ FP32: Format = "onnx"
 INT8: Format = "onnx-int8-dynamic"
 LABELS = ("0", "1")
 JOB = "job"  # its folder in a seed's
-BUDGET_SHARES = (1, 0.7)  # of the latency that --per-layer-speedup leaves: 5 and 7.1 times
-FINALISTS = 1  # of each share
+FINALISTS = 1
+TEACHER_CACHE_MB = 4000
 RESELECTIONS = 20
 RESAMPLES = 2000
 CALIBRATION_ROWS = 128
@@ -91,6 +91,7 @@ def spec_of(seed: int, args: argparse.Namespace) -> Spec:
             "max_steps": args.max_steps,
             "lambda_rep": args.lambda_rep,
             "learning_rate": args.learning_rate,
+            "teacher_cache_mb": TEACHER_CACHE_MB,
         },
         "depth": {
             "epochs": args.depth_epochs,
@@ -118,7 +119,6 @@ def spec_of(seed: int, args: argparse.Namespace) -> Spec:
     if seed in args.per_layer_seeds:
         values["refinement"]["subnetworks"].append(spec.FINALISTS)
         values["supernet"]["per_layer"] = {
-            "budget_shares": BUDGET_SHARES,
             "finalists": FINALISTS,
             "latency_samples": args.latency_samples,
             "generations": args.generations,
@@ -543,15 +543,13 @@ def main() -> None:
     parser.add_argument(
         "--refined", nargs="*", default=["w1_4", "w1_4-d5_6"], help="names of sub-networks"
     )
-    parser.add_argument("--refine-epochs", type=float, default=3)
+    parser.add_argument("--refine-epochs", type=float, default=8)
     parser.add_argument(
         "--per-layer-seeds", type=int, nargs="*", help="of --seeds; by default the first alone"
     )
-    parser.add_argument(
-        "--per-layer-speedup", type=float, default=5.0, help="the search's widest budget"
-    )
+    parser.add_argument("--per-layer-speedup", type=float, default=5.6, help="the search's budget")
     parser.add_argument("--latency-samples", type=int, default=24)
-    parser.add_argument("--generations", type=int, default=5, help="of the search at each budget")
+    parser.add_argument("--generations", type=int, default=5, help="of the search")
     parser.add_argument("--max-drop", type=float, default=1.0, help="points on dev")
     parser.add_argument("--teacher-epochs", type=int, default=5)
     parser.add_argument("--distil-epochs", type=float, default=2)
