@@ -108,7 +108,7 @@ def load_onnx(files: dict[str, Path]) -> Callable[[dict[str, Any]], Any]:
     return lambda batch: session.run(["logits"], {name: batch[name] for name in names})[0]
 
 
-def load_paddle(files: dict[str, Path], *, bf16: bool) -> Callable[[dict[str, Any]], Any]:
+def load_paddle(files: dict[str, Path], *, bf16: bool = False) -> Callable[[dict[str, Any]], Any]:
     need("paddle")
     inference = need("paddle.inference")
     config = inference.Config(str(files["inference.json"]), str(files["inference.pdiparams"]))
