@@ -355,10 +355,11 @@ def _budget_warnings(spec: Spec, seconds: Mapping[str, float]) -> Iterator[str]:
         return
     needed = (START_SECONDS + sum(seconds.values())) / 60
     if needed > spec.max_minutes:
+        kept = (seconds["search"] + seconds["finish"]) / 60
+        after = "the search and what comes" if seconds["search"] else "what comes"
         yield (
             f"max_minutes is {spec.max_minutes:g}, and the job is predicted to take {needed:.2g}: "
-            f"training will stop early ({seconds['finish'] / 60:.2g} are set aside for what comes "
-            "after it)"
+            f"training will stop early ({kept:.2g} are set aside for {after} after it)"
         )
 
 
@@ -734,6 +735,8 @@ def _refined(spec: Spec, networks: Sequence[Subnetwork]) -> list[Subnetwork]:
                 )
         elif name not in by_name:
             known = ", ".join(by_name)
+            if spec.supernet.per_layer is not None:
+                known += f", and {FINALISTS} for all that the search finds"
             raise InvalidSpec(
                 f"{name!r} is no sub-network of this job: there are {known}", pointer=pointer
             )
@@ -875,7 +878,7 @@ def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
         "distil": distilled * share,
         "depth": deepened * share,
         "final": tuned * share,
-        "refine": left + predicted["search"],
+        "refine": max(0.0, 60 * spec.max_minutes - predicted["finish"]),
     }
 
 
