@@ -142,7 +142,8 @@ class _Storm:
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._begun = 0  # faults that are injected, or are about to be
-        self._unseen = set(Kind)  # of which none is
+        # Of which none is; where there are fewer faults than kinds, none is waited for.
+        self._unseen = set(Kind) if options.faults >= len(Kind) else set[Kind]()
         self._threads = [
             threading.Thread(target=self._run, args=(lane,), name="storm", daemon=True)
             for lane in LANES
@@ -195,7 +196,7 @@ class _Storm:
                 if self._begins(fault.kind):
                     self._tell(fault, injector.inject(fault))
         except BaseException as failure:
-            self._failure = failure
+            self._failure = self._failure or failure  # the other lane's may follow from the first
 
     def _is_ahead(self) -> bool:
         """Enough has been done to the jobs so far: they would otherwise never get on."""
@@ -203,9 +204,13 @@ class _Storm:
         return len(self.injected) >= (self._user.succeeded + LEAD) * share
 
     def _begins(self, kind: Kind) -> bool:
-        """Not where all that may still come are left to those kinds of which there was none."""
+        """Not where all that may still come are left to those kinds of which there was none.
+
+        Once there are no more jobs some kinds find nothing to hit, and nothing is left to them.
+        """
+        left = self._unseen if self._user.wants_more or not self._user.has_all else set[Kind]()
         with self._lock:
-            may = self._begun + len(self._unseen - {kind}) < self._options.faults
+            may = self._begun + len(left - {kind}) < self._options.faults
             self._begun += may
             return may
 
@@ -217,9 +222,8 @@ class _Storm:
                 return
             self.injected.append(done)
             self._unseen.discard(fault.kind)
-        self._say(
-            f"fault {len(self.injected)}, {fault.kind}; {self._user.succeeded} jobs have succeeded"
-        )
+            number = len(self.injected)
+        self._say(f"fault {number}, {fault.kind}; {self._user.succeeded} jobs have succeeded")
 
 
 def _await_sweep(site: Site, user: User, storm: _Storm) -> None:
