@@ -13,7 +13,7 @@ from typing import Any
 from tests.chaos.checker import Findings, Promises, check, orphans
 from tests.chaos.evidence import Evidence, Injected, read_evidence
 from tests.chaos.faults import Injector
-from tests.chaos.plan import LANES, Fault, Kind, make_plan
+from tests.chaos.plan import LANES, OF_JOBS, Fault, Kind, make_plan
 from tests.chaos.site import CHECKPOINT_SECONDS, DISK, ORPHAN_GRACE_SECONDS, Site
 from tests.chaos.user import AT_ONCE, STEPS, User
 
@@ -204,11 +204,12 @@ class _Storm:
         return len(self.injected) >= (self._user.succeeded + LEAD) * share
 
     def _begins(self, kind: Kind) -> bool:
-        """Not where all that may still come are left to those kinds of which there was none.
-
-        Once there are no more jobs some kinds find nothing to hit, and nothing is left to them.
-        """
-        left = self._unseen if self._user.wants_more or not self._user.has_all else set[Kind]()
+        """Not where all that may still come are left to those kinds of which there was none; nor
+        where it can find nothing any more, for want of jobs. To such kinds nothing is left."""
+        is_over = self._user.has_all and not self._user.wants_more
+        left = self._unseen - OF_JOBS if is_over else self._unseen
+        if is_over and kind in OF_JOBS:
+            return False
         with self._lock:
             may = self._begun + len(left - {kind}) < self._options.faults
             self._begun += may

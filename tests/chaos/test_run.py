@@ -17,7 +17,7 @@ import pytest
 
 from tests.chaos import __main__, run
 from tests.chaos.evidence import Injected
-from tests.chaos.plan import LANES, Fault, Kind, make_plan
+from tests.chaos.plan import LANES, OF_JOBS, Fault, Kind, make_plan
 from tests.chaos.site import Kept, Site
 from tests.e2e import hosts
 from tests.e2e.service import ROOT
@@ -149,6 +149,20 @@ def test_a_lane_leaves_room_for_the_other_as_long_as_there_is_something_to_hit(
         storm.end()
     assert len(storm.injected) == 12
     assert messages.isdisjoint(each.kind for each in storm.injected)
+
+
+def test_without_jobs_each_kind_that_still_finds_something_has_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    over = SimpleNamespace(succeeded=5, wants_more=False, has_all=True)
+    storm = storm_of(monkeypatch, len(Kind), over)
+    storm.start()
+    try:
+        wait_until(lambda: not storm.goes_on, "the storm is over", seconds=20)
+    finally:
+        storm.end()
+    assert len(storm.injected) == len(Kind)
+    assert {each.kind for each in storm.injected} == set(Kind) - OF_JOBS
 
 
 # --- the end ----------------------------------------------------------------------------------
