@@ -220,6 +220,30 @@ def test_what_a_search_adds_to_the_time() -> None:
     )
 
 
+def test_a_step_takes_four_networks_where_there_are_widths_for_each_layer() -> None:
+    """Largest, smallest and two between, of which one at least has widths of its own."""
+
+    def seconds(stage: str, widths: list[str], **supernet: Any) -> float:
+        spec = {
+            "constraints": {"max_size_mb": 1},
+            "supernet": {"width_mults": widths, **supernet},
+            "distillation": {"max_steps": 2},
+            "final": {"when": "always", "max_steps": 2},
+        }
+        return plan_of(spec, train=TRAIN, dev=DEV).predicted_stage_seconds[stage]
+
+    per_layer: dict[str, Any] = {"per_layer": {}}
+    two, three = ["1", "1/2"], ["1", "3/4", "1/2"]
+    assert seconds("final", two, **per_layer) == pytest.approx(2 * seconds("final", two))
+    assert seconds("final", three, **per_layer) == pytest.approx(4 / 3 * seconds("final", three))
+    more = seconds("distil", two, **per_layer) - seconds("distil", two)
+    assert more == pytest.approx(seconds("final", two))
+    deep = {"depth_mults": ["1", "1/2"]}
+    assert seconds("depth", two, **per_layer, **deep) > seconds("depth", two, **deep)
+    many = ["1", "3/4", "1/2", "1/4"]
+    assert seconds("final", many, **per_layer) == pytest.approx(seconds("final", many))
+
+
 def test_what_a_refinement_adds_to_the_time() -> None:
     def seconds(*names: str, steps: int = 2) -> float:
         spec = {"refinement": {"subnetworks": names, "max_steps": steps}}
