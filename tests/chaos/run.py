@@ -141,9 +141,7 @@ class _Storm:
         self._say = say
         self._stopping = threading.Event()
         self._lock = threading.Lock()
-        self._begun = 0  # faults that are injected, or are about to be
-        # Of which none is; where there are fewer faults than kinds, none is waited for.
-        self._unseen = set(Kind) if options.faults >= len(Kind) else set[Kind]()
+        self._begun = Counter[Kind]()  # faults that are injected, or are about to be
         self._threads = [
             threading.Thread(target=self._run, args=(lane,), name="storm", daemon=True)
             for lane in LANES
@@ -204,25 +202,28 @@ class _Storm:
         return len(self.injected) >= (self._user.succeeded + LEAD) * share
 
     def _begins(self, kind: Kind) -> bool:
-        """Not where all that may still come are left to those kinds of which there was none; nor
-        where it can find nothing any more, for want of jobs. To such kinds nothing is left."""
+        """Not where all that may still come are left to those kinds of which there is none, nor
+        where it can find nothing any more, for want of jobs. To such kinds nothing is left, nor to
+        any where there are fewer faults than kinds."""
         is_over = self._user.has_all and not self._user.wants_more
-        left = self._unseen - OF_JOBS if is_over else self._unseen
         if is_over and kind in OF_JOBS:
             return False
+        faults = self._options.faults
         with self._lock:
-            may = self._begun + len(left - {kind}) < self._options.faults
-            self._begun += may
+            left = {each for each in Kind if not self._begun[each]} - {kind}
+            if is_over:
+                left -= OF_JOBS
+            may = self._begun.total() + (len(left) if faults >= len(Kind) else 0) < faults
+            self._begun[kind] += may
             return may
 
     def _tell(self, fault: Fault, done: Injected | None) -> None:
         with self._lock:
             if done is None:
-                self._begun -= 1
+                self._begun[fault.kind] -= 1
                 self._say(f"{fault.kind}: nothing to hit")
                 return
             self.injected.append(done)
-            self._unseen.discard(fault.kind)
             number = len(self.injected)
         self._say(f"fault {number}, {fault.kind}; {self._user.succeeded} jobs have succeeded")
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,6 +131,33 @@ def test_both_lanes_together_bring_as_many_faults_as_are_asked_for(
     kinds = {each.kind for each in storm.injected}
     assert len(storm.injected) == faults
     assert faults < len(Kind) or kinds == set(Kind)
+
+
+def test_a_lane_that_waits_does_not_keep_the_other_from_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many faults as kinds: each has its place from the beginning, and is drawn once."""
+    messages, others = LANES
+    comes = threading.Event()
+
+    class Waits(_Hits):
+        def inject(self, fault: Fault) -> Injected | None:
+            return super().inject(fault) if fault.kind in others or comes.wait(20) else None
+
+    storm = storm_of(monkeypatch, len(Kind), at_work())
+    monkeypatch.setattr(run, "Injector", Waits)
+    storm.start()
+    try:
+        wait_until(lambda: len(storm.injected) == len(others), "the others", seconds=20)
+        comes.set()
+        wait_until(lambda: not storm.goes_on, "the storm is over", seconds=20)
+    finally:
+        comes.set()
+        storm.end()
+    kinds = [each.kind for each in storm.injected]
+    plan = [fault.kind for fault in islice(make_plan(1, others), len(others))]
+    assert kinds[: len(others)] == plan
+    assert set(kinds[len(others) :]) == messages
 
 
 def test_a_lane_leaves_room_for_the_other_as_long_as_there_is_something_to_hit(
