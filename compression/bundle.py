@@ -429,7 +429,9 @@ def _steps(facts: BundleFacts) -> list[str]:
         f"{_kept(subnetwork)}{_each(subnetwork.heads)} heads and {_each(subnetwork.ffn)} "
         "neurons a layer."
         + (
-            f" It was then distilled alone{_training_words(facts, alone)}."
+            f" It was then distilled alone{_training_words(facts, alone)}: batches of "
+            f"{spec.refinement.batch_size} rows, learning rate {spec.refinement.learning_rate:g}, "
+            f"weights {spec.refinement.lambda_rep:g} and {spec.refinement.lambda_logit:g}."
             if (alone := f"refine {subnetwork.name}") in facts.trainings
             else ""
         )

@@ -60,7 +60,8 @@ class StageState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A job between two steps. `stages` in their order; only the last may be unfinished.
+    """A job between two steps. `stages` in the order in which they were saved last; only the last,
+    and a sub-network's own training before a search that is done again, may be unfinished.
 
     `identity` says of which job: digests of its spec, model and dataset. `host` is where it
     ran (see `host_facts`), `seconds` how long, in all its runs together.
@@ -310,7 +311,7 @@ class Checkpoints:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """The stages that it has a state of, in their order."""
+        """The stages that it has a state of, the newest last."""
         return tuple(self._stages)
 
     @property
@@ -328,6 +329,7 @@ class Checkpoints:
         Tensors are read now and again at each later checkpoint: a finished stage's must not
         change afterwards.
         """
+        self._stages.pop(stage, None)  # it is the newest now, whatever was saved since
         self._stages[stage] = state
         self._number += 1
         snapshot = Snapshot(self._identity, self._host, self.seconds, self._stages)

@@ -356,10 +356,11 @@ def _budget_warnings(spec: Spec, seconds: Mapping[str, float]) -> Iterator[str]:
         return
     needed = (START_SECONDS + sum(seconds.values())) / 60
     if needed > spec.max_minutes:
+        kept = (seconds["search"] + seconds["finish"]) / 60
+        after = "the search and what comes" if seconds["search"] else "what comes"
         yield (
             f"max_minutes is {spec.max_minutes:g}, and the job is predicted to take {needed:.2g}: "
-            f"training will stop early ({seconds['finish'] / 60:.2g} are set aside for what comes "
-            "after it)"
+            f"training will stop early ({kept:.2g} are set aside for {after} after it)"
         )
 
 
@@ -735,6 +736,8 @@ def _refined(spec: Spec, networks: Sequence[Subnetwork]) -> list[Subnetwork]:
                 )
         elif name not in by_name:
             known = ", ".join(by_name)
+            if spec.supernet.per_layer is not None:
+                known += f", and {FINALISTS} for all that the search finds"
             raise InvalidSpec(
                 f"{name!r} is no sub-network of this job: there are {known}", pointer=pointer
             )
@@ -791,8 +794,10 @@ def _predicted_stage_seconds(
     ]
     has_depth, per_layer = spec.supernet.has_depth, spec.supernet.per_layer is not None
     deepened = _trained_rows(spec.depth, rows["train"] + rows.get("unlabelled", 0)) * has_depth
-    sampled = _of_a_step(all_students) if has_depth or per_layer else students
-    narrowed = _of_a_step(widths) if per_layer else sum(widths)
+    sampled: float = students
+    if has_depth or per_layer:
+        sampled = _of_a_step(all_students, per_layer=per_layer)
+    narrowed = _of_a_step(widths, per_layer=True) if per_layer else sum(widths)
     fine_tuned = _trained_rows(spec.teacher, rows["train"]) if fine_tune else 0
     distilled = _trained_rows(spec.distillation, rows["train"] + rows.get("unlabelled", 0))
     tuned = _trained_rows(spec.final, rows["train"]) if spec.final.when == "always" else 0
@@ -818,7 +823,8 @@ def _predicted_stage_seconds(
         "importance": min(spec.importance.rows, rows["train"]) * BACKWARD_AND_FORWARD * teacher,
         "distil": distilled * (teacher + BACKWARD_AND_FORWARD * narrowed),
         # Teachers: at most, where the four sub-networks of a step are of four widths.
-        "depth": deepened * (_of_a_step(widths) + BACKWARD_AND_FORWARD * sampled),
+        "depth": deepened
+        * (_of_a_step(widths, per_layer=per_layer) + BACKWARD_AND_FORWARD * sampled),
         "final": tuned * BACKWARD_AND_FORWARD * sampled,
         "finish": (rows["dev"] + rows.get("test", 0)) * (teacher + judged * students)
         # The least: once, without parts back in fp32.
@@ -876,7 +882,7 @@ def deadlines(spec: Spec, plan: Plan) -> dict[str, float | None]:
         "distil": distilled * share,
         "depth": deepened * share,
         "final": tuned * share,
-        "refine": left + predicted["search"],
+        "refine": max(0.0, 60 * spec.max_minutes - predicted["finish"]),
     }
 
 
@@ -884,12 +890,16 @@ def _mean_flops(configs: Sequence[EncoderConfig], tokens: int) -> float:
     return sum(cost.flops(config, tokens) for config in configs) / len(configs)
 
 
-def _of_a_step(flops: Sequence[int]) -> float:
+def _of_a_step(flops: Sequence[int], *, per_layer: bool) -> float:
     """What the sub-networks cost that the sandwich rule takes: the largest first, the smallest
-    last, and of those between as many as it draws, which cost their mean."""
-    if len(flops) <= RANDOM + 2:
+    last, and of those between as many as it draws, which cost their mean.
+
+    `per_layer`: one of the drawn has widths of its own for each layer, or both, where there is
+    nothing between.
+    """
+    if len(flops) <= RANDOM + 2 and not per_layer:
         return sum(flops)
-    between = flops[1:-1]
+    between = flops[1:-1] or flops
     return flops[0] + flops[-1] + RANDOM * sum(between) / len(between)
 
 

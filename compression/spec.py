@@ -410,7 +410,7 @@ class RefinementSpec(LaterDistillationSpec):
     the supernet's. With distillation's dropout.
     """
 
-    subnetworks: tuple[str, ...] = Field(
+    subnetworks: tuple[Text, ...] = Field(
         (),
         max_length=64,
         description=f'By name, as "w1_4" or "w1_2-d2_3"; "{FINALISTS}": all that the search for '

@@ -22,6 +22,7 @@ from tests.e2e.service import processes_of
 
 WAIT_SECONDS = 60.0  # for something that the fault could hit
 CHILD = "-m worker.child"
+REDIS_IS_AWAY = (redis.ConnectionError, redis.TimeoutError)
 _SUPERVISOR = re.compile(r"supervise\.py (\d+) -- ")
 
 T = TypeVar("T")
@@ -144,7 +145,7 @@ class Injector:
             queue, message = found
             try:
                 client.lpush(queue, message, message)
-            except redis.ConnectionError:
+            except REDIS_IS_AWAY:
                 return None  # Redis is lost, and this message with all others
         return True
 
@@ -163,7 +164,7 @@ class Injector:
 def _take(client: redis.Redis) -> tuple[bytes, bytes] | None:
     """The next message, before a worker has it: Redis gives it to whoever has waited longest, and
     workers ask anew each second. None where none comes, or Redis is away."""
-    with suppress(redis.ConnectionError):
+    with suppress(*REDIS_IS_AWAY):
         taken: tuple[bytes, bytes] | None = client.brpop(list(QUEUES), timeout=2)  # type: ignore
         return taken
     return None

@@ -43,6 +43,9 @@ LONG_FREEZE_SHARE, LONG_FREEZE_SECONDS = 0.2, (18.0, 22.0)
 MESSAGES = frozenset({Kind.MESSAGE_DOUBLED, Kind.MESSAGE_DROPPED})
 LANES = (MESSAGES, frozenset(Kind) - MESSAGES)
 
+# What these could hit is there only as long as jobs wait or run.
+OF_JOBS = MESSAGES | {Kind.CHILD_KILLED, Kind.WORKER_FROZEN}
+
 
 @dataclass(frozen=True)
 class Fault:

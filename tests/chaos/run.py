@@ -13,7 +13,7 @@ from typing import Any
 from tests.chaos.checker import Findings, Promises, check, orphans
 from tests.chaos.evidence import Evidence, Injected, read_evidence
 from tests.chaos.faults import Injector
-from tests.chaos.plan import LANES, Fault, Kind, make_plan
+from tests.chaos.plan import LANES, OF_JOBS, Fault, Kind, make_plan
 from tests.chaos.site import CHECKPOINT_SECONDS, DISK, ORPHAN_GRACE_SECONDS, Site
 from tests.chaos.user import AT_ONCE, STEPS, User
 
@@ -141,8 +141,7 @@ class _Storm:
         self._say = say
         self._stopping = threading.Event()
         self._lock = threading.Lock()
-        self._begun = 0  # faults that are injected, or are about to be
-        self._unseen = set(Kind)  # of which none is
+        self._begun = Counter[Kind]()  # faults that are injected, or are about to be
         self._threads = [
             threading.Thread(target=self._run, args=(lane,), name="storm", daemon=True)
             for lane in LANES
@@ -195,7 +194,7 @@ class _Storm:
                 if self._begins(fault.kind):
                     self._tell(fault, injector.inject(fault))
         except BaseException as failure:
-            self._failure = failure
+            self._failure = self._failure or failure  # the other lane's may follow from the first
 
     def _is_ahead(self) -> bool:
         """Enough has been done to the jobs so far: they would otherwise never get on."""
@@ -203,23 +202,30 @@ class _Storm:
         return len(self.injected) >= (self._user.succeeded + LEAD) * share
 
     def _begins(self, kind: Kind) -> bool:
-        """Not where all that may still come are left to those kinds of which there was none."""
+        """Not where all that may still come are left to those kinds of which there is none, nor
+        where it can find nothing any more, for want of jobs. To such kinds nothing is left, nor to
+        any where there are fewer faults than kinds."""
+        is_over = self._user.has_all and not self._user.wants_more
+        if is_over and kind in OF_JOBS:
+            return False
+        faults = self._options.faults
         with self._lock:
-            may = self._begun + len(self._unseen - {kind}) < self._options.faults
-            self._begun += may
+            left = {each for each in Kind if not self._begun[each]} - {kind}
+            if is_over:
+                left -= OF_JOBS
+            may = self._begun.total() + (len(left) if faults >= len(Kind) else 0) < faults
+            self._begun[kind] += may
             return may
 
     def _tell(self, fault: Fault, done: Injected | None) -> None:
         with self._lock:
             if done is None:
-                self._begun -= 1
+                self._begun[fault.kind] -= 1
                 self._say(f"{fault.kind}: nothing to hit")
                 return
             self.injected.append(done)
-            self._unseen.discard(fault.kind)
-        self._say(
-            f"fault {len(self.injected)}, {fault.kind}; {self._user.succeeded} jobs have succeeded"
-        )
+            number = len(self.injected)
+        self._say(f"fault {number}, {fault.kind}; {self._user.succeeded} jobs have succeeded")
 
 
 def _await_sweep(site: Site, user: User, storm: _Storm) -> None:

@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +17,12 @@ from typing import Any
 import pytest
 
 from tests.chaos import __main__, run
+from tests.chaos.evidence import Injected
+from tests.chaos.plan import LANES, OF_JOBS, Fault, Kind, make_plan
 from tests.chaos.site import Kept, Site
 from tests.e2e import hosts
 from tests.e2e.service import ROOT
+from tests.services import wait_until
 
 
 class _Site:
@@ -74,6 +80,120 @@ def test_a_fault_that_cannot_be_carried_out_ends_the_run_at_once(
     with pytest.raises(AssertionError, match="redis-server answers"):
         run.run(run.Options(1, 1, 9, 75), tmp_path, lambda words: None)
     assert _User.looks < 300
+
+
+# --- the storm --------------------------------------------------------------------------------
+
+
+class _Hits:
+    """Hits at once, but for the kinds that find nothing."""
+
+    misses: frozenset[Kind] = frozenset()
+
+    def __init__(self, *told: object) -> None:
+        pass
+
+    def inject(self, fault: Fault) -> Injected | None:
+        time.sleep(0.001)
+        return None if fault.kind in self.misses else Injected(fault.kind, 0.0, 0.0)
+
+
+def storm_of(
+    monkeypatch: pytest.MonkeyPatch,
+    faults: int,
+    user: SimpleNamespace,
+    misses: frozenset[Kind] = frozenset(),
+) -> run._Storm:
+    monkeypatch.setattr(run, "Injector", type("Hits", (_Hits,), {"misses": misses}))
+    monkeypatch.setattr(
+        run,
+        "make_plan",
+        lambda *told: (replace(fault, pause=0.001) for fault in make_plan(*told)),
+    )
+    options = run.Options(1, 5, faults, 75)
+    return run._Storm(options, SimpleNamespace(), user, lambda words: None)  # type: ignore[arg-type]
+
+
+def at_work() -> SimpleNamespace:
+    return SimpleNamespace(succeeded=5, wants_more=True, has_all=True)
+
+
+@pytest.mark.parametrize("faults", [1, len(Kind) - 1, len(Kind), 60])
+def test_both_lanes_together_bring_as_many_faults_as_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, faults: int
+) -> None:
+    storm = storm_of(monkeypatch, faults, at_work())
+    storm.start()
+    try:
+        wait_until(lambda: not storm.goes_on, "the storm is over", seconds=20)
+    finally:
+        storm.end()
+    kinds = {each.kind for each in storm.injected}
+    assert len(storm.injected) == faults
+    assert faults < len(Kind) or kinds == set(Kind)
+
+
+def test_a_lane_that_waits_does_not_keep_the_other_from_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many faults as kinds: each has its place from the beginning, and is drawn once."""
+    messages, others = LANES
+    comes = threading.Event()
+
+    class Waits(_Hits):
+        def inject(self, fault: Fault) -> Injected | None:
+            return super().inject(fault) if fault.kind in others or comes.wait(20) else None
+
+    storm = storm_of(monkeypatch, len(Kind), at_work())
+    monkeypatch.setattr(run, "Injector", Waits)
+    storm.start()
+    try:
+        wait_until(lambda: len(storm.injected) == len(others), "the others", seconds=20)
+        comes.set()
+        wait_until(lambda: not storm.goes_on, "the storm is over", seconds=20)
+    finally:
+        comes.set()
+        storm.end()
+    kinds = [each.kind for each in storm.injected]
+    plan = [fault.kind for fault in islice(make_plan(1, others), len(others))]
+    assert kinds[: len(others)] == plan
+    assert set(kinds[len(others) :]) == messages
+
+
+def test_a_lane_leaves_room_for_the_other_as_long_as_there_is_something_to_hit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No message comes once there are no more jobs: then all that is left is the other lane's."""
+    user, messages = at_work(), LANES[0]
+    storm = storm_of(monkeypatch, 12, user, misses=messages)
+    storm.start()
+    try:
+        wait_until(lambda: len(storm.injected) == 10, "all but two", seconds=20)
+        time.sleep(0.1)
+        assert len(storm.injected) == 10 and storm.goes_on
+        user.wants_more = False
+        wait_until(lambda: not storm.goes_on, "the storm is over", seconds=20)
+    finally:
+        storm.end()
+    assert len(storm.injected) == 12
+    assert messages.isdisjoint(each.kind for each in storm.injected)
+
+
+def test_without_jobs_each_kind_that_still_finds_something_has_its_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    over = SimpleNamespace(succeeded=5, wants_more=False, has_all=True)
+    storm = storm_of(monkeypatch, len(Kind), over)
+    storm.start()
+    try:
+        wait_until(lambda: not storm.goes_on, "the storm is over", seconds=20)
+    finally:
+        storm.end()
+    assert len(storm.injected) == len(Kind)
+    assert {each.kind for each in storm.injected} == set(Kind) - OF_JOBS
+
+
+# --- the end ----------------------------------------------------------------------------------
 
 
 def test_what_was_begun_has_time_for_its_end() -> None:

@@ -527,6 +527,16 @@ def test_the_card_says_how_it_was_made(case: Case) -> None:
         assert words in step
     short = model_card(case.facts).split("## How it was made\n\n")[1].split("\n\n")[0]
     assert "labels of train" not in short
+    assert "distilled alone" not in card
+    spec = Spec.model_validate(
+        {"refinement": {"batch_size": 8, "learning_rate": 3e-4, "lambda_rep": 0.5}}
+    )
+    stage = f"refine {case.facts.subnetwork.name}"
+    alone = model_card(replace(case.facts, trainings={stage: training}, spec=spec))
+    assert (
+        "It was then distilled alone for 90 of 100 steps, until nothing was gained: batches of 8 "
+        "rows, learning rate 0.0003, weights 0.5 and 1."
+    ) in alone
 
 
 def test_a_shallow_networks_card_and_manifest_say_which_layers_it_keeps(case: Case) -> None:

@@ -19,6 +19,7 @@ from compression.checkpoint import (
     newest_snapshot,
     resumed_replicas,
     resumed_variables,
+    resumption,
 )
 from compression.errors import CheckpointRefused
 
@@ -133,6 +134,19 @@ def test_a_forgotten_stage_is_in_no_later_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.known == ("distil",)
     checkpoints.save("refine w1_4", state(3))
     assert open_folder(tmp_path).known == ("distil", "refine w1_4")
+
+
+def test_a_stage_that_is_done_again_is_the_newest(tmp_path: Path) -> None:
+    """A search on another machine measures anew, and what was refined before it stays."""
+    heard: list[Saved] = []
+    checkpoints = open_folder(tmp_path, on_saved=heard.append)
+    for stage in ("search", "refine w1_4", "search"):
+        checkpoints.save(stage, state(len(heard)))
+    assert (heard[-1].stage, heard[-1].step) == ("search", 2)
+    again = open_folder(tmp_path)
+    assert again.known == ("refine w1_4", "search")
+    assert again.resumed == "search"
+    assert resumption(again) == "goes on from step 2 of search"
 
 
 def test_the_time_of_earlier_runs_counts(tmp_path: Path) -> None:

@@ -220,6 +220,30 @@ def test_what_a_search_adds_to_the_time() -> None:
     )
 
 
+def test_a_step_takes_four_networks_where_there_are_widths_for_each_layer() -> None:
+    """Largest, smallest and two between, of which one at least has widths of its own."""
+
+    def seconds(stage: str, widths: list[str], **supernet: Any) -> float:
+        spec = {
+            "constraints": {"max_size_mb": 1},
+            "supernet": {"width_mults": widths, **supernet},
+            "distillation": {"max_steps": 2},
+            "final": {"when": "always", "max_steps": 2},
+        }
+        return plan_of(spec, train=TRAIN, dev=DEV).predicted_stage_seconds[stage]
+
+    per_layer: dict[str, Any] = {"per_layer": {}}
+    two, three = ["1", "1/2"], ["1", "3/4", "1/2"]
+    assert seconds("final", two, **per_layer) == pytest.approx(2 * seconds("final", two))
+    assert seconds("final", three, **per_layer) == pytest.approx(4 / 3 * seconds("final", three))
+    more = seconds("distil", two, **per_layer) - seconds("distil", two)
+    assert more == pytest.approx(seconds("final", two))
+    deep = {"depth_mults": ["1", "1/2"]}
+    assert seconds("depth", two, **per_layer, **deep) > seconds("depth", two, **deep)
+    many = ["1", "3/4", "1/2", "1/4"]
+    assert seconds("final", many, **per_layer) == pytest.approx(seconds("final", many))
+
+
 def test_what_a_refinement_adds_to_the_time() -> None:
     def seconds(*names: str, steps: int = 2) -> float:
         spec = {"refinement": {"subnetworks": names, "max_steps": steps}}
@@ -243,6 +267,12 @@ def test_only_sub_networks_of_the_job_are_refined(names: list[str], place: int, 
     with pytest.raises(InvalidSpec, match=words) as refused:
         plan_of({"refinement": {"subnetworks": names}}, train=TRAIN, dev=DEV)
     assert refused.value.pointer == f"/refinement/subnetworks/{place}"
+
+
+def test_what_a_search_will_find_is_refined_by_one_word() -> None:
+    searched = {"constraints": {"max_size_mb": 1}, "supernet": {"per_layer": {}}}
+    with pytest.raises(InvalidSpec, match="there are w1, w3_4, w1_2, w1_4, and finalists for all"):
+        plan_of({**searched, "refinement": {"subnetworks": ["p1"]}}, train=TRAIN, dev=DEV)
 
 
 def test_finalists_are_judged_and_measured_for_as_long_as_the_named_ones() -> None:
@@ -433,6 +463,13 @@ def test_a_time_budget_is_shared_out_by_what_is_predicted() -> None:
     assert last["refine"] == pytest.approx(600 - parts["finish"])
     assert last["final"] is not None and last["refine"] is not None
     assert last["refine"] - last["final"] > parts["search"] > 12 * 6
+    # What a search does not take is no gift beyond the budget.
+    tight = searched | {"max_minutes": (parts["finish"] + parts["search"] / 2) / 60}
+    plan_of_little = plan_of(tight, large, train=TRAIN, dev=DEV)
+    last = deadlines(Spec.model_validate(tight), plan_of_little)
+    assert last["final"] == 0 and last["refine"] == pytest.approx(parts["search"] / 2)
+    (warning,) = (each for each in plan_of_little.warnings if "max_minutes" in each)
+    assert f"{(parts['finish'] + parts['search']) / 60:.2g} are set aside" in warning
     # A model that keeps its head is not fine-tuned, and a budget can be too small for anything.
     kept = plan_of({}, model(hidden=3200, head_dim=800), train=TRAIN, dev=DEV)
     assert kept.predicted_stage_seconds["teacher"] == 0
