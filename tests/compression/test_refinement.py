@@ -63,7 +63,13 @@ class Asked:
         self.trained.clear()
         search: Any = SimpleNamespace(subnetworks=list(found)) if found else None
         networks, trainings = refine(
-            self._job, self._learnt, search, self.checkpoints, lambda: False, lambda *told: None
+            self._job,
+            self._learnt,
+            search,
+            self.checkpoints,
+            self._folder / "work",
+            lambda: False,
+            lambda *told: None,
         )
         assert list(trainings) == [f"refine {name}" for name in networks]
         return networks
