@@ -214,11 +214,15 @@ def read_spec(path: Path | None) -> Spec:
     try:
         return Spec.model_validate({} if document is None else document)
     except ValidationError as error:
-        told = (
-            f"/{'/'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in without_consequences(error.errors())
-        )
-        raise ValueError(f"{path}: {'; '.join(told)}") from None
+        raise ValueError(f"{path}: {'; '.join(faults(error))}") from None
+
+
+def faults(error: ValidationError) -> list[str]:
+    """A sentence each, with a JSON pointer; never what was read."""
+    return [
+        f"/{'/'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+        for fault in without_consequences(error.errors())
+    ]
 
 
 def with_profile(spec: Spec, path: Path | None) -> tuple[Spec, DeviceProfile | None]:
@@ -259,7 +263,7 @@ def select_command(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         asked = with_profile(read_spec(args.spec), args.profile) if args.spec else None
-        report = CompressionReport.model_validate_json(args.report.read_bytes())
+        report = read_report(args.report)
         spec, profile = asked or with_profile(report.spec, args.profile)
         selection = reselected(report, spec.constraints, profile)
     except CompressionError as error:
@@ -268,6 +272,14 @@ def select_command(arguments: list[str]) -> int:
         parser.error(str(error))
     show_selection(selection)
     return 0 if selection.subnetwork is not None else 1
+
+
+def read_report(path: Path) -> CompressionReport:
+    """OSError, or ValueError in one sentence."""
+    try:
+        return CompressionReport.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{path} is no report.json of a job: {faults(error)[0]}") from None
 
 
 def reselected(

@@ -90,12 +90,12 @@ def compress(
     for stale in (run_dir / "artifacts", run_dir / "work"):  # of a run that was interrupted
         shutil.rmtree(stale, ignore_errors=True)
     artifacts = run_dir / "artifacts"
-    artifacts.mkdir(parents=True)
     stages = Stages(on_progress, stop)
 
     with stages("load") as advance:
         job = load(spec, model_dir, dataset_dir, resumed_replicas(run_dir / CHECKPOINTS))
         predictor = predictor_of(job, profile)
+        artifacts.mkdir(parents=True)  # not before: what is refused leaves nothing behind
         checkpoints = Checkpoints(
             run_dir / CHECKPOINTS,
             identity=identity(spec, model_dir, dataset_dir),

@@ -28,12 +28,8 @@ from compression.selection import select
 from compression.spec import ConstraintSpec, LatencySetting, Spec
 
 
-def test_a_file_that_rounds_has_figures_of_its_own_or_none() -> None:
-    plain = FormatReport(format="onnx", published=True)
-    rounded = FormatReport(
-        format="onnx-int8-dynamic", published=True, accuracy=0.7, accuracy_drop=10.0
-    )
-    half = SubnetworkReport(
+def half_with(*formats: FormatReport) -> SubnetworkReport:
+    return SubnetworkReport(
         name="w1_2",
         width_mult=Fraction(1, 2),
         heads=(2,),
@@ -42,7 +38,16 @@ def test_a_file_that_rounds_has_figures_of_its_own_or_none() -> None:
         flops=1,
         accuracy=0.75,
         accuracy_drop=5.0,
+        formats=formats,
     )
+
+
+def test_a_file_that_rounds_has_figures_of_its_own_or_none() -> None:
+    plain = FormatReport(format="onnx", published=True)
+    rounded = FormatReport(
+        format="onnx-int8-dynamic", published=True, accuracy=0.7, accuracy_drop=10.0
+    )
+    half = half_with()
     assert on_dev(half, plain) == (0.75, 5.0)
     assert on_dev(half, rounded) == (0.7, 10.0)
     teacher = TeacherReport(family="bert", fine_tuned_steps=0, parameters=1, accuracy=0.8)
@@ -114,17 +119,7 @@ def test_a_finished_job_is_asked_under_its_own_constraints_unless_others_are_nam
     latency = LatencyReport(
         p50_ms=4, p95_ms=5, p99_ms=6, rounds=5, batch_size=1, seq_len=8, threads=1, speedup=2
     )
-    half = SubnetworkReport(
-        name="w1_2",
-        width_mult=Fraction(1, 2),
-        heads=(2,),
-        ffn=(8,),
-        parameters=1,
-        flops=1,
-        accuracy=0.75,
-        accuracy_drop=5.0,
-        formats=(FormatReport(format="onnx", published=True, size_bytes=10**6, latency=latency),),
-    )
+    half = half_with(FormatReport(format="onnx", published=True, size_bytes=10**6, latency=latency))
     finished = CompressionReport(
         spec=Spec(constraints=ConstraintSpec(max_latency_ms=3)),
         dataset=DatasetReport(rows={}, labels=(), label_names=(), text="text", label="label"),
@@ -144,6 +139,25 @@ def test_a_finished_job_is_asked_under_its_own_constraints_unless_others_are_nam
     assert "takes 4.00 ms, at most 3.00 ms allowed" in capsys.readouterr().out
     assert main(["select", str(report), "--spec", str(other)]) == 0
     assert "max_size_mb 2 rules out none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"task": {}}', "is no report.json of a job: /spec: Field required"),
+        ("{", "is no report.json of a job: /: Invalid JSON"),
+    ],
+)
+def test_what_is_no_report_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, told: str
+) -> None:
+    path = tmp_path / "spec.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main(["select", str(path)])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"{path} {told}" in said and "pydantic" not in said
 
 
 def test_where_nothing_holds_the_nearest_three_are_printed(
