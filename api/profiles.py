@@ -22,7 +22,7 @@ EXAMPLES: dict[str, Any] = {
     "board": {
         "summary": "What `python -m compression profile` wrote on a board",
         "value": {
-            "widthwise_profile": 2,
+            "widthwise_profile": 3,
             "device": {
                 "cpu": "ARMv8 Processor rev 3 (v8l)",
                 "cores": 4,

@@ -541,9 +541,9 @@ def main() -> None:
     parser.add_argument("--depth-epochs", type=float, default=1)
     parser.add_argument("--depth-learning-rate", type=float, default=1e-4)
     parser.add_argument(
-        "--refined", nargs="*", default=["w1_4", "w1_4-d5_6"], help="names of sub-networks"
+        "--refined", nargs="*", default=["w1_4", "w1_2-d5_6"], help="names of sub-networks"
     )
-    parser.add_argument("--refine-epochs", type=float, default=8)
+    parser.add_argument("--refine-epochs", type=float, default=6)
     parser.add_argument(
         "--per-layer-seeds", type=int, nargs="*", help="of --seeds; by default the first alone"
     )

@@ -2,7 +2,8 @@
 
 A device that is to be profiled has ONNX Runtime and numpy; a model file is a protocol
 buffer of few kinds of fields (onnx.proto), so this module writes those itself. Weights are
-random: they change no time. Letters: B rows, T tokens, H hidden units.
+random: they change no time. Rows and tokens are open, as in the files that are served: by what it
+knows of sizes ONNX Runtime chooses what it fuses. Letters: B rows, T tokens, H hidden units.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ ATTRIBUTE_FLOAT, ATTRIBUTE_INT, ATTRIBUTE_INTS = 1, 2, 7  # AttributeProto.Attri
 EPSILON = 1e-12
 MASKED = -1e9  # added to scores of padding
 ACTIVATIONS = ("gelu", "gelu_new", "relu")
-IDS, TYPES, MASK = "ids", "types", "mask"  # inputs
-End = tuple[str, int, Sequence[int]]  # name, type and shape of an input
+IDS, TYPES, MASK, STATES = "ids", "types", "mask", "x"  # inputs
+OPEN = None  # a size that is known with the call
+End = tuple[str, int, Sequence[int | None]]  # name, type and shape of an input
+_IDS = (OPEN, OPEN)
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class _Graph:
             "LayerNormalization", x, scale, self.weight(hidden), axis=-1, epsilon=EPSILON
         )
 
-    def model(self, inputs: Sequence[End], output: str, shape: Sequence[int]) -> bytes:
+    def model(self, inputs: Sequence[End], output: str, shape: Sequence[int | None]) -> bytes:
         """The file, with these inputs and the one output, which is float."""
         graph = [_bytes(1, node) for node in self.nodes] + [_text(2, "block")]
         graph += [_bytes(5, weight) for weight in self.weights]
@@ -123,67 +126,58 @@ class _Graph:
         return f"v{self.names}"
 
 
-def call(batch_size: int, seq_len: int) -> bytes:
+def call() -> bytes:
     """Nothing but a call of the runtime: what each block costs beside its work."""
     graph = _Graph()
-    ids = (batch_size, seq_len)
-    return graph.model([(IDS, INT64, ids)], graph.add("Cast", IDS, to=FLOAT), ids)
+    return graph.model([(IDS, INT64, _IDS)], graph.add("Cast", IDS, to=FLOAT), _IDS)
 
 
-def embeddings(shape: Shape, batch_size: int, seq_len: int, *, int8: bool = False) -> bytes:
-    """Ids [B, T] to states [B, T, H]: words, positions, types, the norm and any projection."""
+def embeddings(shape: Shape, seq_len: int, *, int8: bool = False) -> bytes:
+    """Ids [B, T] to states [B, T, H]: words, positions, types, the norm and any projection.
+    `seq_len`: rows of the table of positions."""
     graph = _Graph(int8)
-    ids = (batch_size, seq_len)
-    inputs = [(IDS, INT64, ids), (TYPES, INT64, ids)]
-    return graph.model(inputs, _embedded(graph, shape, seq_len), (*ids, shape.hidden))
+    inputs = [(IDS, INT64, _IDS), (TYPES, INT64, _IDS)]
+    return graph.model(inputs, _embedded(graph, shape, seq_len), _states(shape))
 
 
-def attention(
-    shape: Shape, batch_size: int, seq_len: int, *, heads: int, layers: int, int8: bool = False
-) -> bytes:
-    """Self-attention of so many heads with residual and norm, `layers` times in a row."""
+def attention(shape: Shape, *, heads: int, layers: int, int8: bool = False) -> bytes:
+    """Self-attention of so many heads with residual and norm, `layers` times in a row, of states
+    [B, T, H] and a mask [B, 1, 1, T] that is added to the scores."""
     graph = _Graph(int8)
     attend = _attention(graph, shape, heads)
-    x = "x"
+    x = STATES
     for _ in range(layers):
         x = attend(x, MASK)
-    states = (batch_size, seq_len, shape.hidden)
-    mask = (batch_size, 1, 1, seq_len)
-    return graph.model([("x", FLOAT, states), (MASK, FLOAT, mask)], x, states)
+    inputs = [(STATES, FLOAT, _states(shape)), (MASK, FLOAT, (OPEN, 1, 1, OPEN))]
+    return graph.model(inputs, x, _states(shape))
 
 
-def ffn(
-    shape: Shape, batch_size: int, seq_len: int, *, neurons: int, layers: int, int8: bool = False
-) -> bytes:
+def ffn(shape: Shape, *, neurons: int, layers: int, int8: bool = False) -> bytes:
     """The feed-forward half of a layer with residual and norm, `layers` times in a row."""
     graph = _Graph(int8)
     feed_forward = _feed_forward(graph, shape, neurons)
-    x = "x"
+    x = STATES
     for _ in range(layers):
         x = feed_forward(x)
-    states = (batch_size, seq_len, shape.hidden)
-    return graph.model([("x", FLOAT, states)], x, states)
+    return graph.model([(STATES, FLOAT, _states(shape))], x, _states(shape))
 
 
-def head(shape: Shape, batch_size: int, seq_len: int, *, int8: bool = False) -> bytes:
+def head(shape: Shape, *, int8: bool = False) -> bytes:
     """Pooler and classifier of the first token, [B, T, H] to [B, labels]."""
     graph = _Graph(int8)
-    states = (batch_size, seq_len, shape.hidden)
-    logits = _pooled_logits(graph, shape, "x")
-    return graph.model([("x", FLOAT, states)], logits, (batch_size, shape.labels))
+    logits = _pooled_logits(graph, shape, STATES)
+    return graph.model([(STATES, FLOAT, _states(shape))], logits, (OPEN, shape.labels))
 
 
-def token_head(shape: Shape, batch_size: int, seq_len: int) -> bytes:
+def token_head(shape: Shape) -> bytes:
     """The classifier of every token, [B, T, H] to [B, T, labels]; in fp32 in every file."""
     graph = _Graph()
-    states = (batch_size, seq_len, shape.hidden)
-    logits = graph.linear("x", shape.hidden, shape.labels)
-    return graph.model([("x", FLOAT, states)], logits, (batch_size, seq_len, shape.labels))
+    logits = graph.linear(STATES, shape.hidden, shape.labels)
+    return graph.model([(STATES, FLOAT, _states(shape))], logits, (OPEN, OPEN, shape.labels))
 
 
 def network(
     shape: Shape,
-    batch_size: int,
     seq_len: int,
     *,
     heads: Sequence[int],
@@ -192,24 +186,29 @@ def network(
 ) -> bytes:
     """A whole encoder, ids [B, T] to logits [B, labels]; layer i has its own heads and neurons."""
     graph = _Graph(int8)
-    ids = (batch_size, seq_len)
-    one, masked = (graph.constant(np.array(value, np.float32)) for value in (1.0, MASKED))
+    one, minus, masked = (graph.constant(np.array(v, np.float32)) for v in (1.0, -1.0, MASKED))
     axes = graph.constant(np.array([1, 2], np.int64))
-    padding = graph.add("Sub", one, graph.add("Cast", MASK, to=FLOAT))
-    mask = graph.add("Unsqueeze", graph.add("Mul", padding, masked), axes)
+    padding = graph.add("Add", graph.add("Mul", graph.add("Cast", MASK, to=FLOAT), minus), one)
+    mask = graph.add("Mul", graph.add("Unsqueeze", padding, axes), masked)
     x = _embedded(graph, shape, seq_len)
     for i in range(len(heads)):
         x = _attention(graph, shape, heads[i])(x, mask)
         x = _feed_forward(graph, shape, neurons[i])(x)
-    inputs = [(name, INT64, ids) for name in (IDS, TYPES, MASK)]
-    return graph.model(inputs, _pooled_logits(graph, shape, x), (batch_size, shape.labels))
+    inputs = [(name, INT64, _IDS) for name in (IDS, TYPES, MASK)]
+    return graph.model(inputs, _pooled_logits(graph, shape, x), (OPEN, shape.labels))
+
+
+def _states(shape: Shape) -> tuple[int | None, ...]:
+    return (OPEN, OPEN, shape.hidden)
 
 
 def _embedded(graph: _Graph, shape: Shape, seq_len: int) -> str:
     width = shape.embedding_size or shape.hidden
     words, types = graph.lookup(shape.vocab_size, width, IDS), graph.lookup(2, width, TYPES)
-    states = graph.add("Add", graph.add("Add", words, types), graph.weight(seq_len, width))
-    x = graph.norm(states, width)
+    one, axis, minus = (graph.constant(np.array(value, np.int64)) for value in ([1], 1, [-1]))
+    counted = graph.add("CumSum", graph.add("Expand", one, graph.add("Shape", IDS)), axis)
+    places = graph.lookup(seq_len, width, graph.add("Add", counted, minus))
+    x = graph.norm(graph.add("Add", graph.add("Add", words, places), types), width)
     return x if shape.embedding_size is None else graph.linear(x, width, shape.hidden)
 
 
@@ -221,13 +220,14 @@ def _attention(graph: _Graph, shape: Shape, heads: int) -> Callable[[str, str], 
     scale = graph.constant(np.array(shape.head_dim**-0.5, np.float32))
 
     def attend(x: str, mask: str) -> str:
+        query, key, value = (graph.linear(x, shape.hidden, units) for _ in range(3))
         query, key, value = (
-            graph.add("Reshape", graph.linear(x, shape.hidden, units), apart) for _ in range(3)
+            graph.add("Transpose", graph.add("Reshape", each, apart), perm=[0, 2, 1, 3])
+            for each in (graph.add("Mul", query, scale), key, value)
         )
-        query = graph.add("Mul", graph.add("Transpose", query, perm=[0, 2, 1, 3]), scale)
-        scores = graph.add("MatMul", query, graph.add("Transpose", key, perm=[0, 2, 3, 1]))
+        scores = graph.add("MatMul", query, graph.add("Transpose", key, perm=[0, 1, 3, 2]))
         weights = graph.add("Softmax", graph.add("Add", scores, mask), axis=-1)
-        read = graph.add("MatMul", weights, graph.add("Transpose", value, perm=[0, 2, 1, 3]))
+        read = graph.add("MatMul", weights, value)
         read = graph.add("Reshape", graph.add("Transpose", read, perm=[0, 2, 1, 3]), together)
         return graph.norm(
             graph.add("Add", x, graph.linear(read, units, shape.hidden)), shape.hidden
@@ -274,7 +274,8 @@ def _activation(graph: _Graph, name: str) -> Callable[[str], str]:
 
 
 def _pooled_logits(graph: _Graph, shape: Shape, x: str) -> str:
-    first = graph.add("Gather", x, graph.constant(np.array(0, np.int64)), axis=1)
+    zero, one = (graph.constant(np.array([value], np.int64)) for value in (0, 1))
+    first = graph.add("Squeeze", graph.add("Slice", x, zero, one, one), one)
     pooled = graph.add("Tanh", graph.linear(first, shape.hidden, shape.hidden))
     return graph.linear(pooled, shape.hidden, shape.labels, in_fp32=True)
 
@@ -313,8 +314,8 @@ def _attribute(name: str, value: Any) -> bytes:
     return _text(1, name) + numbers + _number(20, ATTRIBUTE_INTS)
 
 
-def _value(name: str, kind: int, shape: Sequence[int]) -> bytes:
+def _value(name: str, kind: int, shape: Sequence[int | None]) -> bytes:
     """An end of the graph."""
-    sizes = b"".join(_bytes(1, _number(1, size)) for size in shape)
+    sizes = b"".join(_bytes(1, b"" if size is OPEN else _number(1, size)) for size in shape)
     tensor = _number(1, kind) + _bytes(2, sizes)
     return _text(1, name) + _bytes(2, _bytes(1, tensor))

@@ -119,7 +119,7 @@ class ProfiledShape(Frozen):
 class DeviceProfile(Frozen):
     """What a device was measured to take. Every size is bounded: it may come from anywhere."""
 
-    widthwise_profile: Literal[2] = Field(
+    widthwise_profile: Literal[3] = Field(
         description="Version of this format; `python -m compression profile` writes this one."
     )
     device: DeviceFingerprint

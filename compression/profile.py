@@ -46,7 +46,7 @@ from compression.prediction import (
 )
 from compression.runtime_env import core_count, cpu_name, instruction_sets, memory_bytes
 
-VERSION = 2
+VERSION = 3
 FORMATS = ("onnx", "onnx-int8-dynamic")
 WARM_UP_CALLS = 5
 FLOPS_TOLERANCE = 0.1  # a projection of the embeddings is not counted
@@ -78,34 +78,32 @@ class Network:
     def model(self, shape: Shape, setting: Setting) -> Model:
         if self.file is not None:
             return str(self.file)
-        sizes = (setting["batch_size"], setting["seq_len"])
-        return blocks.network(
-            shape, *sizes, heads=self.heads, neurons=self.ffn, int8=self.format != "onnx"
-        )
+        int8, seq_len = self.format != "onnx", setting["seq_len"]
+        return blocks.network(shape, seq_len, heads=self.heads, neurons=self.ffn, int8=int8)
 
 
 def measure_setting(
     space: Space, setting: Setting, networks: Sequence[Network], *, rounds: int
 ) -> tuple[list[Table], list[float]]:
     """One setting's table for each format, and milliseconds of each of the networks, by turns."""
-    shape, sizes, layers = space.shape, (setting["batch_size"], setting["seq_len"]), space.layers
-    models: dict[Name, Callable[[], Model]] = {("call", "", 0): partial(blocks.call, *sizes)}
+    shape, seq_len, layers = space.shape, setting["seq_len"], space.layers
+    models: dict[Name, Callable[[], Model]] = {("call", "", 0): blocks.call}
     models |= _models(shape, setting, networks)
     for fmt in space.formats:
         int8 = fmt != "onnx"
         models |= {
-            (fmt, "embeddings", 0): partial(blocks.embeddings, shape, *sizes, int8=int8),
-            (fmt, "pooled_head", 0): partial(blocks.head, shape, *sizes, int8=int8),
-            (fmt, "token_head", 0): partial(blocks.token_head, shape, *sizes),
+            (fmt, "embeddings", 0): partial(blocks.embeddings, shape, seq_len, int8=int8),
+            (fmt, "pooled_head", 0): partial(blocks.head, shape, int8=int8),
+            (fmt, "token_head", 0): partial(blocks.token_head, shape),
             **{
                 (fmt, "attention", count): partial(
-                    blocks.attention, shape, *sizes, heads=count, layers=layers, int8=int8
+                    blocks.attention, shape, heads=count, layers=layers, int8=int8
                 )
                 for count in space.heads
             },
             **{
                 (fmt, "ffn", count): partial(
-                    blocks.ffn, shape, *sizes, neurons=count, layers=layers, int8=int8
+                    blocks.ffn, shape, neurons=count, layers=layers, int8=int8
                 )
                 for count in space.ffn
             },
@@ -342,12 +340,13 @@ def _loaded(model: Model, shape: Shape, setting: Setting) -> Callable[[], Any]:
     options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(0)
+    sizes = (setting["batch_size"], setting["seq_len"])  # which every file leaves open
     feed = {}
     for each in session.get_inputs():
         if each.type != "tensor(int64)":
-            feed[each.name] = generator.normal(size=each.shape).astype(np.float32)
+            own = (sizes[0], 1, 1, sizes[1]) if each.name == MASK else (*sizes, shape.hidden)
+            feed[each.name] = generator.normal(size=own).astype(np.float32)
             continue
-        sizes = (setting["batch_size"], setting["seq_len"])  # an exported file leaves them open
         highest = 1 if each.name in (TYPES, "token_type_ids") else shape.vocab_size
         feed[each.name] = generator.integers(0, highest, sizes, dtype=np.int64)
         if each.name in (MASK, "attention_mask"):

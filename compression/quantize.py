@@ -135,6 +135,9 @@ def quantised(
             **products,
         )
     result = onnx.load(str(done))
+    # Shapes that the quantiser has noted. ONNX Runtime, which infers less of a graph of open sizes,
+    # fuses by them an Add into the norm behind it, and takes a CPU four times as long for that.
+    del result.graph.value_info[:]
     _round_for_products_alone(result.graph)
     return result
 

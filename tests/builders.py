@@ -524,7 +524,7 @@ def device_profile(
         beside = {"embeddings": 0.0, "pooled_head": 0.0, "token_head": 0.5}
         tables.append({**setting, "call": 1.0, **beside, **costs})
     return {
-        "widthwise_profile": 2,
+        "widthwise_profile": 3,
         "device": {
             "cpu": "Test Board rev 3",
             "cores": 4,

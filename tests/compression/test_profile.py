@@ -30,20 +30,21 @@ from compression.spec import Format, LatencyAt
 from tests.encoders import random_weights, tiny_config
 
 SHAPE = Shape(hidden=8, head_dim=4, vocab_size=30, labels=3)
+ONCE = ("Cast", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze")
 REPOSITORY = Path(__file__).resolve().parents[2]
 BLOCKS = {
-    "call": blocks.call(2, 5),
-    "embeddings": blocks.embeddings(SHAPE, 2, 5),
-    "attention": blocks.attention(SHAPE, 2, 5, heads=3, layers=2),
-    "ffn": blocks.ffn(SHAPE, 2, 5, neurons=7, layers=2),
-    "head": blocks.head(SHAPE, 2, 5),
-    "token_head": blocks.token_head(SHAPE, 2, 5),
-    "network": blocks.network(SHAPE, 2, 5, heads=[3, 1], neurons=[7, 4]),
-    "int8 embeddings": blocks.embeddings(SHAPE, 2, 5, int8=True),
-    "int8 attention": blocks.attention(SHAPE, 2, 5, heads=3, layers=2, int8=True),
-    "int8 ffn": blocks.ffn(SHAPE, 2, 5, neurons=7, layers=2, int8=True),
-    "int8 head": blocks.head(SHAPE, 2, 5, int8=True),
-    "int8 network": blocks.network(SHAPE, 2, 5, heads=[3, 1], neurons=[7, 4], int8=True),
+    "call": blocks.call(),
+    "embeddings": blocks.embeddings(SHAPE, 5),
+    "attention": blocks.attention(SHAPE, heads=3, layers=2),
+    "ffn": blocks.ffn(SHAPE, neurons=7, layers=2),
+    "head": blocks.head(SHAPE),
+    "token_head": blocks.token_head(SHAPE),
+    "network": blocks.network(SHAPE, 5, heads=[3, 1], neurons=[7, 4]),
+    "int8 embeddings": blocks.embeddings(SHAPE, 5, int8=True),
+    "int8 attention": blocks.attention(SHAPE, heads=3, layers=2, int8=True),
+    "int8 ffn": blocks.ffn(SHAPE, neurons=7, layers=2, int8=True),
+    "int8 head": blocks.head(SHAPE, int8=True),
+    "int8 network": blocks.network(SHAPE, 5, heads=[3, 1], neurons=[7, 4], int8=True),
 }
 
 
@@ -73,7 +74,7 @@ def test_a_block_has_the_weights_of_its_layers(name: str, expected: int) -> None
 
 
 def test_the_attention_block_computes_attention() -> None:
-    model = blocks.attention(SHAPE, 1, 5, heads=3, layers=1)
+    model = blocks.attention(SHAPE, heads=3, layers=1)
     matrices = [each for each in weights_of(model).values() if each.dtype == np.float32]
     _, wq, bq, wk, bk, wv, bv, wo, bo, scale, shift = matrices
     x = np.random.default_rng(0).normal(size=(1, 5, 8)).astype(np.float32)
@@ -97,7 +98,7 @@ def test_the_attention_block_computes_attention() -> None:
 @pytest.mark.parametrize("activation", blocks.ACTIVATIONS)
 def test_the_feed_forward_block_has_the_models_activation(activation: str) -> None:
     shape = dataclasses.replace(SHAPE, activation=activation)
-    model = blocks.ffn(shape, 1, 5, neurons=7, layers=1)
+    model = blocks.ffn(shape, neurons=7, layers=1)
     onnx.checker.check_model(onnx.load_model_from_string(model), full_check=True)
     matrices = [each for each in weights_of(model).values() if each.ndim]
     w1, b1, w2, b2, scale, shift = matrices
@@ -114,7 +115,7 @@ def test_the_feed_forward_block_has_the_models_activation(activation: str) -> No
 @pytest.mark.parametrize("embedding_size", [None, 3])
 def test_a_whole_network_runs_and_has_the_weights_of_an_encoder(embedding_size: int | None) -> None:
     shape = dataclasses.replace(SHAPE, embedding_size=embedding_size)
-    model = blocks.network(shape, 2, 5, heads=[3, 1], neurons=[7, 4])
+    model = blocks.network(shape, 5, heads=[3, 1], neurons=[7, 4])
     onnx.checker.check_model(onnx.load_model_from_string(model), full_check=True)
     floats = [each for each in weights_of(model).values() if each.dtype == np.float32]
     config = tiny_config(
@@ -131,28 +132,36 @@ def test_a_whole_network_runs_and_has_the_weights_of_an_encoder(embedding_size: 
     np.testing.assert_allclose(session.run(None, feed)[0], logits, atol=1e-5)
 
 
-def test_int8_blocks_have_the_operators_of_the_files_that_jobs_write(tmp_path: Path) -> None:
-    """Of one layer: as many of each as the quantiser puts into a layer of an exported file."""
-    config = tiny_config(hidden=8, head_dim=4, vocab_size=30, heads=(2, 2), ffn=(4, 4))
+def test_the_runtime_makes_of_blocks_what_it_makes_of_the_files_that_jobs_write(
+    tmp_path: Path,
+) -> None:
+    """The same kernels after its fusions, but for a few cheap ones that come once in a call."""
+    config = tiny_config(hidden=96, head_dim=16, vocab_size=30, heads=(3, 3), ffn=(64, 64))
+    shape = dataclasses.replace(SHAPE, hidden=96, head_dim=16)
     rows = np.ones((2, 5), np.int64)
     np.savez(tmp_path / "rows.npz", input_ids=rows, token_type_ids=0 * rows, attention_mask=rows)
-    sources = Int8Source(tmp_path / "rows.npz", tmp_path)
-    formats: tuple[Format, ...] = ("onnx-int8-dynamic",)
-    (exported,) = export_formats(
-        formats, build_encoder(config, random_weights(config)), tmp_path, labels=None, int8=sources
-    ).values()
-    assert exported.error is None
-    served = onnx.load(str(exported.folder / "model.onnx"))
-    own = onnx.load_model_from_string(
-        blocks.network(SHAPE, 1, 5, heads=[2, 2], neurons=[4, 4], int8=True)
+    formats: tuple[Format, ...] = ("onnx", "onnx-int8-dynamic")
+    exported = export_formats(
+        formats,
+        build_encoder(config, random_weights(config)),
+        tmp_path,
+        labels=None,
+        int8=Int8Source(tmp_path / "rows.npz", tmp_path),
     )
 
-    def operators(model: onnx.ModelProto) -> Counter[str]:
-        found = Counter(node.op_type for node in model.graph.node)
-        named = ("DynamicQuantizeLinear", "MatMulInteger", "MatMul", "LayerNormalization", "Erf")
-        return Counter({name: found[name] for name in named})
+    def kernels(model: str | bytes) -> Counter[str]:
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        run = onnx.load(str(tmp_path / "optimized.onnx")).graph.node
+        found = Counter(node.op_type for node in run)
+        return Counter({name: found[name] for name in found if name not in ONCE})
 
-    assert operators(own) == operators(served)
+    for fmt, file in exported.items():
+        assert file.error is None
+        int8 = fmt != "onnx"
+        own = kernels(blocks.network(shape, 5, heads=[3, 3], neurons=[64, 64], int8=int8))
+        assert own == kernels(str(file.folder / "model.onnx")), fmt
 
 
 def test_sub_networks_of_another_shape_are_left_out(

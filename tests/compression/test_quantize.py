@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from compression.batches import Encoded, pad
@@ -187,6 +188,20 @@ def test_every_weight_but_the_classifiers_is_in_int8(case: Case, fmt: Format) ->
     assert served_bytes(fmt, case.exported[fmt].folder) < 0.4 * served_bytes(
         "onnx", case.exported["onnx"].folder
     )
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_runtime_fuses_no_residual_into_its_norm(
+    case: Case, fmt: Format, tmp_path: Path
+) -> None:
+    """The fused operator takes longer than the two."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    served = str(case.exported[fmt].files[0])
+    onnxruntime.InferenceSession(served, options, providers=["CPUExecutionProvider"])
+    run = [node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node]
+    assert run.count("LayerNormalization") == 2 * case.encoder.config.layers + 1
+    assert "SkipLayerNormalization" not in run
 
 
 @pytest.mark.parametrize("fmt", INT8_FORMATS)
