@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 
-Feed = dict[str, np.ndarray]
 ROOT = Path(__file__).resolve().parent.parent
 PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 JUDGED_ROWS = 32
@@ -51,6 +50,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--provider", choices=PROVIDERS, default="cuda", help="cpu: to try it out")
     args = parser.parse_args()
+    for bundle in args.bundles:
+        if not (bundle / "onnx" / "model.onnx").is_file():
+            parser.error(f"{bundle} is no unpacked bundle with a file in fp32 (onnx/model.onnx)")
+    if not args.data.is_file():
+        parser.error(f"--data: there is no file {args.data}")
     import onnxruntime
 
     if PROVIDERS[args.provider] not in onnxruntime.get_available_providers():
@@ -144,9 +148,10 @@ def read_rows(bundle: Path, data: Path, column: str, *, max_tokens: int) -> list
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)
     with data.open(encoding="utf-8", newline="") as file:
-        texts = [
-            row[column] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        ]
+        table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        if column not in (table.fieldnames or ()):
+            sys.exit(f"{data} has no column {column}: name one of {table.fieldnames} with --text")
+        texts = [row[column] for row in table]
     return [encoded.ids for encoded in tokenizer.encode_batch(texts)]
 
 
