@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from compression import blocks
 from compression.blocks import ACTIVATIONS, MASK, TYPES, Shape
@@ -341,7 +342,7 @@ def _loaded(model: Model, shape: Shape, setting: Setting) -> Callable[[], Any]:
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(0)
     sizes = (setting["batch_size"], setting["seq_len"])  # which every file leaves open
-    feed = {}
+    feed: dict[str, npt.NDArray[Any]] = {}
     for each in session.get_inputs():
         if each.type != "tensor(int64)":
             own = (sizes[0], 1, 1, sizes[1]) if each.name == MASK else (*sizes, shape.hidden)
