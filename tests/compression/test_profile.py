@@ -30,7 +30,7 @@ from compression.spec import Format, LatencyAt
 from tests.encoders import random_weights, tiny_config
 
 SHAPE = Shape(hidden=8, head_dim=4, vocab_size=30, labels=3)
-ONCE = ("Cast", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze")
+ONCE = ("Cast", "Shape", "Slice", "Squeeze", "Unsqueeze")
 REPOSITORY = Path(__file__).resolve().parents[2]
 BLOCKS = {
     "call": blocks.call(),
