@@ -15,9 +15,9 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, get_args
 
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compression.errors import InvalidSpec
 from compression.prediction import (
@@ -56,6 +56,7 @@ FULL: Format = "onnx"  # in fp32: what every profile has, and what speed-ups are
 PredictedFormat = Literal["onnx", "onnx-int8-dynamic"]
 MAX_BYTES = 1 << 20  # of a file; a body of the API may have as many
 MAX_DEVICE_CHARACTERS = 4096
+Version = Literal[3]  # of the format: compression/profile.py writes it
 ON = "/constraints/latency_on"
 AT = "/constraints/latency_at"
 
@@ -119,7 +120,7 @@ class ProfiledShape(Frozen):
 class DeviceProfile(Frozen):
     """What a device was measured to take. Every size is bounded: it may come from anywhere."""
 
-    widthwise_profile: Literal[3] = Field(
+    widthwise_profile: Version = Field(
         description="Version of this format; `python -m compression profile` writes this one."
     )
     device: DeviceFingerprint
@@ -130,6 +131,16 @@ class DeviceProfile(Frozen):
     networks: Annotated[tuple[TimedNetwork, ...], Field(min_length=1, max_length=MAX_NETWORKS)] = (
         Field(description="What predictions are held against, some of each format.")
     )
+
+    @field_validator("widthwise_profile", mode="before")
+    @classmethod
+    def _of_this_version(cls, version: Any) -> Any:
+        if isinstance(version, int) and version not in get_args(Version):
+            raise ValueError(
+                f"a profile of version {get_args(Version)[0]} is needed: measure the device again "
+                "with this installation's `python -m compression profile`"
+            )
+        return version
 
     @model_validator(mode="after")
     def _whole(self) -> DeviceProfile:

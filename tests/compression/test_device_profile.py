@@ -157,7 +157,8 @@ def two_settings(document: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (put("widthwise_profile", value=2), "Input should be 3"),
+        (put("widthwise_profile", value=2), "version 3 is needed: measure the device again"),
+        (put("widthwise_profile", value="3"), "Input should be 3"),
         (put("more", value=1), "Extra inputs"),
         (put("tables", value=[]), "at least 1 item"),
         (put("tables", 0, "call", value=0), "greater than or equal to 0.000001"),
