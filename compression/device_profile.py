@@ -224,7 +224,8 @@ def read_profile(path: Path) -> DeviceProfile:
         first = error.errors()[0]
         # A key may be anything: told in print.
         where = ".".join(str(part) for part in first["loc"]).encode("unicode_escape").decode()
-        said = f"{where}: {first['msg']}" if where else first["msg"]
+        told = first["msg"].removeprefix("Value error, ")
+        said = f"{where}: {told}" if where else told
         raise InvalidSpec(f"{path.name} is no device profile: {said}", pointer=ON) from None
 
 
