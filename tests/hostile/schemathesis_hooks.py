@@ -35,3 +35,10 @@ def map_body(context: Any, body: Any) -> Any:
 def octets(context: Any, value: Any) -> bytes:
     """The body of a resumable upload."""
     return value if isinstance(value, bytes) else str(value).encode()
+
+
+@schemathesis.check
+def a_507_is_a_used_up_quota(context: Any, response: Any, case: Any) -> None:
+    """Not a full disk, nor a store that refused."""
+    if response.status_code == 507:
+        assert response.json()["type"] == "urn:widthwise:problem:quota-exceeded", response.text
