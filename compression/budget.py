@@ -19,7 +19,7 @@ from compression.constraints import in_mb, in_ms
 from compression.device_profile import Predictor
 from compression.encoder import build_encoder
 from compression.errors import ExportFailed
-from compression.export import Int8Source, export_formats
+from compression.export import Exported, Int8Source, export_formats
 from compression.latency_model import HELD_OUT_SHARE, LatencyModel, fit, relative_errors
 from compression.plan import file_bytes
 from compression.report import LatencyModelReport, LatencyReport, ProfiledDevice
@@ -158,7 +158,8 @@ def time_subnetworks(
 ) -> Timings:
     """Times the whole network in every format, and in the fastest one the sub-networks beside it.
 
-    In the setting of the constraints. ExportFailed where one cannot be written or run.
+    In the setting of the constraints. A format in which the whole network cannot be written is
+    left out; ExportFailed where none is left, or a sub-network cannot be written or run.
     """
     setting, formats = searched_setting(spec, seq_len=seq_len), searched_formats(spec)
     vocabulary = min(TIMED_VOCABULARY, config.vocab_size)
@@ -171,16 +172,12 @@ def time_subnetworks(
     )
     np.savez(calibration, **tokens)
 
-    def served(subnetwork: Subnetwork, asked: Sequence[Format]) -> dict[Format, latency.Served]:
+    def exported(subnetwork: Subnetwork, asked: Sequence[Format]) -> dict[Format, Exported]:
         out = folder / subnetwork.name
         small = build_encoder(subnetwork.config(lean), extract_weights(lean, rows, subnetwork))
-        done = export_formats(
+        return export_formats(
             asked, small, out, labels=None, int8=Int8Source(calibration, out / "int8")
         )
-        for each in done.values():
-            if each.error is not None:
-                raise ExportFailed(each.error)
-        return {fmt: latency.Served(fmt, each.folder) for fmt, each in done.items()}
 
     once = spec.latency.model_copy(
         update={
@@ -201,16 +198,23 @@ def time_subnetworks(
         )
         return {name: own[0] for name, own in reports.items()}
 
-    whole = served(
-        whole_network(config), list(dict.fromkeys([*formats, *map(fp32_format, formats)]))
-    )
+    asked = list(dict.fromkeys([*formats, *map(fp32_format, formats)]))
+    done = exported(whole_network(config), asked)
+    # A format that this host cannot write is withheld by the export too, which says why.
+    whole = {fmt: latency.Served(fmt, each.folder) for fmt, each in done.items() if not each.error}
+    formats = [fmt for fmt in formats if fmt in whole and fp32_format(fmt) in whole]
+    if not formats:
+        raise ExportFailed(next(each.error for each in done.values() if each.error))
     fmt = formats[0]
     if len(formats) > 1:
         by_format = timed({str(each): whole[each] for each in formats})
         fmt = min(formats, key=lambda each: by_format[each].p50_ms)
     written = {TEACHER: whole[fp32_format(fmt)]}
     for number, subnetwork in enumerate(subnetworks, start=1):
-        written[subnetwork.name] = served(subnetwork, [fmt])[fmt]
+        files = exported(subnetwork, [fmt])[fmt]
+        if files.error is not None:
+            raise ExportFailed(files.error)
+        written[subnetwork.name] = latency.Served(fmt, files.folder)
         on_progress(number, len(subnetworks), "samples")
     return Timings(fmt, timed(written))
 

@@ -392,6 +392,7 @@ def _steps(facts: BundleFacts) -> list[str]:
         f"{spec.importance.split}, and the most important put first.{moved}",
         f"All widths ({', '.join(map(str, spec.supernet.width_mults))}) were distilled together"
         + (" by PaddleSlim's recipe" if spec.engine == "paddleslim" else "")
+        + (", at most four a step" if spec.supernet.per_layer is not None else "")
         + f"{_training_words(facts, 'distil')}: batches of {spec.distillation.batch_size} rows, "
         f"learning rate {spec.distillation.learning_rate:g}, weights "
         f"{spec.distillation.lambda_rep:g} for hidden states and "
@@ -633,6 +634,16 @@ def _missing_formats(formats: Sequence[FormatReport]) -> list[str]:
     ]
 
 
+# What each format that rounds left as it was, unless the worst parts were left in fp32 besides.
+_ROUNDED_PARTS: dict[Format, str] = {
+    **dict.fromkeys(INT8_FORMATS, "All its products and tables are in int8 but the classifier."),
+    "onnx-fp16": "It is meant for GPUs; all that is told of it here was computed on the CPU, which "
+    "has no kernels for most of it and computes that in fp32 between two roundings.",
+    "paddle-bf16": "Its weights are stored in fp32, and oneDNN computes its products in bf16; on a "
+    "processor without instructions for that they are computed in fp32.",
+}
+
+
 def _rounded_words(formats: Sequence[FormatReport], metric: str, *, numbers: bool) -> list[str]:
     """Of each published format that rounds: what it is worth itself, and what it left in fp32.
 
@@ -654,10 +665,7 @@ def _rounded_words(formats: Sequence[FormatReport], metric: str, *, numbers: boo
         + (
             f"Left in fp32: {', '.join(_code(part) for part in report.fp32_parts)}."
             if report.fp32_parts
-            else "All its products and tables are in int8 but the classifier."
-            if report.format in INT8_FORMATS
-            else "It is meant for GPUs; all that is told of it here was computed on the CPU, which "
-            "has no kernels for most of it and computes that in fp32 between two roundings."
+            else _ROUNDED_PARTS[report.format]
         )
         for report in formats
         if report.published and report.flipped is not None

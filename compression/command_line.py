@@ -99,7 +99,8 @@ def table(report: CompressionReport) -> str:
     room = max(len(name) for name, _ in networks)
     lines = [
         f"{'width':>{room}} {'format':>17} {'params':>8} {'size MB':>8} {report.main_metric:>11} "
-        f"{'drop':>6} {'p50 ms':>7} {'95 %':>15} {'p95 ms':>7} {'speedup':>8} {'95 %':>12}  "
+        f"{'drop':>6} {'p50 ms':>7} {'95 %':>15} {'p95 ms':>7} {'p99 ms':>7} "
+        f"{'speedup':>8} {'95 %':>12}  "
         "pareto selected"
     ]
     for name, network in networks:
@@ -118,6 +119,7 @@ def table(report: CompressionReport) -> str:
                 f"{fmt.size_bytes / 1e6:>8.1f} {shown(accuracy, 4):>11} "
                 f"{shown(drop, 2):>6} {latency.p50_ms:>7.2f} "
                 f"{within(latency.p50_intervals):>15} {latency.p95_ms:>7.2f} "
+                f"{latency.p99_ms:>7.2f} "
                 f"{shown(speedup, 2):>8} {within(latency.speedup_intervals):>12}  "
                 f"{'yes' if on_front else 'no':>6} {'yes' if chosen else 'no':>8}"
             )

@@ -92,10 +92,11 @@ class BlockTable(_Measured):
 
 
 class TimedNetwork(_Measured):
-    """A whole network: `heads[i]` and `ffn[i]` in layer i, and a pooled head."""
+    """A whole network: `heads[i]` and `ffn[i]` in layer i."""
 
     heads: Counts
     ffn: Counts
+    head: Head = Field("sequence", description="Which classifier it has.")
     measured_ms: Taken
     served: bool = Field(description="Whether it is an exported file.")
 

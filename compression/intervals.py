@@ -55,3 +55,12 @@ def round_resamples(rounds: int) -> Iterator[Rows]:
     for _ in range(RESAMPLES):
         starts = generator.integers(rounds, size=(blocks, 1))
         yield ((starts + np.arange(length)) % rounds).ravel()[:rounds]
+
+
+def fewest_rounds(percentile: int, confidence: float) -> int:
+    """Timed calls of which one lies beyond the percentile with that confidence.
+
+    Of fewer the true percentile may well be above all that was measured, and then no resample of
+    them knows of it: their interval ends at the slowest call.
+    """
+    return math.ceil(math.log(1 - confidence) / math.log(percentile / 100))

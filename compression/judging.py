@@ -344,7 +344,8 @@ def with_test(
 
     name, other, other_rows = TEACHER, teacher_on_test, job.splits["test"]
     largest = (r for r in reports if r.width_mult == r.depth_mult == 1)
-    full = next((r for r in largest if r is not selected), None)
+    # A file of width 1 that rounds is held against what it was before, too.
+    full = next((r for r in largest if rounded is not None or r is not selected), None)
     if full is not None and full.accuracy > teacher_accuracy:
         name, other, other_rows = full.name, on_test(full), rows
     fmt, own = rounded if rounded is not None else (None, on_test(selected))

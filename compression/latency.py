@@ -2,11 +2,12 @@
 
 One fresh process a format (`python -m compression.latency`) holds that format's
 candidates, the teacher's among them, each in its own loaded runtime as it will be
-served. Rounds alternate: in each round every candidate of every format is timed
-once, in a shuffled order, while all other processes wait. So a slow minute of the
-machine is spread over all of them. Each timed call follows an untimed one of the
-same model: without it the small models looked up to 12 % slower than they serve,
-for want of the caches that a neighbour had filled. Measured on the CPU.
+served, without the variables that training sets. Rounds alternate: in each round
+every candidate of every format is timed once, in a shuffled order, while all other
+processes wait. So a slow minute of the machine is spread over all of them. Each
+timed call follows an untimed one of the same model: without it the small models
+looked up to 12 % slower than they serve, for want of the caches that a neighbour
+had filled. Measured on the CPU.
 
 Settings are measured one after the other, and a number of threads has processes of
 its own, because a runtime takes it when it starts: so what is loaded at once does
@@ -48,6 +49,7 @@ from compression.export.fresh import (
 )
 from compression.intervals import intervals, round_resamples
 from compression.report import Intervals, LatencyReport
+from compression.runtime_env import serving_environment
 from compression.spec import Format, LatencySetting, LatencySpec
 
 # Untimed, in each setting; oneDNN and ONNX Runtime settle their buffers within the first two.
@@ -233,8 +235,10 @@ class _Driver:
         self._process = subprocess.Popen(
             fresh_command("compression.latency"),
             cwd=IMPORT_ROOT,
-            env=fresh_environment(
-                {"OMP_NUM_THREADS": str(self._threads), "MKL_NUM_THREADS": str(self._threads)}
+            env=serving_environment(
+                fresh_environment(
+                    {"OMP_NUM_THREADS": str(self._threads), "MKL_NUM_THREADS": str(self._threads)}
+                )
             ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

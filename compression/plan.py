@@ -33,10 +33,11 @@ from compression.examples import (
     refuse_defects,
     sequence_columns,
 )
+from compression.intervals import fewest_rounds
 from compression.latency_model import HELD_OUT_SHARE
 from compression.report import METRIC_NAMES
 from compression.sampling import RANDOM
-from compression.selection import check_latency_at
+from compression.selection import SHOWN_CONFIDENCE, check_latency_at
 from compression.spec import (
     FINALISTS,
     ROUNDED_FORMATS,
@@ -346,6 +347,7 @@ def make_plan(
         warnings=(
             *_warnings(spec, dataset, columns, values, labels, rows, subnetworks),
             *_budget_warnings(spec, seconds),
+            *_percentile_warnings(spec),
             *plan_warnings(spec, profile, encoder, subnetworks, seq_len=seq_len),
         ),
     )
@@ -361,6 +363,21 @@ def _budget_warnings(spec: Spec, seconds: Mapping[str, float]) -> Iterator[str]:
         yield (
             f"max_minutes is {spec.max_minutes:g}, and the job is predicted to take {needed:.2g}: "
             f"training will stop early ({kept:.2g} are set aside for {after} after it)"
+        )
+
+
+def _percentile_warnings(spec: Spec) -> Iterator[str]:
+    constraints, rounds = spec.constraints, spec.latency.rounds
+    at = constraints.latency_at
+    if constraints.max_latency_ms is None or at is None or constraints.latency_on is not None:
+        return
+    confidence = constraints.confidence or SHOWN_CONFIDENCE
+    needed = fewest_rounds(at.percentile, confidence)
+    if rounds < needed:
+        yield (
+            f"max_latency_ms is of p{at.percentile}, and the slowest of {rounds} timed calls may "
+            f"still be below that: with latency.rounds {needed} one of them is beyond it with "
+            f"{100 * confidence:g} % confidence"
         )
 
 

@@ -26,6 +26,7 @@ MAX_COUNT = 1 << 20  # one of them, or a size of the shape
 MAX_NETWORKS = 256
 MAX_LAYERS = 64
 HEADS = {"sequence": "pooled_head", "token": "token_head"}  # a table's entry by kind of head
+TOKEN_TASKS = ("token_classification", "question_answering")  # spec.TASK_KINDS whose head is so
 Table = Mapping[str, Any]
 """One setting's milliseconds: AXES, "call", "embeddings", those of HEADS, and by count
 "attention" and "ffn", of one layer each."""
@@ -77,11 +78,18 @@ class LatencyModel:
         return total
 
     def errors(self, networks: Sequence[Mapping[str, Any]]) -> list[float]:
-        """predicted / measured - 1 of each: AXES, "heads", "ffn" and "measured_ms"."""
+        """predicted / measured - 1 of each: AXES, "heads", "ffn", "head" and "measured_ms"."""
         return [
-            self.predict(each, heads=each["heads"], ffn=each["ffn"]) / each["measured_ms"] - 1
+            self.predict(each, heads=each["heads"], ffn=each["ffn"], head=each["head"])
+            / each["measured_ms"]
+            - 1
             for each in networks
         ]
+
+
+def head_of(task: str) -> str:
+    """The kind of head that a task's files have."""
+    return "token" if task in TOKEN_TASKS else "sequence"
 
 
 class _Costs:

@@ -44,6 +44,7 @@ from compression.prediction import (
     LatencyModel,
     OutsideProfile,
     Table,
+    head_of,
 )
 from compression.runtime_env import core_count, cpu_name, instruction_sets, memory_bytes
 
@@ -75,6 +76,7 @@ class Network:
     ffn: tuple[int, ...]
     format: str
     file: Path | None = None
+    head: str = "sequence"
 
     def model(self, shape: Shape, setting: Setting) -> Model:
         if self.file is not None:
@@ -199,6 +201,7 @@ def measure(
                     "format": network.format,
                     "heads": list(network.heads),
                     "ffn": list(network.ffn),
+                    "head": network.head,
                     "measured_ms": ms,
                     "served": network.file is not None,
                 }
@@ -241,7 +244,7 @@ def models_of(tables: Sequence[Table]) -> dict[str, LatencyModel]:
 
 
 def files_of_a_job(
-    networks: Iterable[Mapping[str, Any]], formats: Container[str]
+    networks: Iterable[Mapping[str, Any]], formats: Container[str], *, head: str
 ) -> list[dict[str, Any]]:
     """Whole networks of a profile: the files of a job's report, in each of its settings."""
     return [
@@ -250,6 +253,7 @@ def files_of_a_job(
             "format": fmt["format"],
             "heads": [int(count) for count in network["heads"]],
             "ffn": [int(count) for count in network["ffn"]],
+            "head": head,
             "measured_ms": float(latency["p50_ms"]),
             "served": True,
         }
@@ -387,8 +391,10 @@ def read_bundle(folder: Path, space: Space) -> list[Network]:
             "formats": formats,
         }
         why = misfit(facts, space)
+        head = head_of(manifest["spec"]["task"]["kind"])
+        heads, ffn = tuple(own["heads"]), tuple(own["ffn"])
         networks = [
-            Network(tuple(own["heads"]), tuple(own["ffn"]), fmt["format"], folder / file["path"])
+            Network(heads, ffn, fmt["format"], folder / file["path"], head)
             for fmt in formats
             if _is_predicted(fmt, space.formats)
             for file in fmt["files"]
@@ -408,7 +414,8 @@ def read_report(path: Path, space: Space) -> tuple[list[dict[str, Any]], list[tu
         reasons = [(network, misfit(network, space)) for network in report["subnetworks"]]
         fitting = [network for network, why in reasons if why is None]
         left_out = [(str(network["name"]), why) for network, why in reasons if why is not None]
-        return files_of_a_job(fitting, space.formats), left_out
+        head = head_of(report["spec"]["task"]["kind"])
+        return files_of_a_job(fitting, space.formats, head=head), left_out
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

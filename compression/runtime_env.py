@@ -19,6 +19,7 @@ from pathlib import Path
 CPUINFO = Path("/proc/cpuinfo")
 MEMINFO = Path("/proc/meminfo")
 MEASURED = Path("training-environment.json")  # in the folder that keeps the choice
+MKL_ON_AMD = "5"  # of MKL_DEBUG_CPU_TYPE
 _MEASURE_SECONDS = 120  # longest for one candidate
 _REPOSITORY = Path(__file__).resolve().parent.parent
 # Those that the kernels of ONNX Runtime and oneDNN choose by; /proc/cpuinfo's names.
@@ -119,7 +120,7 @@ def training_environment(*, cpu_count: int, vendor: str) -> dict[str, str]:
     environment = _with_threads(1)
     if vendor == "AuthenticAMD":
         # The MKL in paddle's wheel takes its slow path on AMD unless told what there is.
-        environment["MKL_DEBUG_CPU_TYPE"] = "5"
+        environment["MKL_DEBUG_CPU_TYPE"] = MKL_ON_AMD
     return environment
 
 
@@ -129,16 +130,30 @@ def _with_threads(threads: int) -> dict[str, str]:
         "MKL_NUM_THREADS": str(threads),
         "PIP_NO_INDEX": "1",  # paddle2onnx's optimizer would otherwise run pip install
         "GLOG_minloglevel": "2",
-        # Transposes make copies with paddle's transpose kernel instead of views, which every
-        # product would copy with a kernel that is twenty times slower.
-        "FLAGS_use_stride_kernel": "0",
-        # glibc gives large blocks back to the kernel at once and gets them again, zeroed,
-        # page by page: half of the time of an element-wise operation.
-        "MALLOC_MMAP_THRESHOLD_": str(2**30),
-        "MALLOC_TRIM_THRESHOLD_": str(2**34),
-        "MALLOC_TOP_PAD_": str(2**26),
-        "MALLOC_ARENA_MAX": "1",
+        **_FOR_TRAINING,
     }
+
+
+_FOR_TRAINING = {
+    # Transposes make copies with paddle's transpose kernel instead of views, which every
+    # product would copy with a kernel that is twenty times slower.
+    "FLAGS_use_stride_kernel": "0",
+    # glibc gives large blocks back to the kernel at once and gets them again, zeroed,
+    # page by page: half of the time of an element-wise operation.
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**26),
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+def serving_environment(environment: Variables) -> dict[str, str]:
+    """`environment` without what training set: nobody who serves a file has that.
+
+    What was set to another value is the host's own and stays.
+    """
+    training = {**_FOR_TRAINING, "MKL_DEBUG_CPU_TYPE": MKL_ON_AMD}
+    return {name: value for name, value in environment.items() if training.get(name) != value}
 
 
 def replica_count(environment: Variables, *, cores: int) -> int:

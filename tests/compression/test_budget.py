@@ -12,6 +12,8 @@ from compression import budget
 from compression.budget import Limit, Timings
 from compression.device_profile import DeviceProfile, job_predictor
 from compression.encoder import numpy_weights
+from compression.errors import ExportFailed
+from compression.export import paddle_bf16
 from compression.report import LatencyReport
 from compression.search_space import SearchSpace
 from compression.spec import Spec
@@ -125,6 +127,29 @@ def test_real_files_are_timed_in_the_fastest_format(tmp_path: Path) -> None:
     ]
     written = {path.name for path in (tmp_path / "search" / "w1_2").iterdir()} - {"int8"}
     assert written == {timings.format}
+
+
+def test_a_format_that_cannot_be_written_here_does_not_end_the_search(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(paddle_bf16, "instruction_sets", lambda: ("avx2",))
+
+    def time_in(*formats: str) -> Timings:
+        return budget.time_subnetworks(
+            [HALF],
+            CONFIG,
+            numpy_weights(tiny_encoder(**DEEP)),
+            spec_of(*formats, max_latency_ms=1),
+            seq_len=8,
+            folder=tmp_path / formats[0],
+            on_progress=lambda *_: None,
+        )
+
+    timings = time_in("paddle-bf16", "onnx")
+    assert timings.format == "onnx"
+    assert timings.timed.keys() == {"w1_2", budget.TEACHER}
+    with pytest.raises(ExportFailed, match="no bf16 instructions"):
+        time_in("paddle-bf16")
 
 
 def test_another_devices_budget_is_what_its_profile_predicts() -> None:

@@ -46,7 +46,15 @@ from compression.report import (
     TeacherReport,
     TrainingReport,
 )
-from compression.spec import CONFIDENCES, ConstraintSpec, Format, LatencySetting, Spec
+from compression.spec import (
+    CONFIDENCES,
+    INT8_FORMATS,
+    ROUNDED_FORMATS,
+    ConstraintSpec,
+    Format,
+    LatencySetting,
+    Spec,
+)
 from compression.teachers import read_checkpoint
 from compression.tokenization import encode, load_tokenizer, save_tokenizer
 from compression.verify import verify_bundle
@@ -527,7 +535,12 @@ def test_the_card_says_how_it_was_made(case: Case) -> None:
         assert words in step
     short = model_card(case.facts).split("## How it was made\n\n")[1].split("\n\n")[0]
     assert "labels of train" not in short
+    assert "at most four a step" not in short
     assert "distilled alone" not in card
+    searched = Spec.model_validate({"supernet": {"per_layer": {}}})
+    assert "were distilled together, at most four a step: batches" in model_card(
+        replace(case.facts, spec=searched)
+    )
     spec = Spec.model_validate(
         {"refinement": {"batch_size": 8, "learning_rate": 3e-4, "lambda_rep": 0.5}}
     )
@@ -634,6 +647,16 @@ def test_the_card_says_whose_answers_the_figures_of_test_are(case: Case) -> None
         replace(case.facts, subnetwork=case.facts.subnetwork.model_copy(update={"test": rounded}))
     )
     assert "On test the ONNX (static INT8) file, which was chosen, was judged" in card
+
+
+@pytest.mark.parametrize("fmt", ROUNDED_FORMATS)
+def test_the_card_says_of_each_format_what_it_computes_in(case: Case, fmt: Format) -> None:
+    rounded = FormatReport(format=fmt, published=True, accuracy=0.8, flipped=0.0, max_flipped=0.05)
+    subnetwork = case.facts.subnetwork.model_copy(update={"formats": (rounded,)})
+    card = model_card(replace(case.facts, subnetwork=subnetwork))
+    assert ("are in int8 but the classifier" in card) == (fmt in INT8_FORMATS)
+    assert ("It is meant for GPUs" in card) == (fmt == "onnx-fp16")
+    assert ("oneDNN computes its products in bf16" in card) == (fmt == "paddle-bf16")
 
 
 def test_card_and_manifest_have_the_intervals_and_what_was_lost_on_test(case: Case) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compression.evaluate import drop_intervals, resampled_metric
-from compression.intervals import RESAMPLES, intervals, row_resamples
+from compression.intervals import RESAMPLES, fewest_rounds, intervals, row_resamples
 from compression.report import Intervals
 from compression.spec import CONFIDENCES, TaskSpec
 from compression.tasks import Task, make_task
@@ -82,3 +82,12 @@ def test_a_metric_that_is_no_mean_is_computed_on_each_resample() -> None:
         assert 0 < each.low < drop < each.high
     rows = next(iter(row_resamples(80)))
     assert task.metrics_of(own[rows])["spearman"] != task.metrics_of(own)["spearman"]
+
+
+@pytest.mark.parametrize(("percentile", "confidence"), [(50, 0.9), (95, 0.95), (99, 0.95)])
+def test_so_many_calls_and_no_fewer_show_one_beyond_a_percentile(
+    percentile: int, confidence: float
+) -> None:
+    fewest = fewest_rounds(percentile, confidence)
+    none_beyond = percentile / 100
+    assert none_beyond**fewest <= 1 - confidence < none_beyond ** (fewest - 1)

@@ -28,6 +28,7 @@ from compression.latency import (
     token_ids,
 )
 from compression.report import Interval
+from compression.runtime_env import training_environment
 from compression.spec import CONFIDENCES, Format, LatencySetting, LatencySpec
 from compression.supernet import extract_weights, subnetwork_of
 from tests.encoders import tiny_encoder
@@ -227,6 +228,31 @@ def test_onnx_is_measured_without_paddle_in_the_process(served: dict[str, Served
     assert ready == {"ready": ["w1"], "libraries": ["onnxruntime"]}
     assert warm == {"warm": ["w1"]}
     assert seconds["w1"] > 0
+
+
+def test_files_are_timed_in_the_environment_of_who_serves_them(
+    served: dict[str, Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = training_environment(cpu_count=2, vendor="AuthenticAMD")
+    for name, value in training.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")  # the host's own
+    found: list[dict[str, str]] = []
+
+    def look(done: int, total: int) -> None:
+        (pid,) = children_measuring()
+        entries = Path(f"/proc/{pid}/environ").read_text().rstrip("\0").split("\0")
+        found.append(dict(entry.split("=", 1) for entry in entries))
+
+    measure({"w1": served["w1/onnx"]}, SPEC, seq_len=9, vocab_size=50, on_round=look)
+    left = {name: found[0][name] for name in training if name in found[0]}
+    assert left == {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "PIP_NO_INDEX": "1",
+        "GLOG_minloglevel": "2",
+        "MALLOC_ARENA_MAX": "4",
+    }
 
 
 def children_measuring() -> list[int]:

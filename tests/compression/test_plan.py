@@ -784,6 +784,26 @@ def test_what_a_user_should_know(spec: dict[str, Any], says: str) -> None:
     assert any(says in warning for warning in plan_of(spec, train=TRAIN, dev=DEV).warnings)
 
 
+@pytest.mark.parametrize(
+    ("percentile", "rounds", "confidence", "needed"),
+    [(50, 50, None, None), (95, 50, None, 59), (95, 59, None, None), (99, 300, 0.99, 459)],
+)
+def test_a_percentile_of_few_calls_is_warned_of(
+    percentile: int, rounds: int, confidence: float | None, needed: int | None
+) -> None:
+    asked = {
+        "latency": {"rounds": rounds},
+        "constraints": {
+            "max_latency_ms": 5,
+            "latency_at": {"percentile": percentile},
+            "confidence": confidence,
+        },
+    }
+    warnings = plan_of(asked, train=TRAIN, dev=DEV).warnings
+    said = [each for each in warnings if "timed calls" in each]
+    assert [f"latency.rounds {needed} " in each for each in said] == [True] * (needed is not None)
+
+
 def test_unlabelled_rows_are_counted_and_those_that_judge_are_named() -> None:
     texts = Table(("text",), [{"text": "x"}, {"text": "text 7"}], [1, 2])
     plan = plan_of(train=TRAIN, dev=DEV, unlabelled=texts)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from compression.prediction import LatencyModel, OutsideProfile
+from compression.prediction import LatencyModel, OutsideProfile, head_of
+from compression.spec import TASK_KINDS
 
 TABLE = {
     "batch_size": 1,
@@ -87,8 +88,20 @@ def test_beyond_what_was_measured_nothing_is_said(
 
 
 def test_the_error_is_of_whole_networks() -> None:
-    networks = [
-        {**OWN, "heads": [2], "ffn": [50], "measured_ms": 4.0},
-        {**OWN, "heads": [2], "ffn": [50], "measured_ms": 5.0},
-    ]
+    whole = {**OWN, "heads": [2], "ffn": [50], "head": "sequence"}
+    networks = [{**whole, "measured_ms": 4.0}, {**whole, "measured_ms": 5.0}]
     assert LatencyModel([TABLE]).errors(networks) == pytest.approx([0.0625, -0.15])
+
+
+def test_a_network_of_tokens_is_held_against_the_head_that_it_has() -> None:
+    model = LatencyModel([TABLE])
+    exact = model.predict(OWN, heads=[2], ffn=[50], head="token")
+    assert exact == model.predict(OWN, heads=[2], ffn=[50]) + 0.5
+    own = {**OWN, "heads": [2], "ffn": [50], "head": "token", "measured_ms": exact}
+    assert model.errors([own]) == [0.0]
+
+
+def test_the_head_of_every_task_is_the_specs() -> None:
+    assert {kind: head_of(kind) for kind in TASK_KINDS} == {
+        kind: task.head for kind, task in TASK_KINDS.items()
+    }
