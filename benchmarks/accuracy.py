@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from compression.tasks import Task
 
 WIDTHS = ("1", "3/4", "1/2", "1/4")
+# What changes the result; other arguments may differ between two runs in one folder.
+SETTING_NAMES = (
+    "model", "data", "teacher_epochs", "distil_epochs", "lambda_rep", "learning_rate", "max_steps",
+)  # fmt: skip
 
 
 def run_seed(seed: int, args: argparse.Namespace) -> dict[str, object]:
@@ -258,13 +262,13 @@ def main() -> None:
     args = parser.parse_args()
     inputs.check(args)
     inputs.require_environment("benchmarks.accuracy")
-    args.out.mkdir(parents=True, exist_ok=True)
+    inputs.keep_settings(args.out, {name: getattr(args, name) for name in SETTING_NAMES})
     results = []
     for seed in args.seeds:
         path = args.out / f"seed-{seed}.json"
         if not path.exists():
             result = run_seed(seed, args)
-            path.write_text(json.dumps(result))
+            inputs.write_whole(path, json.dumps(result))
         results.append(json.loads(path.read_text()))
     print(json.dumps(summary(results)))
 

@@ -40,7 +40,6 @@ CHOICES = ("first", "last")
 JUDGED = ("dev", "test")
 CHECKPOINT_SECONDS = 120.0
 IMPORTANCE_ROWS = 1024
-SETTINGS = "settings.json"
 # What changes the result; other arguments may differ between two runs in one folder.
 SETTING_NAMES = (
     "depths", "teacher_epochs", "distil_epochs", "depth_epochs", "learning_rate",
@@ -83,7 +82,7 @@ class Seed:
             folder = self.folder / f"{name}-checkpoints"
             checkpoints = Checkpoints(
                 folder,
-                identity={"settings": (self.args.work_dir / SETTINGS).read_text()},
+                identity={"settings": (self.args.work_dir / inputs.SETTINGS).read_text()},
                 host=host_facts(os.environ, replicas=self.replicas),
                 every_seconds=CHECKPOINT_SECONDS,
             )
@@ -334,15 +333,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in SETTING_NAMES}
 
 
-def keep_settings(args: argparse.Namespace) -> None:
-    """Leaves with a sentence where the folder holds results of other settings."""
-    path, text = args.work_dir / SETTINGS, json.dumps(settings(args), sort_keys=True)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.read_text() != text:
-        sys.exit(f"{args.work_dir} holds results of {path.read_text()}: name another --work-dir")
-    path.write_text(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -362,13 +352,13 @@ def main() -> None:
     args = parser.parse_args()
     inputs.check(args)
     inputs.require_environment("benchmarks.depth")
-    keep_settings(args)
+    inputs.keep_settings(args.work_dir, {**settings(args), "model": args.model, "data": args.data})
     results = []
     for seed in args.seeds:
         path = args.work_dir / f"seed-{seed}.json"
         if not path.exists():
             result = run_seed(seed, args)
-            path.write_text(json.dumps(result))
+            inputs.write_whole(path, json.dumps(result))
         results.append(json.loads(path.read_text()))
     found = summary(results, args)
     print(printed(found))

@@ -1,11 +1,13 @@
 """The fastest artifact that loses at most a point, and the front: MiniLM-L6 on SST-2, one command.
 
-A seed is a teacher (nine tenths of train; the hold-out of the rest chooses its epoch) and then one
-compression job, as the library runs it: uniform widths at every depth, each in fp32 and in int8,
-judged on dev and measured beside the teacher at batch 1 and 16, 64 tokens, one and two threads.
-Those of `--refined` are distilled alone at the end. The job of a seed of `--per-layer-seeds` (the
-first alone, unless told) also teaches its supernet a width for each layer, searches for such
-sub-networks within a budget and refines what it finds.
+A seed is a teacher, which learns nine tenths of train (the rest, the hold-out, chooses its epoch),
+and then one compression job on all of train, as the library runs it: uniform widths at every depth,
+each in fp32 and in int8, judged on dev and measured beside the teacher at batch 1 and 16, 64
+tokens, one and two threads. Those of `--refined` are distilled alone at the end. The job of a seed
+of `--per-layer-seeds` (the first alone, unless told) also teaches its supernet a width for each
+layer, searches for such sub-networks within a budget and refines what it finds. For that its
+supernet is trained slightly differently (512 rows of train are held out, and one of a step's two
+draws is a width for each layer), so means over seeds mix both.
 
 The artifact is the one of a uniform width whose drop on dev is at most `--max-drop` points as a
 mean over seeds and whose latency (batch 1, one thread, as a share of the teacher's in the same
@@ -23,10 +25,10 @@ latency model was not fitted to, largest over seeds. `per_layer`: the gain on de
 uniform sub-network of the same job under the same budget, by seed. `reselection_ms`: from a
 finished job's report as text to the answer under other constraints, median.
 
-Finished parts are kept in `--work-dir` and not run again, and a job goes on from its checkpoint. A
-table of all candidates is `front.md` there, and a plot `front.svg`. Source of the data: SST-2
-(Socher et al. 2013), as benchmarks/inputs.py says. The last line of standard output is one JSON
-object.
+Finished parts are kept in `--work-dir` and not run again, and a job goes on from its checkpoint.
+More seeds may follow there; another model, other data or another training is refused. A table of
+all candidates is `front.md` there, and a plot `front.svg`. Source of the data: SST-2 (Socher et al.
+2013), as benchmarks/inputs.py says. The last line of standard output is one JSON object.
 """
 
 from __future__ import annotations
@@ -70,6 +72,8 @@ CHOSEN = (  # figures of the chosen artifact: null where none loses so little
 )
 TEACHER = "teacher"
 EPOCHS = "holdout_accuracy_by_epoch.json"  # in its folder
+# What changes a teacher, or what a job reads, and no job's spec tells (threads: rounding alone).
+SETTING_NAMES = ("model", "data", "teacher_epochs", "max_steps")
 
 
 def spec_of(seed: int, args: argparse.Namespace) -> Spec:
@@ -424,9 +428,11 @@ def judged(
     splits = inputs.read_rows(args.model, args.data, max_seq_len=SEQ_LEN)
     against: dict[str, list[np.ndarray]] = {"dev": [], "test": []}
     for seed, _ in zip(args.seeds, reports, strict=True):
-        kept = args.work_dir / f"seed-{seed}" / f"answers-{chosen.subnetwork}-{chosen.format}.json"
+        # In the job's folder: whoever moves that away moves its answers too.
+        name = f"answers-{chosen.subnetwork}-{chosen.format}.json"
+        kept = args.work_dir / f"seed-{seed}" / JOB / name
         if not kept.exists():
-            kept.write_text(json.dumps(dict(answers(seed, chosen, args, splits))))
+            inputs.write_whole(kept, json.dumps(dict(answers(seed, chosen, args, splits))))
         right = json.loads(kept.read_text())
         for split, own in against.items():
             own.append(
@@ -457,10 +463,7 @@ def answers(
     folder = args.work_dir / f"seed-{seed}"
     files = {
         TEACHER: (FP32, teacher_files(seed, args) / FP32),
-        "own": (
-            chosen.format,
-            folder / JOB / "artifacts" / chosen.subnetwork / chosen.format,
-        ),
+        "own": (chosen.format, own_files(seed, chosen, args)),
     }
     for name, (fmt, path) in files.items():
         for split in ("dev", "test"):
@@ -469,6 +472,11 @@ def answers(
                 fmt, path, rows, batch_size=ALONE[0], pad_token_id=args.pad_token_id, work=folder
             )
             yield f"{name} {split}", (found.argmax(-1) == rows.labels).astype(int).tolist()
+
+
+def own_files(seed: int, chosen: Point, args: argparse.Namespace) -> Path:
+    job = args.work_dir / f"seed-{seed}" / JOB
+    return job / "artifacts" / chosen.subnetwork / chosen.format
 
 
 def teacher_files(seed: int, args: argparse.Namespace) -> Path:
@@ -568,6 +576,7 @@ def main() -> None:
     inputs.require_environment("benchmarks.frontier")
     config, _ = inputs.read_model(args.model, seed=0)
     args.pad_token_id, args.vocab_size = config.pad_token_id, config.vocab_size
+    inputs.keep_settings(args.work_dir, {name: getattr(args, name) for name in SETTING_NAMES})
     started = time.monotonic()
     reports = [run_job(seed, args) for seed in args.seeds]
     per_layer = {

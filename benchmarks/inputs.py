@@ -9,10 +9,12 @@ who measures sets the environment first.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from compression.runtime_env import core_count, cpu_vendor, training_environment
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from compression.teachers import EncoderConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = "settings.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +39,27 @@ def check(args: argparse.Namespace) -> None:
     for path, what in ((args.data / "sst2", head), (args.model, "MiniLM-L6 (`make demo`)")):
         if not path.is_dir():
             sys.exit(f"{path} is not there: name the folder of {what}")
+
+
+def keep_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Leaves with a sentence where the folder holds results of other settings.
+
+    One from before settings were kept there has none, and its results are believed.
+    """
+    text = json.dumps(settings, sort_keys=True, default=lambda path: str(path.resolve()))
+    kept = folder / SETTINGS
+    folder.mkdir(parents=True, exist_ok=True)
+    if not kept.exists():
+        write_whole(kept, text)
+    elif kept.read_text() != text:
+        sys.exit(f"{folder} holds results of {kept.read_text()}: name another folder")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """At once: a run that is killed meanwhile leaves no half of a file to go on from."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def require_environment(module: str) -> None:

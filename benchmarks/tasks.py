@@ -133,6 +133,8 @@ def main() -> None:
     if not args.model.is_dir():
         sys.exit(f"{args.model} is not there: name the folder of MiniLM-L6 (`make demo`)")
     inputs.require_environment("benchmarks.tasks")
+    # The specs of finished jobs tell all else that changes a result.
+    inputs.keep_settings(args.work_dir, {"model": args.model, "data": args.data})
     started = time.monotonic()
     tasks = {
         name: summary([scores(name, seed, args) for seed in args.seeds], name, args)
