@@ -15,15 +15,18 @@ measurement) is the smallest; only it is judged on test. Networks of the search 
 so they stand on the front and are not chosen.
 
 References in the same run: the teacher in ONNX Runtime in fp32 and in its dynamic int8, which is
-what one would do instead of compressing. `speedup_*` are ratios of medians of the first seed's
-files, timed in turns with both teachers in one last measurement; those of the other seeds have the
-same shapes. `_b16`: batch 16, two threads. `accuracy_drop`, `accuracy_drop_test`: points against
-the teacher, dev and test, means over seeds; `drop_ci_high`: the upper end of dev's 95 % bootstrap
-interval, rows resampled, the same for both. `size_ratio`: bytes of the file over the fp32
-teacher's. `latency_model_*_error`: |predicted / measured - 1| over sub-networks that the search's
-latency model was not fitted to, largest over seeds. `per_layer`: the gain on dev over the best
-uniform sub-network of the same job under the same budget, by seed. `reselection_ms`: from a
-finished job's report as text to the answer under other constraints, median.
+what one would do instead of compressing. `speedup_*` are ratios of medians, the first seed's
+teacher (those of other seeds have the same shapes) over the file of each seed, as means over seeds;
+all are timed in turns in one last measurement. `_ci`: that mean's 95 % bootstrap interval, rounds
+resampled, the same for all files; it knows the noise of these rounds alone. `_b16`: batch 16, two
+threads. `p50_ms`: of both teachers and, as a mean over seeds, of the chosen one. `accuracy_drop`,
+`accuracy_drop_test`: points against the teacher, dev and test, means over seeds; `drop_ci_high`:
+the upper end of dev's 95 % bootstrap interval, rows resampled, the same for both. `size_ratio`:
+bytes of the file over the fp32 teacher's. `latency_model_*_error`: |predicted / measured - 1| over
+sub-networks that the search's latency model was not fitted to, largest over seeds. `per_layer`: the
+gain on dev over the best uniform sub-network of the same job under the same budget, by seed.
+`reselection_ms`: from a finished job's report as text to the answer under other constraints,
+median.
 
 Finished parts are kept in `--work-dir` and not run again, and a job goes on from its checkpoint.
 More seeds may follow there; another model, other data or another training is refused. A table of
@@ -40,7 +43,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -512,24 +515,46 @@ def teacher_files(seed: int, args: argparse.Namespace) -> Path:
 
 
 def timed(chosen: Point, args: argparse.Namespace) -> dict[str, Any]:
-    """The first seed's file and both teachers in turns, at both settings."""
-    from compression.latency import Served, measure
+    """The file of every seed and the first seed's teachers in turns, at both settings."""
+    from compression.latency import Served, timed_rounds
+    from compression.spec import LatencySpec
 
-    seed = args.seeds[0]
-    own = args.work_dir / f"seed-{seed}" / JOB / "artifacts" / chosen.subnetwork / chosen.format
-    served = {fmt: Served(fmt, teacher_files(seed, args) / fmt) for fmt in (FP32, INT8)}
-    measured = measure(
-        {**{str(fmt): item for fmt, item in served.items()}, "own": Served(chosen.format, own)},
-        spec_of(seed, args).latency.model_copy(update={"rounds": args.final_rounds}),
-        seq_len=SEQ_LEN,
-        vocab_size=args.vocab_size,
-    )
+    teachers = teacher_files(args.seeds[0], args)
+    served = {str(fmt): Served(fmt, teachers / fmt) for fmt in (FP32, INT8)} | {
+        f"own {seed}": Served(chosen.format, own_files(seed, chosen, args)) for seed in args.seeds
+    }
     found: dict[str, Any] = {}
-    for suffix, setting in (("", ALONE), ("_b16", BATCHED)):
-        p50 = {name: at(each, setting).p50_ms for name, each in measured.items()}
-        found[f"speedup_vs_ort_fp32{suffix}"] = round(p50[FP32] / p50["own"], 2)
-        found[f"speedup_vs_ort_int8{suffix}"] = round(p50[INT8] / p50["own"], 2)
-        found[f"p50_ms{suffix}"] = {name: round(value, 3) for name, value in p50.items()}
+    # One after the other: a spec of both would time two more settings, of which nothing is told.
+    for suffix, (batch_size, threads) in (("", ALONE), ("_b16", BATCHED)):
+        spec = LatencySpec(batch_size=batch_size, threads=threads, rounds=args.final_rounds)
+        (seconds,) = timed_rounds(
+            served, spec, seq_len=SEQ_LEN, vocab_size=args.vocab_size
+        ).values()
+        found |= compared(seconds, suffix)
+    return found
+
+
+def compared(seconds: Mapping[str, np.ndarray], suffix: str) -> dict[str, Any]:
+    """One setting's figures, of the seconds [rounds] of both teachers and of each seed's file."""
+    import numpy as np
+
+    from compression.intervals import intervals
+    from compression.latency import percentile, resampled_percentiles
+
+    p50 = {name: 1e3 * percentile(each.tolist(), 0.50) for name, each in seconds.items()}
+    resampled = {name: resampled_percentiles(each)[:, 0] for name, each in seconds.items()}
+    own = [name for name in seconds if name not in (FP32, INT8)]
+    found: dict[str, Any] = {}
+    for fmt, reference in ((FP32, "fp32"), (INT8, "int8")):
+        by_seed = [p50[fmt] / p50[name] for name in own]
+        means = np.mean([resampled[fmt] / resampled[name] for name in own], axis=0)
+        within = next(each for each in intervals(means) if each.confidence == 0.95)
+        key = f"speedup_vs_ort_{reference}{suffix}"
+        found[key] = round(statistics.mean(by_seed), 2)
+        found[f"{key}_by_seed"] = [round(each, 2) for each in by_seed]
+        found[f"{key}_ci"] = [round(within.low, 2), round(within.high, 2)]
+    p50["own"] = statistics.mean(p50.pop(name) for name in own)
+    found[f"p50_ms{suffix}"] = {name: round(each, 3) for name, each in p50.items()}
     return found
 
 

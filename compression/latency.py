@@ -78,19 +78,43 @@ def measure(
     timeout_s: float = TIMEOUT_S,
     on_round: OnRound | None = None,
 ) -> dict[str, tuple[LatencyReport, ...]]:
-    """Percentiles of `spec.rounds` timed calls of each candidate in each of the spec's settings.
+    """Percentiles of the calls that `timed_rounds` times, by candidate, a report for each setting.
 
     In milliseconds, the setting that stands for the latency first. `references` names for a
     candidate the one that its speed-up is against, both measured in the same rounds.
+    Percentiles are nearest-rank: the smallest measured time that at least that share of calls
+    kept.
+    """
+    seconds = timed_rounds(
+        served,
+        spec,
+        seq_len=seq_len,
+        vocab_size=vocab_size,
+        timeout_s=timeout_s,
+        on_round=on_round,
+    )
+    reports = [summaries(own, setting, references or {}) for setting, own in seconds.items()]
+    return {name: tuple(each[name] for each in reports) for name in served}
+
+
+def timed_rounds(
+    served: Mapping[str, Served],
+    spec: LatencySpec,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    timeout_s: float = TIMEOUT_S,
+    on_round: OnRound | None = None,
+) -> dict[LatencySetting, dict[str, NDArray[np.float64]]]:
+    """Seconds of each candidate's timed calls, [rounds], in each of the spec's settings.
 
     Every call gets the same random token ids, [batch_size, seq_len], under a full
-    attention mask; copying them in and the logits out counts. Percentiles are
-    nearest-rank: the smallest measured time that at least that share of calls kept.
+    attention mask; copying them in and the logits out counts.
     ExportFailed, with its process's last lines, when one cannot be loaded or run, or
     when a round (or the loading) of one format takes more than `timeout_s`.
     """
     settings = spec.settings(seq_len)
-    found: dict[str, list[LatencyReport]] = {name: [] for name in served}
+    found = {}
     rounds_done = 0
 
     def on_timed() -> None:
@@ -104,10 +128,8 @@ def measure(
             served, threads=threads, vocab_size=vocab_size, timeout_s=timeout_s
         ) as drivers:
             for setting in own:
-                seconds = _timed(drivers, setting, spec.rounds, on_timed)
-                for name, report in summaries(seconds, setting, references or {}).items():
-                    found[name].append(report)
-    return {name: tuple(reports) for name, reports in found.items()}
+                found[setting] = _timed(drivers, setting, spec.rounds, on_timed)
+    return found
 
 
 @contextmanager
