@@ -429,6 +429,7 @@ def list_subnetworks(
     report = job.report or {}
     return SubnetworksOut(
         state=JobState(job.state),
+        main_metric=report.get("main_metric"),
         teacher=report.get("teacher"),
         items=report.get("subnetworks", []),
         selection=report.get("selection"),

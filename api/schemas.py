@@ -390,6 +390,9 @@ class EventPage(Out):
 
 class SubnetworksOut(Out):
     state: JobState
+    main_metric: str | None = Field(
+        description="What every accuracy is and every drop is of; null until the job has succeeded."
+    )
     teacher: StoredTeacher | None
     items: list[StoredSubnetwork] = Field(description="Empty until the job has succeeded.")
     selection: StoredSelection | None
@@ -467,7 +470,8 @@ class SelectionOut(Out):
     constraints: ConstraintSpec
     selection: Selection
     artifacts: list[ArtifactOut] = Field(
-        description="The files of the selected sub-network; empty where none was."
+        description="The files of the selected sub-network; empty where none was, or once they "
+        "were deleted or their retention has ended: the answer is from measurements, which stay."
     )
 
 

@@ -366,15 +366,17 @@ def test_sub_networks_are_empty_until_the_job_has_succeeded(service: Service) ->
     claim = service.claim(service.new_job())
     path = f"/v1/jobs/{claim.job_id}/subnetworks"
     assert service.client.get(path).json() == {
-        "state": "running", "teacher": None, "items": [], "selection": None,
+        "state": "running", "main_metric": None, "teacher": None, "items": [], "selection": None,
     }  # fmt: skip
     report = {
+        "main_metric": "f1",
         "teacher": {"accuracy": 0.9},
         "subnetworks": [{"name": "w1"}, {"name": "w1_2"}],
         "selection": {"subnetwork": "w1_2", "format": "onnx", "reason": "It is the fastest."},
     }
     service.finish(claim, report=report)
     measured = service.client.get(path).json()
+    assert measured["main_metric"] == "f1"
     assert measured["items"] == report["subnetworks"]
     assert measured["selection"] == report["selection"]
     job = service.client.get(f"/v1/jobs/{claim.job_id}").json()
