@@ -20,9 +20,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    # Whoever stops the job signals its whole group: its first process decides, and says so here.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _leave_stopping_to_the_first()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # Linux: ends with the first one
     if str(os.getppid()) != os.environ["WIDTHWISE_RANK_OF"]:
         sys.exit("the job's process is gone")
@@ -37,6 +35,7 @@ def main() -> None:
     from compression.ranks import LINGER_SECONDS
     from compression.spec import Spec
 
+    _leave_stopping_to_the_first()  # paddle takes SIGTERM for itself when it is imported
     try:
         follow(
             Spec.model_validate(request["spec"]),
@@ -56,6 +55,12 @@ def main() -> None:
         traceback.print_exc()
         time.sleep(LINGER_SECONDS)
         sys.exit(1)
+
+
+def _leave_stopping_to_the_first() -> None:
+    """Whoever stops the job signals its whole group: its first process decides, and says so."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

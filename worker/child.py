@@ -32,7 +32,11 @@ def main() -> int:
         protocol.flush()
 
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+
+    def heed_stop() -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+
+    heed_stop()
 
     from compression.checkpoint import Saved
     from compression.device_profile import DeviceProfile
@@ -65,6 +69,7 @@ def main() -> int:
     try:
         from compression.pipeline import compress
 
+        heed_stop()  # paddle takes the signal for itself when it is imported, and dies of it
         pem, profile = request["signing_key"], request["profile"]
         report = compress(
             spec=Spec.model_validate(request["spec"]),

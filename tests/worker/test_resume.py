@@ -11,6 +11,7 @@ from jobs import store
 from jobs.artifacts import ObjectStore
 from jobs.db import Database
 from jobs.records import DEFAULT_PROJECT
+from jobs.settings import Settings
 from jobs.states import JobState
 from tests.builders import tiny_bert, tiny_dataset
 from tests.seeds import seed_job
@@ -24,10 +25,10 @@ from tests.worker.helpers import (
     wait_for_state,
 )
 from tests.worker.worker_process import Worker
-from worker.reconciler import reconcile
 from worker.runner import Runner
 
 STEPS = 300
+HANDED_BACK_SECONDS = 30.0  # what a worker promises that is told to stop
 SPEC: dict[str, Any] = {
     "task": {"max_seq_len": 32},
     "importance": {"rows": 16},
@@ -49,8 +50,13 @@ def test_killed_then_stopped_then_complete(
         model=tiny_bert(tmp_path / "model", num_labels=2, seed=1),
         dataset=tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20}, seed=1),
     )
-    settings = settings_for(
-        tmp_path, database_url, lease_seconds=5, checkpoint_seconds=0.2, stop_grace_seconds=60
+    settings = settings_for(tmp_path, database_url, lease_seconds=5, checkpoint_seconds=0.2)
+    # As installed: a signal is all that makes this one write a checkpoint before its end.
+    of_long = settings_for(
+        tmp_path,
+        database_url,
+        lease_seconds=5,
+        stop_grace_seconds=Settings.model_fields["stop_grace_seconds"].default,
     )
 
     def distillation_checkpoints() -> list[int]:
@@ -75,17 +81,19 @@ def test_killed_then_stopped_then_complete(
     worker.process.wait()
     killed_at = distillation_checkpoints()[-1]
 
-    # Run 2: stopped in an orderly way, once the dead worker's lease is over.
-    runner = Runner(settings, database, objects, worker="second")
+    # Run 2: a real worker, told to stop: its job has a checkpoint and is handed back in time.
+    worker = Worker(of_long, tmp_path / "second", program=["-m", "worker"])
 
-    def offered() -> bool:
-        reconcile(settings, database, objects, nudge=lambda job: None)
-        return runner.offer(job_id)
+    def trains() -> bool:
+        own = [event for event in events_of(database, job_id) if event.fence == 2]
+        assert "checkpoint" not in [event.kind for event in own]
+        steps = [
+            e.data["step"] for e in own if e.data.get("stage") == "distil" and "step" in e.data
+        ]
+        return any(step > killed_at for step in steps)
 
-    wait_until(offered, "the job is to be had", seconds=60)
-    wait_for_checkpoints(len(distillation_checkpoints()) + 2)
-    runner.stop()
-    assert runner.join(60)
+    wait_until(trains, "the second worker trains", seconds=120)
+    assert worker.stop(seconds=HANDED_BACK_SECONDS) == 0
     stopped_at = distillation_checkpoints()[-1]
     assert job_of(database, job_id).state == JobState.QUEUED
 

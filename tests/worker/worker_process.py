@@ -60,10 +60,12 @@ class Worker:
         assert self.process.poll() is None, self.log.read_text()
         return words in self.log.read_text()
 
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+    def stop(
+        self, number: signal.Signals = signal.SIGTERM, *, seconds: float = STOP_SECONDS
+    ) -> int:
         """Its exit status; AssertionError if it takes too long."""
         self.process.send_signal(number)
         try:
-            return self.process.wait(timeout=STOP_SECONDS)
+            return self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired as error:
             raise AssertionError(self.log.read_text()) from error
