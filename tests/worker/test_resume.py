@@ -40,22 +40,26 @@ SPEC: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("processes", [1, 2])
 def test_killed_then_stopped_then_complete(
-    database_url: str, database: Database, objects: ObjectStore, tmp_path: Path
+    database_url: str, database: Database, objects: ObjectStore, tmp_path: Path, processes: int
 ) -> None:
     job_id = seed_job(
         database,
         objects,
-        spec=SPEC,
+        spec=SPEC | {"processes": processes},
         model=tiny_bert(tmp_path / "model", num_labels=2, seed=1),
         dataset=tiny_dataset(tmp_path / "dataset", rows={"train": 40, "dev": 20}, seed=1),
     )
-    settings = settings_for(tmp_path, database_url, lease_seconds=5, checkpoint_seconds=0.2)
+    settings = settings_for(
+        tmp_path, database_url, lease_seconds=5, checkpoint_seconds=0.2, worker_slots=2
+    )
     # As installed: a signal is all that makes this one write a checkpoint before its end.
     of_long = settings_for(
         tmp_path,
         database_url,
         lease_seconds=5,
+        worker_slots=2,
         stop_grace_seconds=Settings.model_fields["stop_grace_seconds"].default,
     )
 
