@@ -302,7 +302,11 @@ class Settings(BaseSettings):
         0, ge=0, le=65535, description="Where the API serves /metrics; 0: nowhere."
     )
     worker_metrics_port: int = Field(
-        0, ge=0, le=65535, description="Where a worker serves /metrics; 0: nowhere."
+        0,
+        ge=0,
+        le=65535,
+        description="Where a worker or scheduler serves /metrics; 0: nowhere. Each process of a "
+        "host needs a port of its own.",
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(
