@@ -553,6 +553,8 @@ class _Heartbeat(threading.Thread):
         return self._stale or time.monotonic() - self._renewed > self._lease_seconds
 
     def run(self) -> None:
+        claim = self._claim
+        bind_contextvars(job=claim.job_id, run=claim.run_id, fence=claim.fence)
         while not self._end.wait(self._pause):
             at = time.monotonic()
             try:
@@ -567,7 +569,7 @@ class _Heartbeat(threading.Thread):
                 self._stale = True
                 return
             except SQLAlchemyError as error:
-                log.warning("the lease was not renewed", job=self._claim.job_id, error=str(error))
+                log.warning("the lease was not renewed", error=str(error))
 
     def stop(self) -> None:
         self._end.set()
