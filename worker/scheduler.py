@@ -19,7 +19,7 @@ from jobs.artifacts import open_store
 from jobs.db import Database
 from jobs.logs import configure_logging
 from jobs.metrics import MetricsServer
-from jobs.migrate import SchemaTooNew, upgrade_once_reachable
+from jobs.migrate import SchemaBusy, SchemaTooNew, upgrade_once_reachable
 from jobs.nudges import EventPublisher, Teller
 from jobs.queue import enqueue_job, make_celery
 from jobs.settings import Settings, get_settings
@@ -65,7 +65,7 @@ def serve(settings: Settings) -> None:
     database = Database(settings.database_url, after_commit=teller)
     try:
         upgrade_once_reachable(database)
-    except SchemaTooNew as error:
+    except (SchemaTooNew, SchemaBusy) as error:
         sys.exit(error.message)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
