@@ -270,7 +270,8 @@ class Settings(BaseSettings):
     orphan_grace_seconds: float = Field(
         3600,
         ge=0,
-        description="Age at which the objects of runs that came to nothing are deleted.",
+        description="How long objects that nothing needs are kept: those of runs that came to "
+        "nothing, of what was deleted, and checkpoints of ended jobs, from which a retry goes on.",
     )
 
     measure_training: bool = Field(
