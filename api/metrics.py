@@ -59,6 +59,13 @@ class ApiMetrics:
             registry=self.registry,
         )
         self._codes = FewWords(most=_MOST_CODES)
+        # Of its own, as a counter without labels is there from the start: a series that is born
+        # with its first request has not increased by it.
+        self._no_room = Counter(
+            "widthwise_refused_for_room",
+            "Requests answered 507: a quota is used up, or a disk or bucket is full.",
+            registry=self.registry,
+        )
         self.registry.register(_Streams(live))
         self.registry.register(_Queue(database))
 
@@ -72,6 +79,8 @@ class ApiMetrics:
         # Absent where no route was reached: an unknown path, a refused key.
         route = getattr(scope.get("route"), "path", "none")
         self._requests.labels(method, route, str(status)).inc()
+        if status == 507:
+            self._no_room.inc()
         if seconds is not None:
             self._seconds.labels(method, route).observe(seconds)
         self._received.labels(route).inc(received)
@@ -155,16 +164,21 @@ class _Queue(Collector):
         with self._database.reading() as session:
             figures = store.queue_figures(session)
             overdue = webhooks.seconds_overdue(session)
-        jobs = GaugeMetricFamily("widthwise_jobs", "Jobs that have not ended.", labels=("state",))
-        for state, count in figures.counts.items():
-            jobs.add_metric((state,), count)
+        jobs = GaugeMetricFamily(
+            "widthwise_jobs", "Jobs that have not ended.", labels=("state", "device")
+        )
+        for labels, count in figures.counts.items():
+            jobs.add_metric(labels, count)
+        oldest = GaugeMetricFamily(
+            "widthwise_queue_oldest_seconds",
+            "For how long a job has waited at most since it was last queued; 0 without one.",
+            labels=("device",),
+        )
+        for device, seconds in figures.longest_seconds.items():
+            oldest.add_metric((device,), seconds)
         return [
             jobs,
-            GaugeMetricFamily(
-                "widthwise_queue_oldest_seconds",
-                "For how long the oldest queued job has waited since it was made; 0 without one.",
-                figures.oldest_queued_seconds,
-            ),
+            oldest,
             GaugeMetricFamily(
                 "widthwise_webhooks_overdue_seconds",
                 "For how long the most overdue message to a webhook has been due.",

@@ -22,7 +22,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, delete, insert, inspect, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from jobs.db import Database, is_unreachable
 from jobs.errors import JobsError
@@ -32,6 +32,10 @@ from jobs.settings import get_settings
 _SCRIPTS = Path(__file__).with_name("migrations")
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 30.0
+_LOCK_TIMEOUT = "5s"  # whoever asks after us for a table that we wait for waits too
+_LOCK_TRIES = 6
+_LOCK_PAUSE_SECONDS = 5.0
+_LOCK_NOT_AVAILABLE = "55P03"
 _LOCK = 0x5769_6474_6877_6973  # any fixed number that nobody else locks in this database
 
 
@@ -56,13 +60,42 @@ class SchemaTooNew(SchemaUnfit):
         )
 
 
+class SchemaBusy(JobsError):
+    """Other sessions hold locks on what a migration has to change."""
+
+    code = "schema-busy"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the migration gave way to other sessions, which kept holding locks on its tables: "
+            "end long transactions (a dump, a forgotten psql) and run it again; nothing was changed"
+        )
+
+
 def upgrade(database: Database, revision: str = "head") -> None:
     """All migrations up to `revision` in one transaction, under a lock. Where a newer version has
-    gone further, nothing, if this one still works with that; else SchemaTooNew."""
+    gone further, nothing, if this one still works with that; else SchemaTooNew. SchemaBusy where
+    others keep a table from it for too long."""
+    for tries_left in reversed(range(_LOCK_TRIES)):
+        try:
+            _upgrade(database, revision)
+            return
+        except OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) != _LOCK_NOT_AVAILABLE:
+                raise
+            if tries_left == 0:
+                raise SchemaBusy from error
+            _log.warning("a migration waits for a lock of others", tries_left=tries_left)
+        time.sleep(_LOCK_PAUSE_SECONDS)
+
+
+def _upgrade(database: Database, revision: str) -> None:
     # On SQLite the transaction itself is the lock: it begins as an immediate one.
     with database.engine.begin() as connection:
         if not database.is_sqlite:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+            # From here on: another migration may take as long as it needs.
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'")
         config = _config()
         script = ScriptDirectory.from_config(config)
         if _is_newer(connection, script):
@@ -155,7 +188,7 @@ def main() -> None:
     database = Database(get_settings().database_url)
     try:
         upgrade(database)
-    except SchemaTooNew as error:
+    except (SchemaTooNew, SchemaBusy) as error:
         database.close()
         sys.exit(error.message)
     try:

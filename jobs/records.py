@@ -331,10 +331,10 @@ class Job(Record):
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     name: Mapped[str] = mapped_column(String(200))
-    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
-    dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"))
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id"), index=True)
+    dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id"), index=True)
     # What the spec's constraints.latency_on names; null too once that was deleted.
-    profile_id: Mapped[str | None] = mapped_column(ForeignKey("profiles.id"))
+    profile_id: Mapped[str | None] = mapped_column(ForeignKey("profiles.id"), index=True)
     spec: Mapped[Any]
     plan: Mapped[Any | None]
     state: Mapped[JobState] = mapped_column(_named(JobState))

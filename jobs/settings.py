@@ -270,7 +270,8 @@ class Settings(BaseSettings):
     orphan_grace_seconds: float = Field(
         3600,
         ge=0,
-        description="Age at which the objects of runs that came to nothing are deleted.",
+        description="How long objects that nothing needs are kept: those of runs that came to "
+        "nothing, of what was deleted, and checkpoints of ended jobs, from which a retry goes on.",
     )
 
     measure_training: bool = Field(
@@ -302,7 +303,11 @@ class Settings(BaseSettings):
         0, ge=0, le=65535, description="Where the API serves /metrics; 0: nowhere."
     )
     worker_metrics_port: int = Field(
-        0, ge=0, le=65535, description="Where a worker serves /metrics; 0: nowhere."
+        0,
+        ge=0,
+        le=65535,
+        description="Where a worker or scheduler serves /metrics; 0: nowhere. Each process of a "
+        "host needs a port of its own.",
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(

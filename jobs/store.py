@@ -40,6 +40,8 @@ from jobs.redaction import redact_all
 from jobs.states import JobState, RunState, check_transition
 from jobs.webhooks import add_deliveries
 
+_UNROUTED = "unrouted"
+
 R = TypeVar("R", Model, Dataset, Artifact)
 
 
@@ -760,26 +762,35 @@ def route_job(session: Session, job_id: str) -> None:
 
 @dataclass(frozen=True)
 class QueueFigures:
-    """Of jobs that have not ended, by state; and for how long the oldest queued one has waited."""
+    """`counts`: of jobs that have not ended, by state and device. `longest_seconds`: by device, for
+    how long the queued job that has waited longest has, since it was last queued; 0 without one."""
 
-    counts: dict[str, int]
-    oldest_queued_seconds: float
+    counts: dict[tuple[str, str], int]
+    longest_seconds: dict[str, float]
 
 
 def queue_figures(session: Session) -> QueueFigures:
+    """The device is `unrouted` where a process of a version with a single queue stored the job."""
     open_states = [state for state in JobState if not state.is_final]
-    counts = dict.fromkeys((state.value for state in open_states), 0)
-    oldest = None
-    for state, count, since in session.execute(
-        select(Job.state, func.count(), func.min(Job.created_at))
+    counts = {(state.value, device.value): 0 for state in open_states for device in Device}
+    longest = dict.fromkeys((device.value for device in Device), 0.0)
+    for state, device, count in session.execute(
+        select(Job.state, Job.device, func.count())
         .where(Job.state.in_(open_states))
-        .group_by(Job.state)
+        .group_by(Job.state, Job.device)
     ):
-        counts[state.value] = count
-        if state == JobState.QUEUED:
-            oldest = since
-    waited = 0.0 if oldest is None else (now(session) - oldest).total_seconds()
-    return QueueFigures(counts, max(0.0, waited))
+        counts[state.value, _UNROUTED if device is None else device.value] = count
+    at = now(session)
+    # The last event of a queued job is what queued it: made, retried, handed back or lost.
+    for device, since in session.execute(
+        select(Job.device, func.min(Event.created_at))
+        .join(Event, and_(Event.job_id == Job.id, Event.number == Job.last_event))
+        .where(Job.state == JobState.QUEUED)
+        .group_by(Job.device)
+    ):
+        name = _UNROUTED if device is None else device.value
+        longest[name] = max(0.0, (at - since).total_seconds())
+    return QueueFigures(counts, longest)
 
 
 def seconds_in_queue(session: Session, job_id: str, fence: int) -> float:

@@ -65,6 +65,10 @@ def test_what_the_compose_file_names_exists(compose: dict[str, Any]) -> None:
         if build := service.get("build"):
             assert (ROOT / build["context"] / build["dockerfile"]).is_file(), name
     assert services["worker-gpu"]["profiles"] == ["gpu"]
+    assert services["worker-gpu"]["environment"]["WIDTHWISE_WORKER_SLOTS"] == "0"
+    assert "WIDTHWISE_WORKER_SLOTS" not in services["worker-cpu"]["environment"]
+    for name in ("api", "scheduler", "worker-cpu", "worker-gpu"):
+        assert services[name]["pids_limit"] > 0
     (device,) = services["worker-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
 

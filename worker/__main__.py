@@ -28,7 +28,7 @@ from jobs.artifacts import open_store
 from jobs.db import Database
 from jobs.logs import configure_logging
 from jobs.metrics import MetricsServer
-from jobs.migrate import SchemaTooNew, upgrade_once_reachable
+from jobs.migrate import SchemaBusy, SchemaTooNew, upgrade_once_reachable
 from jobs.nudges import EventPublisher, Teller
 from jobs.queue import QUEUE, enqueue_job, make_celery, queue_of
 from jobs.settings import Settings, get_settings
@@ -76,7 +76,7 @@ def serve(settings: Settings, child_command: tuple[str, ...] = CHILD_COMMAND) ->
     database = Database(settings.database_url, after_commit=teller)
     try:
         upgrade_once_reachable(database)
-    except SchemaTooNew as error:
+    except (SchemaTooNew, SchemaBusy) as error:
         log.error(error.message)
         return 1
     except (KeyboardInterrupt, SystemExit):

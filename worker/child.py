@@ -11,6 +11,7 @@ the job goes on from it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 INTERRUPTED = 3  # the exit status of a process that was told to stop
 
 
@@ -87,6 +89,18 @@ def main() -> int:
         return INTERRUPTED
     except CompressionError as error:
         send("failed", **as_json(error))
+        return 1
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        send(
+            "failed",
+            code="disk-full",
+            message="The worker's disk has no room left for the files of the run. Retry the job "
+            "once there is some: it goes on from its last checkpoint.",
+            pointer=None,
+            rows=[],
+        )
         return 1
     # Any other error is ours: its traceback goes to standard error, whose end the job keeps.
     send("done", report=report.model_dump(mode="json"))

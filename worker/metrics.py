@@ -1,4 +1,5 @@
-"""What a worker tells Prometheus: its runs, stages and steps, lost leases, bytes, webhooks."""
+"""What a worker tells Prometheus: its runs, stages and steps, lost leases, bytes, webhooks. A
+scheduler tells the same of what it settles, and of the rest that it has none."""
 
 from __future__ import annotations
 
@@ -10,12 +11,15 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 
 from compression.report import STAGES
+from jobs.devices import Device
 from jobs.metrics import OTHER, new_registry
+from jobs.states import JobState
 from jobs.webhooks import Outcome
 
 _WAITS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 24 * 3600)
 _STEPS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _STAGES = frozenset(STAGES)
+_ENDS = tuple(state.value for state in JobState if state.is_final)
 
 
 class WorkerMetrics:
@@ -26,9 +30,12 @@ class WorkerMetrics:
         self._waits = Histogram(
             "widthwise_queue_wait_seconds",
             "How long a job lay in the queue before this worker took it.",
+            ("device",),
             buckets=_WAITS,
             registry=registry,
         )
+        for device in Device:
+            self._waits.labels(device)
         self._ended = Counter(
             "widthwise_runs_ended",
             "Runs of this worker: succeeded, failed, cancelled, released or lost.",
@@ -37,6 +44,14 @@ class WorkerMetrics:
         )
         for outcome in ("succeeded", "failed", "cancelled", "released", "lost"):
             self._ended.labels(outcome)
+        self._jobs_ended = Counter(
+            "widthwise_jobs_ended",
+            "Jobs that ended with a run of this worker, or with a lease that it found run out.",
+            ("outcome",),
+            registry=registry,
+        )
+        for outcome in _ENDS:
+            self._jobs_ended.labels(outcome)
         self._in_stage = Gauge(
             "widthwise_runs_in_stage",
             "Runs of this worker by stage.",
@@ -64,7 +79,11 @@ class WorkerMetrics:
             ("direction",),
             registry=registry,
         )
-        self._slots = Gauge("widthwise_slots", "Jobs that may run at once here.", registry=registry)
+        self._slots = Gauge(
+            "widthwise_slots", "Jobs that may run at once here.", ("device",), registry=registry
+        )
+        for device in Device:
+            self._slots.labels(device)
         self._attempts = Counter(
             "widthwise_webhook_attempts",
             "Messages sent to webhooks: received (2xx), refused (another status), unanswered.",
@@ -75,19 +94,25 @@ class WorkerMetrics:
             "widthwise_webhooks_disabled", "Webhooks that were given up.", registry=registry
         )
 
-    def has_slots(self, number: int) -> None:
-        self._slots.set(number)
+    def has_slots(self, *, cpu: int, gpu: int) -> None:
+        self._slots.labels(Device.CPU).set(cpu)
+        self._slots.labels(Device.GPU).set(gpu)
 
-    def claimed(self, *, waited_seconds: float) -> None:
-        self._waits.observe(max(0.0, waited_seconds))
+    def claimed(self, device: Device, *, waited_seconds: float) -> None:
+        self._waits.labels(device).observe(max(0.0, waited_seconds))
 
     def run_ended(self, outcome: str) -> None:
         self._ended.labels(outcome).inc()
+        if outcome in _ENDS:
+            self._jobs_ended.labels(outcome).inc()
         if outcome == "lost":
             self._lost.labels("run").inc()
 
-    def lease_expired(self) -> None:
+    def lease_expired(self, now: JobState) -> None:
+        """`now`: what became of the job whose lease had run out."""
         self._lost.labels("reconciler").inc()
+        if now.is_final:
+            self._jobs_ended.labels(now).inc()
 
     def staged(self, direction: str, size_bytes: int) -> None:
         self._bytes.labels(direction).inc(size_bytes)

@@ -14,7 +14,7 @@ from jobs import blobs, deletion, idempotency, resumable, store, webhooks, worke
 from jobs.artifacts import ObjectStore, job_prefix, run_prefix
 from jobs.db import Database
 from jobs.settings import Settings
-from jobs.states import RunState
+from jobs.states import JobState, RunState
 from jobs.store import QueuedJob
 from worker.workspace import remove_leftovers
 
@@ -27,12 +27,12 @@ def reconcile(
     objects: ObjectStore,
     *,
     nudge: Callable[[QueuedJob], object],
-    expired: Callable[[], object] = lambda: None,
+    expired: Callable[[JobState], object] = lambda now: None,
 ) -> None:
     """One pass. A step that fails is logged and does not keep the others from being done.
 
-    `nudge` is called with each queued job that some worker could take, `expired` for each lease
-    that had run out.
+    `nudge` is called with each queued job that some worker could take, `expired` with the
+    new state of each whose lease had run out.
     """
     steps: tuple[Callable[[], None], ...] = (
         lambda: _settle_expired(settings, database, expired),
@@ -56,14 +56,16 @@ def reconcile(
             log.exception("a step of the reconciliation failed")
 
 
-def _settle_expired(settings: Settings, database: Database, expired: Callable[[], object]) -> None:
+def _settle_expired(
+    settings: Settings, database: Database, expired: Callable[[JobState], object]
+) -> None:
     with database.reading() as session:
         found = store.expired_jobs(session)
     for job_id in found:
         with database.transaction() as session:
             state = store.settle_expired(session, job_id, max_runs=settings.max_runs)
         if state is not None:
-            expired()
+            expired(state)
             log.warning("a run's lease expired", job=job_id, now=state.value)
 
 

@@ -35,7 +35,7 @@ from jobs.devices import Device
 from jobs.errors import JobsError, ObjectMissing, StaleRun, as_json
 from jobs.settings import Settings
 from jobs.states import JobState
-from jobs.store import Claim
+from jobs.store import Claim, QueuedJob
 from worker import environment
 from worker.capacity import Capacity, Grant
 from worker.metrics import Stages, WorkerMetrics
@@ -119,7 +119,7 @@ class Runner:
         """
         self._signing_key = signing_key
         self._metrics = metrics or WorkerMetrics()
-        self._metrics.has_slots(settings.worker_slots)
+        self._metrics.has_slots(cpu=settings.worker_slots, gpu=len(gpus))
         self._settings = settings
         self._database = database
         self._objects = objects
@@ -241,7 +241,7 @@ class Runner:
                         devices.remove(job.need.device)
                     continue
                 try:
-                    claim = self._claim(job.id)
+                    claim = self._claim(job)
                 except BaseException:
                     self._capacity.give_back(grant)
                     raise
@@ -251,21 +251,21 @@ class Runner:
             refused.update(job.id for job in new)
         return None
 
-    def _claim(self, job_id: str) -> Claim | None:
+    def _claim(self, job: QueuedJob) -> Claim | None:
         with self._database.transaction() as session:
             claim = store.claim_job(
                 session,
-                job_id,
+                job.id,
                 worker=self._worker,
                 lease_seconds=self._settings.lease_seconds,
                 max_runs=self._settings.max_runs,
                 devices=self._capacity.devices,
             )
             if claim is not None:
-                waited = store.seconds_in_queue(session, job_id, claim.fence)
+                waited = store.seconds_in_queue(session, job.id, claim.fence)
         if claim is not None:
-            self._metrics.claimed(waited_seconds=waited)
-            log.info("claimed", job=job_id, run=claim.run_id, fence=claim.fence)
+            self._metrics.claimed(job.need.device, waited_seconds=waited)
+            log.info("claimed", job=job.id, run=claim.run_id, fence=claim.fence)
         return claim
 
     # --- one run ------------------------------------------------------------------------
@@ -553,6 +553,8 @@ class _Heartbeat(threading.Thread):
         return self._stale or time.monotonic() - self._renewed > self._lease_seconds
 
     def run(self) -> None:
+        claim = self._claim
+        bind_contextvars(job=claim.job_id, run=claim.run_id, fence=claim.fence)
         while not self._end.wait(self._pause):
             at = time.monotonic()
             try:
@@ -567,7 +569,7 @@ class _Heartbeat(threading.Thread):
                 self._stale = True
                 return
             except SQLAlchemyError as error:
-                log.warning("the lease was not renewed", job=self._claim.job_id, error=str(error))
+                log.warning("the lease was not renewed", error=str(error))
 
     def stop(self) -> None:
         self._end.set()

@@ -18,10 +18,12 @@ import structlog
 from jobs.artifacts import open_store
 from jobs.db import Database
 from jobs.logs import configure_logging
-from jobs.migrate import SchemaTooNew, upgrade_once_reachable
+from jobs.metrics import MetricsServer
+from jobs.migrate import SchemaBusy, SchemaTooNew, upgrade_once_reachable
 from jobs.nudges import EventPublisher, Teller
 from jobs.queue import enqueue_job, make_celery
 from jobs.settings import Settings, get_settings
+from worker.metrics import WorkerMetrics
 from worker.reconciler import reconcile
 
 ALIVE = "alive"
@@ -63,12 +65,16 @@ def serve(settings: Settings) -> None:
     database = Database(settings.database_url, after_commit=teller)
     try:
         upgrade_once_reachable(database)
-    except SchemaTooNew as error:
+    except (SchemaTooNew, SchemaBusy) as error:
         sys.exit(error.message)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     objects = open_store(settings.store_url, **settings.s3_credentials)
     app = make_celery(settings)
+    metrics = WorkerMetrics()
+    metrics_server = MetricsServer(
+        metrics.registry, host=settings.metrics_host, port=settings.worker_metrics_port
+    )
 
     def one_pass() -> None:
         reconcile(
@@ -76,10 +82,12 @@ def serve(settings: Settings) -> None:
             database,
             objects,
             nudge=lambda job: enqueue_job(app, job.id, job.need.device),
+            expired=metrics.lease_expired,
         )
 
     log.info("scheduler started")
     reconcile_forever(one_pass, settings, stopping)
+    metrics_server.close()
     app.close()
     teller.close()
     database.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import yaml
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from jobs.devices import Device
 from jobs.metrics import OTHER, FewWords, MetricsServer
+from jobs.records import Job
 from jobs.roles import Role
+from jobs.states import JobState
 from jobs.webhooks import Outcome
 from tests.api.conftest import Service, serving, wait_for
 from tests.services import free_port
@@ -82,16 +86,22 @@ def test_requests_are_counted_by_route_and_not_by_path(tmp_path: Path) -> None:
 def test_the_queue_the_streams_and_refused_uploads_are_told(tmp_path: Path) -> None:
     with serving(tmp_path / "data") as service:
         claim = service.claim(service.new_job())
-        service.new_job()
+        waiting = service.new_job()
+        with service.services.database.transaction() as session:
+            job = session.get_one(Job, waiting)  # made long ago, and queued again just now
+            job.created_at -= timedelta(days=30)
         service.client.post("/v1/models?filename=x.tar.gz", content=b"no archive")
         url = f"/v1/jobs/{claim.job_id}/events"
         with service.client.stream("GET", url, headers={"Accept": "text/event-stream"}) as answer:
             incoming = answer.iter_raw()  # kept: without its iterator the connection is closed
             next(incoming)
             found = of_service(service)
-        assert value(found, "widthwise_jobs", state="queued") == 1
-        assert value(found, "widthwise_jobs", state="running") == 1
-        assert 0 <= value(found, "widthwise_queue_oldest_seconds") < 60
+        for state in ("queued", "running"):
+            assert value(found, "widthwise_jobs", state=state, device="cpu") == 1
+            assert value(found, "widthwise_jobs", state=state, device="gpu") == 0
+        assert 0 < value(found, "widthwise_queue_oldest_seconds", device="cpu") < 60
+        assert value(found, "widthwise_queue_oldest_seconds", device="gpu") == 0
+        assert value(found, "widthwise_refused_for_room_total") == 0
         assert value(found, "widthwise_event_streams") == 1
         assert value(found, "widthwise_webhooks_overdue_seconds") == 0
         assert value(found, "widthwise_database_up") == 1
@@ -139,8 +149,8 @@ def test_metrics_have_a_port_of_their_own_and_none_by_default(tmp_path: Path) ->
 
 def test_a_workers_runs_are_told_by_stage_and_outcome() -> None:
     metrics = WorkerMetrics()
-    metrics.has_slots(2)
-    metrics.claimed(waited_seconds=20)
+    metrics.has_slots(cpu=2, gpu=1)
+    metrics.claimed(Device.GPU, waited_seconds=20)
     with metrics.stages() as stages:
         stages.progress({"stage": "load", "step": 0})
         stages.progress({"stage": "distil", "step": 1})
@@ -151,7 +161,8 @@ def test_a_workers_runs_are_told_by_stage_and_outcome() -> None:
         stages.progress({"stage": "whatever a child says", "step": 0})
     metrics.run_ended("succeeded")
     metrics.run_ended("lost")
-    metrics.lease_expired()
+    metrics.lease_expired(JobState.QUEUED)
+    metrics.lease_expired(JobState.FAILED)  # it kept killing its workers
     metrics.staged("in", 7)
     metrics.webhook_called(Outcome(204, None, 1), disabled=False)
     metrics.webhook_called(Outcome(410, None, 1), disabled=True)
@@ -159,16 +170,20 @@ def test_a_workers_runs_are_told_by_stage_and_outcome() -> None:
     found = samples(metrics.registry)
     assert value(found, "widthwise_runs_in_stage", stage=OTHER) == 0
     assert value(found, "widthwise_step_seconds_count", stage="distil") == 1
-    assert value(found, "widthwise_queue_wait_seconds_bucket", le="60.0") == 1
-    assert value(found, "widthwise_queue_wait_seconds_bucket", le="15.0") == 0
+    assert value(found, "widthwise_queue_wait_seconds_bucket", device="gpu", le="60.0") == 1
+    assert value(found, "widthwise_queue_wait_seconds_bucket", device="gpu", le="15.0") == 0
+    assert value(found, "widthwise_queue_wait_seconds_count", device="cpu") == 0
     assert value(found, "widthwise_runs_ended_total", outcome="succeeded") == 1
-    for who in ("run", "reconciler"):
-        assert value(found, "widthwise_lease_losses_total", noticed_by=who) == 1
+    for outcome, count in (("succeeded", 1), ("failed", 1), ("cancelled", 0)):
+        assert value(found, "widthwise_jobs_ended_total", outcome=outcome) == count
+    for who, count in (("run", 1), ("reconciler", 2)):
+        assert value(found, "widthwise_lease_losses_total", noticed_by=who) == count
     assert value(found, "widthwise_staged_bytes_total", direction="in") == 7
     for outcome in ("received", "refused", "unanswered"):
         assert value(found, "widthwise_webhook_attempts_total", outcome=outcome) == 1
     assert value(found, "widthwise_webhooks_disabled_total") == 1
-    assert value(found, "widthwise_slots") == 2
+    assert value(found, "widthwise_slots", device="cpu") == 2
+    assert value(found, "widthwise_slots", device="gpu") == 1
 
 
 def test_words_that_others_choose_are_bounded() -> None:
@@ -223,7 +238,8 @@ def test_the_labels_that_alerts_choose_by_take_those_values(service: Service) ->
     assert set(re.findall(r'stage="(\w+)"', text)) <= {"distil"}
     found = of_service(service)
     for state in ("queued", "running"):
-        assert ("widthwise_jobs", (("state", state),)) in found
+        assert ("widthwise_jobs", (("device", "cpu"), ("state", state))) in found
+    assert set(re.findall(r'noticed_by="(\w+)"', text)) == {"reconciler"}
 
 
 def test_a_key_is_in_no_label(service: Service) -> None:

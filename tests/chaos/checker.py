@@ -151,7 +151,7 @@ def _failures(job: Job, injected: Sequence[Injected]) -> Iterator[str]:
                 and each.started <= event.at
                 for each in injected
             )
-        elif code == "store-full":
+        elif code in ("store-full", "disk-full"):
             explained = any(
                 each.kind == Kind.DISK_FILLED and _overlap(each, since, event.at)
                 for each in injected

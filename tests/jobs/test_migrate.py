@@ -20,12 +20,12 @@ from jobs import access, blobs, deletion, migrate, quotas, store
 from jobs.access import Actor
 from jobs.db import Database, now
 from jobs.devices import Device
-from jobs.migrate import SchemaTooNew, require_fit, upgrade, upgrade_once_reachable
+from jobs.migrate import SchemaBusy, SchemaTooNew, require_fit, upgrade, upgrade_once_reachable
 from jobs.records import DEFAULT_PROJECT, Project, Record
 from jobs.roles import Role
 from tests.services import free_port, new_database
 
-NEWEST = "0008"
+NEWEST = "0009"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -222,6 +222,30 @@ def test_a_job_of_the_revision_before_can_be_deleted(empty_url: str) -> None:
         assert store.list_jobs(session, project_id=DEFAULT_PROJECT) == []
         found = store.unswept_deleted_jobs(session, grace_seconds=0)
         assert sorted(job.id for job in found) == ["job_1", "job_2"]
+    database.close()
+
+
+def test_a_migration_gives_way_to_those_who_hold_a_table(
+    postgresql_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else every query of that table would wait behind it, for as long as the holder likes."""
+    database = Database(new_database(postgresql_url, f"held_{secrets.token_hex(6)}"))
+    upgrade(database, "0008")
+    monkeypatch.setattr(migrate, "_LOCK_TIMEOUT", "50ms")
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with database.engine.begin() as holder:
+        holder.exec_driver_sql("LOCK TABLE jobs IN ROW EXCLUSIVE MODE")  # as a writer does
+        with pytest.raises(SchemaBusy, match="nothing was changed"):
+            upgrade(database)
+        assert len(pauses) == migrate._LOCK_TRIES - 1
+        assert holder.scalar(text("SELECT version_num FROM alembic_version")) == "0008"
+        # It comes to its end as soon as the holder does.
+        monkeypatch.setattr(time, "sleep", lambda seconds: holder.rollback())
+        upgrade(database)
+    require_fit(database)
+    with database.engine.connect() as connection:  # and leaves nobody impatient
+        assert connection.scalar(text("SHOW lock_timeout")) == "0"
     database.close()
 
 

@@ -404,6 +404,36 @@ def test_the_queue_is_by_priority_then_age(database: Database) -> None:
     assert first.need == Need(Device.GPU)
 
 
+def test_waits_are_told_by_device_and_since_a_job_was_last_queued(database: Database) -> None:
+    def figures() -> store.QueueFigures:
+        with database.reading() as session:
+            return store.queue_figures(session)
+
+    assert set(figures().counts.values()) == set(figures().longest_seconds.values()) == {0}
+    lost, on_gpu = seed_job(database), seed_job(database, spec={"device": "gpu"})
+    with database.transaction() as session:
+        for table in (Job, Event):  # all that is so far happened five hours ago
+            session.execute(update(table).values(created_at=now(session) - timedelta(hours=5)))
+    expired_claim(database, lost)
+    assert settle(database, lost) == JobState.QUEUED
+    found = figures()
+    assert found.longest_seconds["cpu"] < 60
+    assert found.longest_seconds["gpu"] == pytest.approx(5 * 3600, abs=60)
+    claimed(database, on_gpu)
+    found = figures()
+    assert found.longest_seconds["gpu"] == 0
+    assert found.counts == {
+        ("queued", "cpu"): 1,
+        ("queued", "gpu"): 0,
+        ("running", "cpu"): 0,
+        ("running", "gpu"): 1,
+    }
+    with database.transaction() as session:
+        session.execute(update(Job).values(device=None))
+    assert figures().counts["queued", "unrouted"] == 1
+    assert figures().longest_seconds["unrouted"] < 60
+
+
 def test_a_job_is_claimed_for_its_own_device_alone(database: Database) -> None:
     job_id = seed_job(database, spec={"device": "gpu:1"})
 

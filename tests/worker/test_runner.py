@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -219,6 +221,35 @@ def test_the_real_child_says_what_is_wrong(
     error = error_of(database, job_id)
     assert error["code"] == "child-died"
     assert any("Extra inputs are not permitted" in line for line in error["last_lines"])
+
+
+FULL_DISK = """
+import sys, types
+def compress(**request):
+    raise OSError({number}, "told by a test")
+sys.modules["compression.pipeline"] = types.SimpleNamespace(compress=compress)
+from worker.child import main
+sys.exit(main())
+"""
+
+
+@ON_SQLITE
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENOSPC, "disk-full"), (errno.EDQUOT, "disk-full"), (errno.EIO, "child-died")],
+)
+def test_a_job_that_meets_a_full_disk_says_so(
+    make_runner: MakeRunner, database: Database, objects: ObjectStore, number: int, code: str
+) -> None:
+    """The real `worker.child`, whose disk fills up in the middle of its work."""
+    job_id = seed_job(database, objects, spec={"task": {"kind": "classification"}})
+    child = (sys.executable, "-c", FULL_DISK.format(number=number))
+    make_runner(child_command=child).offer(job_id)
+    wait_for_state(database, job_id, "failed")
+    error = error_of(database, job_id)
+    assert error["code"] == code, error
+    assert ("no room left" in error["message"]) is (code == "disk-full")
+    assert kinds_of(database, job_id) == ["queued", "started", "failed"]
 
 
 @ON_SQLITE

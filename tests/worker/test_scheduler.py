@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from jobs import store, workers
@@ -17,7 +18,7 @@ from jobs.db import Database
 from jobs.devices import Device
 from jobs.queue import make_celery, queue_of
 from tests.seeds import seed_job
-from tests.services import wait_until
+from tests.services import free_port, wait_until
 from tests.worker.helpers import kinds_of, settings_for, wait_for_state
 from tests.worker.worker_process import REPOSITORY, Worker
 
@@ -26,7 +27,8 @@ from tests.worker.worker_process import REPOSITORY, Worker
 def test_it_requeues_and_nudges_takes_no_job_and_shows_that_it_lives(
     database_url: str, database: Database, objects: ObjectStore, redis_url: str, tmp_path: Path
 ) -> None:
-    settings = settings_for(tmp_path, database_url, broker_url=redis_url)
+    port = free_port()
+    settings = settings_for(tmp_path, database_url, broker_url=redis_url, worker_metrics_port=port)
     job_id = seed_job(database, objects)
     with database.transaction() as session:
         assert store.claim_job(session, job_id, worker="dead", lease_seconds=0.1, max_runs=3)
@@ -48,6 +50,9 @@ def test_it_requeues_and_nudges_takes_no_job_and_shows_that_it_lives(
         alive = settings.data_dir / "alive"
         wait_until(alive.exists, "the scheduler shows that it lives")
         assert _is_healthy(settings.data_dir)
+        told = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        assert 'widthwise_lease_losses_total{noticed_by="reconciler"} 1.0' in told
+        assert 'widthwise_jobs_ended_total{outcome="failed"} 0.0' in told
         assert scheduler.stop() == 0
         assert list(scheduler.folder.iterdir()) == []  # nothing outside the data folder
         long_ago = time.time() - 240

@@ -387,7 +387,7 @@ def test_a_worker_tells_watchers_prometheus_and_its_log_what_it_runs(
     wait_until(lambda: worker.has_logged('"event": "succeeded"'), "the run's last line")
     told = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
     assert 'widthwise_runs_ended_total{outcome="succeeded"} 1.0' in told
-    assert "widthwise_queue_wait_seconds_count 1.0" in told
+    assert 'widthwise_queue_wait_seconds_count{device="cpu"} 1.0' in told
     assert 'widthwise_runs_in_stage{stage="load"} 0.0' in told
     (size,) = re.findall(r'widthwise_staged_bytes_total{direction="in"} (\S+)', told)
     assert float(size) == 4  # {} and []
