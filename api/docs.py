@@ -67,10 +67,10 @@ _PROBLEM_CASES = {
 }
 _UPLOAD_STATUSES = {
     "options": [],
-    "post": ["400", "412", "413", "415", "460", "507"],
+    "post": ["400", "412", "413", "415", "460"],
     "get": ["410", "412"],
-    "patch": ["400", "409", "410", "412", "413", "415", "423", "460", "507"],
-    "delete": ["410", "412", "423"],
+    "patch": ["400", "409", "410", "412", "413", "415", "423", "460"],
+    "delete": ["409", "410", "412", "423"],
 }
 
 _DELETES_WHAT_MAY_BE_IN_USE = (
@@ -80,7 +80,6 @@ _DELETES_WHAT_MAY_BE_IN_USE = (
     "/v1/profiles/{profile_id}",
     "/v1/jobs/{job_id}",
 )
-_QUEUES_A_JOB = ("/v1/jobs", "/v1/jobs/{job_id}/clone", "/v1/jobs/{job_id}/retry")
 _IDEMPOTENCY_KEY = {
     "name": IDEMPOTENCY_KEY,
     "in": "header",
@@ -196,10 +195,8 @@ def _statuses(path: str, method: str, operation: Mapping[str, Any]) -> list[str]
         statuses |= {"400", "408", "413", "415"}
     if method == "post":
         statuses |= {"400", "409"}  # of the Idempotency-Key
-    if path in ("/v1/models", "/v1/datasets") and method != "get":
-        statuses.add("507")
-    if method == "post" and path in _QUEUES_A_JOB:
-        statuses.add("507")  # the project's quota of bytes
+    if method not in ("get", "options"):
+        statuses.add("507")  # whatever writes may find the database's disk full
     if path.startswith("/v1/uploads") and (path, method) != ("/v1/uploads", "get"):
         statuses |= set(_UPLOAD_STATUSES[method])
     if any(parameter["name"] == "after" for parameter in operation.get("parameters", ())):

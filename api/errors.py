@@ -8,6 +8,7 @@ the uploaded file to blame) and `rows` (broken rows of a dataset, lines from 1).
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -21,7 +22,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from compression.errors import CompressionError, without_consequences
-from jobs.db import is_away
+from jobs.db import is_away, is_full
 from jobs.errors import (
     Conflict,
     Gone,
@@ -37,6 +38,7 @@ from jobs.webhook_targets import TargetRefused, TargetUnknown
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:widthwise:problem:"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 MAX_ENTRIES = 100  # of `errors` and of `rows`: enough to mend, and bounded
 
 # What the domain raises, most particular first. An error absent here is a fault of ours: 500.
@@ -53,13 +55,23 @@ _DOMAIN: tuple[tuple[type[Exception], int, str], ...] = (
     (CompressionError, 422, "The job cannot run as asked"),
 )
 
-# Servers that a request may have to go without: title and detail of the answer.
-_AWAY = {
+# What a request may have to go without: status, type, title and detail of the answer.
+_WITHOUT = {
+    "room": (
+        507,
+        StoreFull.code,
+        "No room left to store this",
+        "A disk that the service writes on, or its database, has no room left.",
+    ),
     "database": (
+        503,
+        "database-unreachable",
         "The service has no database",
         "The service cannot reach its database, or that takes nothing just now; ask again.",
     ),
     "store": (
+        503,
+        StoreUnreachable.code,
         "The service has no object store",
         "The service cannot reach its object store, or that does not answer as it should; ask "
         "again.",
@@ -287,10 +299,12 @@ def fault(scope: Scope) -> JSONResponse:
     )
 
 
-def server_away(error: BaseException | None) -> tuple[str, str] | None:
-    """Which server a request went without ("database", "store"), and why; None where the fault is
-    ours."""
+def went_without(error: BaseException | None) -> tuple[str, str] | None:
+    """What a request went without ("room", "database", "store"), and why; None where the fault is
+    ours. Every write to a disk may find no room, so it is told here and not around each of them."""
     while error is not None:
+        if is_full(error) or (isinstance(error, OSError) and error.errno in _NO_ROOM):
+            return "room", str(getattr(error, "orig", error))
         if is_away(error):
             return "database", str(getattr(error, "orig", error))
         if isinstance(error, StoreUnreachable):
@@ -299,10 +313,12 @@ def server_away(error: BaseException | None) -> tuple[str, str] | None:
     return None
 
 
-def without(server: str, scope: Scope) -> JSONResponse:
-    """The answer while a server is away, which is nobody's fault and may be over soon."""
-    title, detail = _AWAY[server]
-    return problem(scope, 503, f"{server}-unreachable", title, detail, headers={"Retry-After": "5"})
+def without(what: str, scope: Scope) -> JSONResponse:
+    """The answer while a server is away or a disk is full, which no request is to blame for."""
+    status, code, title, detail = _WITHOUT[what]
+    # A server may be back soon; for room somebody has to do something.
+    headers = {"Retry-After": "5"} if status == 503 else {}
+    return problem(scope, status, code, title, detail, headers=headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:

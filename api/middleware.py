@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import fault, server_away, without
+from api.errors import fault, went_without, without
 
 _log = structlog.get_logger("api.request")
 DISCARD_BYTES = 1 << 16  # of a body that nobody wants; cheaper than a new connection
@@ -96,15 +96,15 @@ class RequestLog:
         try:
             await self.app(scope, receive, observed_send)
         except Exception as error:
-            away = server_away(error)
-            if away is None:
+            lacking = went_without(error)
+            if lacking is None:
                 log.exception("request.fault")
             else:
-                log.warning(f"request.without_{away[0]}", error=away[1])
+                log.warning(f"request.without_{lacking[0]}", error=lacking[1])
             if not status:
-                answer = fault(scope) if away is None else without(away[0], scope)
+                answer = fault(scope) if lacking is None else without(lacking[0], scope)
                 await answer(scope, receive, observed_send)
-            elif away is None:
+            elif lacking is None:
                 raise
             # Else it is too late for an answer: the server cuts the connection, as it must.
         finally:

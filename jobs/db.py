@@ -20,6 +20,9 @@ from jobs.nudges import Notes, notes_of
 
 _BUSY_SECONDS = 30.0
 _READ_ONLY = "widthwise_read_only"
+# The second is of the file beside the log of writes, which is enlarged with it.
+_SQLITE_FULL = ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
+_POSTGRESQL_FULL = "53100"  # disk_full
 
 
 class Database:
@@ -103,6 +106,16 @@ def is_away(error: BaseException) -> bool:
     # SQLite's driver says so of a query that it does not understand as well.
     code = getattr(getattr(error, "orig", None), "sqlite_errorname", None)
     return isinstance(error, OperationalError) and code != "SQLITE_ERROR"
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the database has no room for what was to be written; is_away says so of it too."""
+    if not isinstance(error, DBAPIError):
+        return False
+    return (
+        getattr(error.orig, "sqlite_errorname", None) in _SQLITE_FULL
+        or getattr(error.orig, "sqlstate", None) == _POSTGRESQL_FULL
+    )
 
 
 def now(session: Session) -> datetime:

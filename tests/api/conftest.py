@@ -261,7 +261,9 @@ def api_process(
         wait_for(lambda: address.search(log.read_text()) or process.poll() is not None, seconds=60)
         found = address.search(log.read_text())
         assert found is not None, log.read_text()
-        headers = {"Authorization": f"Bearer {(data_dir / 'api_key').read_text().strip()}"}
+        # As the process sees it, which may have mounts of its own.
+        key = Path(f"/proc/{process.pid}/root{data_dir}/api_key").read_text().strip()
+        headers = {"Authorization": f"Bearer {key}"}
         with httpx.Client(
             base_url=found[0], headers=headers, timeout=60, trust_env=False
         ) as client:
