@@ -18,7 +18,7 @@ from api.main import create_app
 from api.protocol import BoundedHeadProtocol
 from jobs.db import Database
 from jobs.logs import configure_logging
-from jobs.migrate import SchemaTooNew, upgrade_once_reachable
+from jobs.migrate import SchemaBusy, SchemaTooNew, upgrade_once_reachable
 from jobs.sandbox import confinement
 from jobs.settings import Settings, get_settings
 
@@ -110,7 +110,7 @@ def main() -> None:
     before = signal.signal(signal.SIGTERM, _leave)
     try:
         prepare(settings)
-    except SchemaTooNew as error:
+    except (SchemaTooNew, SchemaBusy) as error:
         sys.exit(error.message)
     except KeyboardInterrupt:
         return

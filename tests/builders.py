@@ -516,6 +516,7 @@ def device_profile(
                     **setting,
                     "heads": [heads[-1]] * layers,
                     "ffn": [ffn[-1]] * layers,
+                    "head": "sequence",
                     "measured_ms": widest / (1 + error),
                     "served": False,
                 }
