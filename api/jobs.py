@@ -131,6 +131,12 @@ DryRun = Annotated[bool, Query(description="Answer with the plan; store nothing.
 RequireWorker = Annotated[
     bool, Query(description="Refuse the job where no worker has announced what it needs.")
 ]
+# Where a job's document names each kind of record.
+_NAMED_AT = {
+    "model": "/model",
+    "dataset": "/dataset",
+    "profile": "/spec/constraints/latency_on",
+}
 _PLANNED: dict[int | str, dict[str, Any]] = {
     200: {"model": PlanOut, "description": "The plan (`dry_run=true`)."}
 }
@@ -261,22 +267,27 @@ def _create(
     minutes = body.time_limit_minutes or services.settings.job_time_limit_minutes
     if require_worker:
         _require_worker(services, spec)
-    with services.database.transaction() as session:
-        job = store.create_job(
-            session,
-            project_id=principal.project_id,
-            name=body.name or name,
-            model_id=body.model,
-            dataset_id=body.dataset,
-            profile_id=body.spec.constraints.latency_on,
-            spec=spec,
-            plan=plan.model_dump(mode="json"),
-            priority=body.priority,
-            time_limit_seconds=60 * minutes,
-        )
-        access.record_action(
-            session, principal.actor, "job.created", job.id, name=job.name, **details
-        )
+    try:
+        with services.database.transaction() as session:
+            job = store.create_job(
+                session,
+                project_id=principal.project_id,
+                name=body.name or name,
+                model_id=body.model,
+                dataset_id=body.dataset,
+                profile_id=body.spec.constraints.latency_on,
+                spec=spec,
+                plan=plan.model_dump(mode="json"),
+                priority=body.priority,
+                time_limit_seconds=60 * minutes,
+            )
+            access.record_action(
+                session, principal.actor, "job.created", job.id, name=job.name, **details
+            )
+    except NotFound as error:
+        if error.kind not in _NAMED_AT:
+            raise
+        raise _unknown_reference(error, _NAMED_AT[error.kind]) from None  # deleted since the plan
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return _queued(services, job)
 
@@ -299,13 +310,17 @@ def _referenced(get: Any, session: Any, id: str, project_id: str, pointer: str) 
     try:
         return get(session, id, project_id=project_id)
     except NotFound as error:
-        raise ApiError(
-            422,
-            "unknown-reference",
-            error.message,
-            title="The request is not valid",
-            pointer=pointer,
-        ) from None
+        raise _unknown_reference(error, pointer) from None
+
+
+def _unknown_reference(error: NotFound, pointer: str) -> ApiError:
+    return ApiError(
+        422,
+        "unknown-reference",
+        error.message,
+        title="The request is not valid",
+        pointer=pointer,
+    )
 
 
 def referenced_profile(

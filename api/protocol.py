@@ -11,11 +11,19 @@ import asyncio
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from api.middleware import SECURITY_HEADERS
+
 MAX_HEAD_BYTES = 1 << 16  # request line and headers
-_REFUSAL = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-    b"content-length: 0\r\nconnection: close\r\n\r\n"
-)
+# Written past the application, which gives all other answers their headers.
+_REFUSAL = "\r\n".join(
+    (
+        "HTTP/1.1 431 Request Header Fields Too Large",
+        "content-length: 0",
+        "connection: close",
+        *(f"{name.lower()}: {value}" for name, value in SECURITY_HEADERS.items()),
+        "\r\n",
+    )
+).encode("ascii")
 
 
 class BoundedHeadProtocol(HttpToolsProtocol):

@@ -322,6 +322,8 @@ async def _finish_left(services: Services, waits: Waits) -> None:
                 if found.finished_at is None and writer.offset == upload.size_bytes:
                     await _finish(services, actor, upload, writer)
         except Exception as error:
+            if isinstance(error, UploadRejected):  # there is no request whose answer counts it
+                services.metrics.upload_refused(error.code)
             _log.warning("upload.not_finished", upload=upload.id, error=str(error))
         waits[upload.id] = anyio.current_time() + pause, min(2 * pause, MAX_RETRY_SECONDS)
 

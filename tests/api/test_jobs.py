@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from api import jobs as jobs_routes
 from jobs.roles import Role
 from jobs.states import JobState
-from tests.api.conftest import Service, assert_problem, serving, wait_for
+from tests.api.conftest import Service, archive, assert_problem, serving, wait_for
+from tests.builders import tiny_bert, tiny_dataset
 
 
 def count(service: Service) -> int:
@@ -436,3 +439,34 @@ def test_a_job_that_has_ended_is_deleted_with_all_that_is_its_own(service: Servi
     assert claim.job_id not in service.client.get("/v1/jobs?limit=200").text
     lines = service.client.get(f"/v1/audit?target={claim.job_id}").json()["items"]
     assert [line["action"] for line in lines] == ["job.deleted", "job.created"]
+
+
+@pytest.mark.parametrize("what", ["model", "dataset"])
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/jobs/{}/clone"])
+def test_what_is_deleted_while_a_job_is_planned_is_an_unknown_reference(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, path: str
+) -> None:
+    client, body = service.client, service.job_body()
+    if what == "model":
+        content = archive(tiny_bert(tmp_path / "model"))
+        made = client.post("/v1/models?filename=m.tar.gz", content=content)
+    else:
+        files = sorted(tiny_dataset(tmp_path / "dataset").iterdir())
+        parts = [("file", (file.name, file.read_bytes())) for file in files]
+        made = client.post("/v1/datasets", files=parts)
+    body[what] = made.json()["id"]
+    job_id = client.post("/v1/jobs", json=body).json()["id"]
+    assert client.post(f"/v1/jobs/{job_id}/cancel").status_code == 202
+    plan = jobs_routes._plan
+
+    def plan_and_delete(*arguments: Any) -> Any:
+        planned = plan(*arguments)
+        assert client.delete(made.headers["location"]).status_code == 204
+        return planned
+
+    monkeypatch.setattr(jobs_routes, "_plan", plan_and_delete)
+    before = count(service)
+    sent = body if path == "/v1/jobs" else {}
+    problem = assert_problem(client.post(path.format(job_id), json=sent), 422, "unknown-reference")
+    assert problem["pointer"] == f"/{what}"
+    assert count(service) == before

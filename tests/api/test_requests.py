@@ -226,3 +226,16 @@ def _received(connection: socket.socket) -> bytes:
     while piece := connection.recv(2**16):
         answer += piece
     return answer
+
+
+def test_a_refused_head_has_the_security_headers_of_every_answer(service: Service) -> None:
+    head = b"GET / HTTP/1.1\r\nHost: x\r\nX: "
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as connection:
+        connection.sendall(head + b"a" * (MAX_HEAD_BYTES + 1 - len(head)))
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    status, *lines = answer.decode("ascii").removesuffix("\r\n\r\n").split("\r\n")
+    assert status == "HTTP/1.1 431 Request Header Fields Too Large"
+    found = dict(line.split(": ", 1) for line in lines)
+    assert {
+        name.lower(): value for name, value in SECURITY_HEADERS.items()
+    }.items() <= found.items()

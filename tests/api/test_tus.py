@@ -330,6 +330,18 @@ def test_what_the_store_did_not_take_is_tried_until_it_does(
         assert_became(service.client, service.client.get(path).json()["record"], content)
 
 
+def test_what_is_refused_without_a_request_is_counted_too(tmp_path: Path, content: bytes) -> None:
+    cut = content[: len(content) // 2]
+    with serving(tmp_path / "data", reconcile_seconds=0.05) as service:
+        path = begin(service.client, len(cut))
+        file = service.services.gathering.file(path.rpartition("/")[2])
+        file.write_bytes(cut)  # as a process leaves it that is killed before the inspection
+        wait_for(lambda: service.client.get(path).json()["state"] == "refused")
+        refused = ("widthwise_uploads_refused_total", {"code": "damaged-archive"})
+        registry = service.services.metrics.registry
+        wait_for(lambda: registry.get_sample_value(*refused) == 1)
+
+
 def test_expired_uploads_are_gone_and_swept(service: Service, content: bytes) -> None:
     path = begin(service.client, len(content))
     send(service.client, path, 0, content[:10])

@@ -7,6 +7,7 @@ processor time and memory, executes nothing and leaves nothing behind.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -17,6 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from jobs import store
+from jobs.records import DEFAULT_PROJECT
 from jobs.sandbox import Usage
 from tests.api.conftest import Service, assert_problem
 from tests.hostile.archives import ARCHIVES
@@ -116,6 +119,22 @@ def _accepted(listener: socket.socket) -> Iterator[str]:
             connection, address = listener.accept()
             connection.close()
             yield str(address)
+
+
+def test_cells_that_a_spreadsheet_would_run_are_kept_as_they_are(
+    service: Service, tmp_path: Path
+) -> None:
+    cells = ["=1+1", "@SUM(A1)", "+cmd|' /C calc'!A0", "-5"]
+    rows = [f"{cell},{number % 2}" for number, cell in enumerate(cells)]
+    content = "\n".join(["text,label", *rows, ""]).encode()
+    answer = _upload(service, "datasets", {"train.csv": content})
+    assert answer.status_code == 201, answer.text
+    with service.services.database.reading() as session:
+        dataset = store.get_dataset(session, answer.json()["id"], project_id=DEFAULT_PROJECT)
+    (file,) = dataset.files
+    service.services.store.get_to_file(file["key"], tmp_path / "stored", sha256=file["sha256"])
+    stored = [json.loads(line) for line in (tmp_path / "stored").read_text().splitlines()]
+    assert [row["text"] for row in stored] == cells
 
 
 def test_every_type_is_documented() -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,67 @@ def test_a_bucket_that_takes_nothing_is_told_from_a_full_one(
                 open_store("s3://bucket/x", patience_seconds=0.5).put_file("k/a", file)
         finally:
             server.shutdown()
+
+
+class RefusingLater(Refusing):
+    """A bucket that takes the first part of an object and no other; it writes down what is begun
+    and given up."""
+
+    def do_HEAD(self) -> None:
+        self._say(404, "")
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.server.told.append("completed" if "uploadId=" in self.path else "begun")  # type: ignore[attr-defined]
+        self._say(
+            200,
+            "<InitiateMultipartUploadResult><Bucket>bucket</Bucket><Key>x/k/a</Key>"
+            "<UploadId>u1</UploadId></InitiateMultipartUploadResult>",
+        )
+
+    def do_PUT(self) -> None:
+        if "partNumber=1&" in f"{self.path}&":
+            self.rfile.read(int(self.headers["content-length"]))
+            self._say(200, "", ETag='"1"')
+        else:
+            super().do_PUT()
+
+    def do_DELETE(self) -> None:
+        self.server.told.append(f"deleted {self.path.partition('?')[2]}")  # type: ignore[attr-defined]
+        self._say(204, "")
+
+    def _say(self, status: int, body: str, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+
+def test_an_object_that_is_refused_in_its_middle_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "_SINGLE_PUT_BYTES", 1 << 20)
+    large = tmp_path / "large"
+    large.write_bytes(bytes(20 << 20))  # parts have five MiB at least
+    with ThreadingHTTPServer(("127.0.0.1", 0), RefusingLater) as server:
+        server.answer = (403, "AccessDenied")  # type: ignore[attr-defined]
+        server.told = told = []  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in (
+            ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}"),
+            ("AWS_ALLOW_HTTP", "true"),
+            ("AWS_ACCESS_KEY_ID", "tests"),
+            ("AWS_SECRET_ACCESS_KEY", "tests"),
+        ):
+            monkeypatch.setenv(name, value)
+        try:
+            with pytest.raises(StoreRefused, match="access was denied"):
+                open_store("s3://bucket/x", patience_seconds=0.5).put_file("k/a", large)
+        finally:
+            server.shutdown()
+    assert told == ["begun", "deleted uploadId=u1"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "bucket"])
