@@ -116,7 +116,7 @@ class Idempotency:
             await self.app(scope, digesting_receive, keeper.send)
         finally:
             extending.cancel()
-            if not keeper.kept:
+            if keeper.holds:
                 with anyio.CancelScope(shield=True):
                     await run_in_threadpool(_let_go, services, hold)
 
@@ -176,7 +176,7 @@ class _Keeper:
     def __init__(
         self, services: Services, hold: Hold, read_rest: Callable[[], Awaitable[None]], send: Send
     ) -> None:
-        self.kept = False
+        self.holds = True
         self._services = services
         self._hold = hold
         self._read_rest = read_rest
@@ -189,6 +189,10 @@ class _Keeper:
             self._start = message
             return
         if self._start is None or message["type"] != "http.response.body":
+            ends = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if ends and self.holds:  # who has got the answer may send the request again at once
+                await run_in_threadpool(_let_go, self._services, self._hold)
+                self.holds = False
             await self._send(message)
             return
         self._content += message.get("body", b"")
@@ -198,7 +202,7 @@ class _Keeper:
         start, self._start = self._start, None
         if ends and len(self._content) <= MAX_KEPT_BYTES:
             await self._read_rest()
-            self.kept = await run_in_threadpool(self._keep, start)
+            self.holds = not await run_in_threadpool(self._keep, start)
         await self._send(start)
         await self._send({**message, "body": bytes(self._content)})
 
